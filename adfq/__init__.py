@@ -1,0 +1,9 @@
+"""Post-training quantization for vision transformers: ADFQ-ViT and the core that baselines share."""
+
+from importlib.metadata import version
+
+from adfq.errors import AdfqError
+from adfq.methods import methods, quantize
+
+__version__ = version("adfq")
+__all__ = ["AdfqError", "methods", "quantize"]

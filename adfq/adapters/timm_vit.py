@@ -1,0 +1,86 @@
+"""timm's VisionTransformer: ViT, DeiT (distilled too), and the other models of that class."""
+
+from __future__ import annotations
+
+from timm.layers import Attention, GluMlp, Mlp
+from timm.layers.attention import maybe_add_mask, resolve_self_attn_mask
+from torch import Tensor, nn
+
+from adfq.adapters import replace
+from adfq.errors import AdfqError
+from adfq.layers import QuantLinear, QuantMatMul
+from adfq.sites import Network
+
+
+class QuantAttention(nn.Module):
+    """timm's Attention with its two matrix products made explicit, in place of fused attention.
+
+    Input and output B×N×C.
+    """
+
+    def __init__(self, attention: Attention) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.scale = attention.num_heads, attention.head_dim, attention.scale
+        self.qkv = QuantLinear(attention.qkv, "qkv")
+        self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
+        self.scores = QuantMatMul(("query", "key"), transpose_right=True)
+        self.attn_drop = attention.attn_drop
+        self.context = QuantMatMul(("probs", "value"))
+        self.norm, self.gate = attention.norm, attention.gate
+        self.proj = QuantLinear(attention.proj, "proj")
+        self.proj_drop = attention.proj_drop
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        batch, tokens, _ = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        query, key, value = qkv.unbind(0)
+        scores = self.scores(self.q_norm(query), self.k_norm(key)) * self.scale
+        scores = maybe_add_mask(scores, resolve_self_attn_mask(tokens, scores, attn_mask, is_causal))
+        context = self.context(self.attn_drop(scores.softmax(dim=-1)), value)
+        context = self.norm(context.transpose(1, 2).reshape(batch, tokens, self.num_heads * self.head_dim))
+        if self.gate is not None:
+            context = context * self.gate(x).sigmoid()
+        output: Tensor = self.proj_drop(self.proj(context))
+        return output
+
+
+def adapt(model: nn.Module) -> Network:
+    """See `adfq.adapters.adapt`."""
+    replace(model, "patch_embed.proj", "patch_embed")
+    norms: dict[str, nn.LayerNorm] = {}
+    for index, block in enumerate(model.get_submodule("blocks").children()):
+        name = f"blocks.{index}"
+        if not any(isinstance(module, Attention) for module in block.modules()):
+            raise AdfqError(f"{name}: cannot quantize a {type(block).__name__}, whose attention is not timm's Attention")
+        _adapt_block(model, name, norms)
+    for head in ("head", "head_dist"):  # the second one is distilled DeiT's
+        if isinstance(getattr(model, head, None), nn.Linear):
+            replace(model, head, "head")
+    return Network(model, norms)
+
+
+def _adapt_block(model: nn.Module, block_name: str, norms: dict[str, nn.LayerNorm]) -> None:
+    block = model.get_submodule(block_name)
+    for relative, module in list(block.named_modules()):
+        name = f"{block_name}.{relative}"
+        if isinstance(module, Attention):
+            model.set_submodule(name, QuantAttention(module))
+            # A gate would read the norm's output as well.
+            if module.gate is None:
+                _pair(model, name, f"{name}.qkv", norms)
+        elif isinstance(module, (Mlp, GluMlp)):
+            replace(model, f"{name}.fc1", "fc1")
+            replace(model, f"{name}.fc2", "fc2")
+            _pair(model, name, f"{name}.fc1", norms)
+
+
+def _pair(model: nn.Module, name: str, linear: str, norms: dict[str, nn.LayerNorm]) -> None:
+    """Records the LayerNorm right before a sub-block: norm1 of attn and norm2 of mlp in timm's Block, norm of
+    either in its ParallelThingsBlock. Post-norm blocks have none."""
+    parent_name, _, child = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    kind = type(parent).__name__
+    norm_name = {"Block": {"attn": "norm1", "mlp": "norm2"}, "Sequential": {"attn": "norm", "mlp": "norm"}}.get(kind, {})
+    norm = getattr(parent, norm_name.get(child, ""), None)
+    if isinstance(norm, nn.LayerNorm):
+        norms[linear] = norm

@@ -1,0 +1,90 @@
+"""Finding every range of a network from calibration data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adfq.errors import AdfqError
+from adfq.quantizers import Quantizer
+from adfq.sites import Network
+
+
+def gather_batches(calibration: Iterable[Any] | Tensor | None) -> Tensor:
+    """Puts calibration batches together: ranges are found over all of them at once.
+
+    Args:
+        calibration: a tensor B×C×H×W, or an iterable of such tensors or of tuples that begin with one (what a
+            DataLoader of images and labels gives).
+
+    Raises:
+        AdfqError: if there are no images, if batches differ in size, or if something else than tensors comes.
+    """
+    if calibration is None:
+        raise AdfqError("calibration images are needed: pass calibration=<tensor or iterable of batches>")
+    batches = [calibration] if isinstance(calibration, Tensor) else list(calibration)
+    images = [batch[0] if isinstance(batch, (tuple, list)) and batch else batch for batch in batches]
+    for image in images:
+        if not isinstance(image, Tensor) or image.dim() != 4:
+            found = f"of shape {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+            raise AdfqError(f"calibration batches must be tensors B×C×H×W, got one {found}")
+    if not sum(len(image) for image in images):
+        raise AdfqError("there are no calibration images")
+    if len({image.shape[1:] for image in images}) > 1:
+        raise AdfqError("calibration batches must hold images of one size")
+    return torch.cat(images)
+
+
+def quantize_weights(network: Network) -> None:
+    """Finds the range of every weight and quantizes it; the full-precision weights stay at hand.
+
+    Raises:
+        AdfqError: naming the layer, for weights that are not finite.
+    """
+    for name, layer in network.weight_layers():
+        _naming(f"{name}.weight", layer.quantize_weight)
+
+
+def calibrate_activations(network: Network, images: Tensor) -> None:
+    """Calibrates every activation quantizer in one forward pass.
+
+    A quantizer sees its site's input as computed by the already quantized layers before it, as in the methods'
+    released code.
+
+    Args:
+        network: with quantizers attached.
+        images: B×C×H×W; moved to the model's device and dtype.
+
+    Raises:
+        AdfqError: naming the site, for activations that are not finite.
+    """
+    parameter = next(network.model.parameters())
+    hooks = [
+        quantizer.register_forward_pre_hook(partial(_calibrate, name))
+        for name, _, quantizer in network.activation_quantizers()
+    ]
+    try:
+        with torch.no_grad():
+            network.model(images.to(parameter.device, parameter.dtype))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, _, quantizer in network.activation_quantizers():
+        if not quantizer.is_calibrated:
+            raise AdfqError(f"{name} saw no calibration data: the model does not use this layer")
+
+
+def _calibrate(name: str, quantizer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    assert isinstance(quantizer, Quantizer)
+    _naming(name, partial(quantizer.calibrate, inputs[0]))
+
+
+def _naming(name: str, action: Any) -> None:
+    try:
+        action()
+    except AdfqError as error:
+        raise AdfqError(f"{name}: {error}") from None

@@ -1,0 +1,114 @@
+"""Operators with two quantized operands: a linear map or convolution with its weight, a matrix product."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from adfq.errors import AdfqError
+from adfq.quantizers import Quantizer
+
+
+class QuantWeightLayer(nn.Module, ABC):
+    """A layer with a weight; does what the replaced layer did until quantizers are attached.
+
+    Attributes:
+        role: the site role (`adfq.sites.ROLES`) of input and weight.
+        weight, bias: as in the layer that it replaces, in full precision until `freeze`.
+        input_quantizer, weight_quantizer: a `Quantizer`, or nn.Identity for full precision.
+        quantized_weight: the weight's quantized values between `quantize_weight` and `freeze`, else None.
+    """
+
+    weight: nn.Parameter
+    quantized_weight: Tensor | None
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d, role: str) -> None:
+        super().__init__()
+        self.role = role
+        self.weight = layer.weight
+        self.bias = layer.bias
+        self.input_quantizer: nn.Module = nn.Identity()
+        self.weight_quantizer: nn.Module = nn.Identity()
+        self.register_buffer("quantized_weight", None, persistent=False)
+
+    @torch.no_grad()
+    def quantize_weight(self) -> None:
+        """Finds the weight's range and quantizes it, once; `forward` uses the result."""
+        if isinstance(self.weight_quantizer, Quantizer):
+            self.weight_quantizer.calibrate(self.weight)
+            self.quantized_weight = self.weight_quantizer(self.weight)
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """Makes the quantized weight the weight; the full-precision one is gone."""
+        if self.quantized_weight is not None:
+            self.weight = nn.Parameter(self.quantized_weight, requires_grad=False)
+            self.quantized_weight = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight if self.quantized_weight is None else self.quantized_weight
+        return self._apply_weight(self.input_quantizer(x), weight)
+
+    @abstractmethod
+    def _apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The layer's own operation with the given weight."""
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, role={self.role!r}"
+
+
+class QuantLinear(QuantWeightLayer):
+    """A quantized nn.Linear: inputs … × in, weight out × in."""
+
+    def _apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight, self.bias)
+
+
+class QuantConv2d(QuantWeightLayer):
+    """A quantized nn.Conv2d with zero padding.
+
+    Raises:
+        AdfqError: for another padding mode.
+    """
+
+    def __init__(self, layer: nn.Conv2d, role: str) -> None:
+        super().__init__(layer, role)
+        if layer.padding_mode != "zeros":
+            raise AdfqError(f"cannot quantize a convolution with padding mode {layer.padding_mode!r}")
+        self.stride, self.padding, self.dilation, self.groups = (
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            layer.groups,
+        )
+
+    def _apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class QuantMatMul(nn.Module):
+    """left @ right, or left @ rightᵀ, with both operands quantized.
+
+    The right operand is quantized before it is transposed, so that its last dimension is its channels.
+
+    Attributes:
+        roles: the site roles of the two operands.
+        left_quantizer, right_quantizer: a `Quantizer`, or nn.Identity for full precision.
+    """
+
+    def __init__(self, roles: tuple[str, str], transpose_right: bool = False) -> None:
+        super().__init__()
+        self.roles = roles
+        self.transpose_right = transpose_right
+        self.left_quantizer: nn.Module = nn.Identity()
+        self.right_quantizer: nn.Module = nn.Identity()
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        left, right = self.left_quantizer(left), self.right_quantizer(right)
+        return left @ (right.transpose(-2, -1) if self.transpose_right else right)
+
+    def extra_repr(self) -> str:
+        return f"roles={self.roles!r}"

@@ -1,0 +1,9 @@
+"""Quantizers: one concept a file. Each is calibrated once and a pure function from then on."""
+
+from adfq.quantizers.base import Quantizer
+from adfq.quantizers.log import LogQuantizer
+from adfq.quantizers.per_patch import PerPatchOutlierQuantizer
+from adfq.quantizers.shift_log import ShiftLogQuantizer
+from adfq.quantizers.uniform import UniformQuantizer
+
+__all__ = ["LogQuantizer", "PerPatchOutlierQuantizer", "Quantizer", "ShiftLogQuantizer", "UniformQuantizer"]

@@ -1,0 +1,57 @@
+"""ADFQ-ViT's shift-log2 quantizer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from adfq.errors import AdfqError
+from adfq.quantizers.log import LogQuantizer
+
+SHIFTS = ("dynamic", "static")
+_EPSILON = 1e-6
+
+
+class ShiftLogQuantizer(LogQuantizer):
+    """Logarithmic quantization of x - min(x) + 1e-6, shifted back.
+
+    For post-GELU activations: the dense negative lobe falls where the levels are dense (ADFQ-ViT, section
+    "shift-log2 quantizer"; the abstract says base 2, the released code has √2).
+
+    Args:
+        bits: 2 to 8.
+        base: ratio of neighbouring levels, above 1.
+        shift: ``"dynamic"`` takes the minimum of the tensor at hand, as the released code does, so that a result
+            can depend on what else is in the batch; ``"static"`` freezes the calibration's, and values below it
+            become it.
+
+    Attributes:
+        scale: float32 scalar, the largest shifted value.
+        minimum: float32 scalar, the calibration's minimum (``"static"`` only).
+
+    Raises:
+        AdfqError: for another shift, base or bit-width.
+    """
+
+    minimum: Tensor
+
+    def __init__(self, bits: int, base: float = 2**0.5, shift: str = "dynamic") -> None:
+        super().__init__(bits, base)
+        if shift not in SHIFTS:
+            raise AdfqError(f"unknown shift {shift!r}; there are {', '.join(SHIFTS)}")
+        self.shift = shift
+        if shift == "static":
+            self.register_buffer("minimum", torch.empty(0))
+
+    def _find_range(self, x: Tensor) -> None:
+        minimum = x.min()
+        self.scale = self._find_scale(x - minimum + _EPSILON)
+        if self.shift == "static":
+            self.minimum = minimum
+
+    def _quantize(self, x: Tensor) -> Tensor:
+        minimum = self.minimum if self.shift == "static" else x.detach().min()
+        return super()._quantize(x - minimum + _EPSILON) + (minimum - _EPSILON)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, shift={self.shift!r}"

@@ -1,0 +1,80 @@
+"""Asymmetric uniform quantization."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from adfq.errors import AdfqError
+from adfq.quantizers.base import Quantizer, straight_through
+from adfq.ranges import RANGES, fake_quantize
+
+GRANULARITIES = ("tensor", "channel", "row", "patch")
+
+
+class UniformQuantizer(Quantizer):
+    """q = clamp(round(x/scale) + zero_point, 0, 2^bits - 1), x̂ = scale·(q - zero_point).
+
+    Args:
+        bits: 2 to 8.
+        granularity: what shares a scale and zero point: ``"tensor"`` all values; ``"channel"`` the values of one
+            index of the last dimension (an activation's channel); ``"row"`` those of one index of the first
+            dimension (a weight's output channel); ``"patch"`` those of one token position of a B×N×C or B×H×W×C
+            activation, over batch and channels.
+        range: how the range is found, `adfq.ranges`: ``"minmax"``, ``"percentile"`` or ``"mse"``.
+
+    Attributes:
+        scale: float32, as many dimensions as the calibration tensor (none for ``"tensor"``).
+        zero_point: float32, like `scale`; a whole number after calibration.
+
+    Raises:
+        AdfqError: for another granularity, range or bit-width; in `forward` with ``"patch"``, for another number
+            of tokens than in calibration.
+    """
+
+    zero_point: Tensor
+
+    def __init__(self, bits: int, granularity: str = "tensor", range: str = "minmax") -> None:
+        super().__init__(bits)
+        if granularity not in GRANULARITIES:
+            raise AdfqError(f"unknown granularity {granularity!r}; there are {', '.join(GRANULARITIES)}")
+        if range not in RANGES:
+            raise AdfqError(f"unknown range {range!r}; there are {', '.join(RANGES)}")
+        self.granularity = granularity
+        self.range = range
+        self.register_buffer("zero_point", torch.empty(0))
+
+    def _find_range(self, x: Tensor) -> None:
+        kept = self._kept_dimensions(x)
+        shape = [size if dim in kept else 1 for dim, size in enumerate(x.shape)] if kept else []
+        reduced = [dim for dim in dimensions_of(x) if dim not in kept]
+        groups = x.permute(*kept, *reduced).reshape(torch.Size(x.shape[dim] for dim in kept).numel(), -1)
+        scale, zero_point = RANGES[self.range](groups, self.levels)
+        self.scale, self.zero_point = scale.reshape(shape), zero_point.reshape(shape)
+
+    def _kept_dimensions(self, x: Tensor) -> list[int]:
+        if self.granularity != "tensor" and x.dim() < (3 if self.granularity == "patch" else 2):
+            raise AdfqError(f"granularity {self.granularity!r} does not fit a tensor of shape {tuple(x.shape)}")
+        dimensions = dimensions_of(x)
+        return {"tensor": [], "channel": dimensions[-1:], "row": dimensions[:1], "patch": dimensions[1:-1]}[
+            self.granularity
+        ]
+
+    def _quantize(self, x: Tensor) -> Tensor:
+        if self.granularity == "patch" and x.shape[1:-1] != self.scale.shape[1:-1]:
+            raise AdfqError(
+                f"calibrated for {tuple(self.scale.shape[1:-1])} token positions, got {tuple(x.shape[1:-1])}"
+            )
+        if not torch.is_grad_enabled():
+            return fake_quantize(x, self.scale, self.zero_point, self.levels)
+        ratio = x / self.scale
+        codes = (straight_through(ratio, ratio.round()) + self.zero_point).clamp(0, self.levels - 1)
+        return (codes - self.zero_point) * self.scale
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, granularity={self.granularity!r}, range={self.range!r}"
+
+
+def dimensions_of(x: Tensor) -> list[int]:
+    """The dimensions of `x`."""
+    return list(range(x.dim()))

@@ -1,0 +1,168 @@
+"""How a quantizer's range is found: min-max, percentile search, MSE search.
+
+All searches work on a matrix of values, one row per group (the whole tensor, a channel, a patch …), and give
+one scale and zero point per row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+PERCENTILES = (0.999, 0.9999, 0.99999)
+
+Range = tuple[Tensor, Tensor]
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, levels: int) -> Tensor:
+    """Rounds `x` to scale·(q - zero_point) with q in 0 … levels-1; no gradient. Arguments broadcast."""
+    codes = (x / scale).round_().add_(zero_point).clamp_(0, levels - 1)
+    return codes.sub_(zero_point).mul_(scale)
+
+
+def minmax_range(values: Tensor, levels: int) -> Range:
+    """The smallest range that holds every value.
+
+    Args:
+        values: G×n.
+        levels: number of codes, 2^bits.
+
+    Returns:
+        scale (G) and zero_point (G).
+    """
+    return _from_bounds(*torch.aminmax(values, dim=1), levels)
+
+
+def percentile_range(values: Tensor, levels: int) -> Range:
+    """The range between the percentiles p and 1-p, p of `PERCENTILES`, with the smallest mean squared error.
+
+    RepQ-ViT's search (released code), used by ADFQ-ViT outside its matrix products. Arguments and results as in
+    `minmax_range`.
+    """
+    uppers = quantiles(values, PERCENTILES, upper=True)
+    lowers = quantiles(values, tuple(1 - p for p in PERCENTILES), upper=False)
+    candidates = [_from_bounds(lower, upper, levels) for lower, upper in zip(lowers, uppers, strict=True)]
+    errors = [
+        fake_quantize(values, scale[:, None], zero_point[:, None], levels).sub_(values).square_().mean(1)
+        for scale, zero_point in candidates
+    ]
+    best = torch.stack(errors).argmin(0, keepdim=True)
+    scales, zero_points = (torch.stack(parts).gather(0, best)[0] for parts in zip(*candidates, strict=True))
+    return scales, zero_points
+
+
+def quantiles(values: Tensor, fractions: tuple[float, ...], upper: bool) -> Tensor:
+    """What torch.quantile gives, for tensors of any size: one partial selection serves all rows and fractions.
+
+    Args:
+        values: G×n.
+        fractions: each between 0 and 1; the closer to the end, the cheaper.
+        upper: whether the fractions lie near 1, or near 0.
+
+    Returns:
+        len(fractions)×G.
+    """
+    count = values.shape[1]
+    # Ranks in single precision as torch.quantile has them, in double where it gives up and the released code turns
+    # to NumPy: a rank that is off by 1e-3 moves a scale by 1e-5, and the codes flipped by that move everything after.
+    dtype = torch.float32 if count <= 2**24 else torch.float64
+    ranks = torch.tensor(fractions, dtype=dtype, device=values.device) * (count - 1)
+    below, above = ranks.long(), ranks.ceil().long()
+    weights = (ranks - below)[:, None].to(values.dtype)
+    if upper:
+        below, above = count - 1 - below, count - 1 - above
+    nearest = values.topk(int(torch.maximum(below, above).max()) + 1, dim=1, largest=upper).values.T
+    return torch.lerp(nearest[below], nearest[above], weights)
+
+
+def _from_bounds(lower: Tensor, upper: Tensor, levels: int) -> Range:
+    # A group of equal values has no extent: span it from 0, which represents it exactly.
+    constant = upper <= lower
+    lower = torch.where(constant, lower.clamp(max=0), lower)
+    upper = torch.where(constant, upper.clamp(min=0), upper)
+    scale = (upper - lower) / (levels - 1)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return scale, (-lower / scale).round()
+
+
+_WIDTHS = 100  # candidate widths: 1/100 … 100/100 of the full range
+_EXPONENT = 2.4
+_BINS = 2048
+_COARSE = 16  # zero points tried first; all of them at 4 bits and below
+_SHORTLIST = 8
+
+
+def mse_range(values: Tensor, levels: int) -> Range:
+    """The range with the smallest mean |x - x̂|^2.4 among 100 widths and all zero points.
+
+    ADFQ-ViT's search for the operands of its matrix products. Ranges include 0; data on one side of 0 has its
+    zero point at that end. The candidates are scored on a histogram (on the values themselves where they are
+    few), zero points coarse to fine, since shifting a range of given width costs clipping on one side and
+    saves it on the other; the shortlist is then scored on the values. Arguments and results as in
+    `minmax_range`.
+    """
+    found = [_mse_range_of_row(row, levels) for row in values]
+    return torch.stack([scale for scale, _ in found]), torch.stack([zero_point for _, zero_point in found])
+
+
+def _mse_range_of_row(values: Tensor, levels: int) -> Range:
+    lowest, highest = values.min().clamp(max=0), values.max().clamp(min=0)
+    if lowest == highest:  # all zero
+        return torch.ones_like(highest), torch.zeros_like(highest)
+    points, weights = _histogram(values)
+    widths = torch.arange(1, _WIDTHS + 1, device=values.device, dtype=values.dtype) / _WIDTHS
+    scales = (highest - lowest) * widths / (levels - 1)
+
+    stride = max(1, levels // _COARSE)
+    if lowest == 0:
+        zero_points = scales.new_zeros(1)
+    elif highest == 0:
+        zero_points = scales.new_full((1,), levels - 1)
+    else:
+        zero_points = torch.arange(0, levels, stride, device=values.device, dtype=values.dtype)
+    candidates = torch.cartesian_prod(scales, zero_points)
+    candidates = _best(candidates, points, weights, levels)
+    if stride > 1 and len(zero_points) > 1:
+        offsets = torch.arange(1 - stride, stride, device=values.device, dtype=values.dtype)
+        finer = candidates[:, None, :].repeat(1, len(offsets), 1)
+        finer[:, :, 1] = (finer[:, :, 1] + offsets).clamp_(0, levels - 1)
+        candidates = _best(finer.flatten(0, 1), points, weights, levels)
+    if len(points) < len(values):
+        errors = torch.stack(
+            [_weighted_error(values, None, candidate[None], levels)[0] for candidate in candidates.unique(dim=0)]
+        )
+        candidates = candidates.unique(dim=0)[errors.argmin()][None]
+    return candidates[0, 0], candidates[0, 1]
+
+
+def _histogram(values: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Bin means and counts; the values themselves and None where there are no more of them than bins."""
+    if len(values) <= _BINS:
+        return values, None
+    low, high = torch.aminmax(values)
+    bins = ((values - low) * (_BINS / (high - low))).long().clamp_(max=_BINS - 1)
+    counts = torch.bincount(bins, minlength=_BINS)
+    sums = torch.bincount(bins, weights=values.double(), minlength=_BINS)
+    filled = counts > 0
+    return (sums[filled] / counts[filled]).to(values.dtype), counts[filled].to(values.dtype)
+
+
+def _best(candidates: Tensor, points: Tensor, weights: Tensor | None, levels: int) -> Tensor:
+    """The best of C×2 candidates (scale, zero point), best first."""
+    errors = _weighted_error(points, weights, candidates, levels)
+    return candidates[errors.topk(min(_SHORTLIST, len(errors)), largest=False).indices]
+
+
+def _weighted_error(points: Tensor, weights: Tensor | None, candidates: Tensor, levels: int) -> Tensor:
+    scale, zero_point = candidates[:, :1], candidates[:, 1:]
+    error = fake_quantize(points, scale, zero_point, levels).sub_(points).abs_().pow_(_EXPONENT)
+    return error.mean(1) if weights is None else error @ weights / weights.sum()
+
+
+RANGES: dict[str, Callable[[Tensor, int], Range]] = {
+    "minmax": minmax_range,
+    "percentile": percentile_range,
+    "mse": mse_range,
+}

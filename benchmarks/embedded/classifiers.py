@@ -1,0 +1,102 @@
+"""The classification images and classifiers that ship with the project."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from benchmarks.embedded.scenes import CATEGORIES, draw_scene
+
+IMAGE_SIZE = 64
+SPLIT_SIZES: Mapping[str, int] = {"train": 24_000, "validation": 2_000}
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A timm architecture by name and keyword arguments, and the file in `WEIGHTS` that holds its weights."""
+
+    architecture: str
+    arguments: Mapping[str, Any]
+    weights: str
+
+    @property
+    def checkpoint(self) -> Path:
+        return WEIGHTS / self.weights
+
+    def create(self, checkpoint: Path | None = None) -> nn.Module:
+        """Builds the model through timm's factory, with the given weights or random ones."""
+        import timm
+
+        model: nn.Module = timm.create_model(
+            self.architecture, checkpoint_path=str(checkpoint or ""), **self.arguments
+        )
+        return model
+
+
+_COMMON = {"img_size": IMAGE_SIZE, "num_classes": len(CATEGORIES)}
+
+# Deep and narrow, as the real ones look from a quantizer's side: many layers for errors to add up in.
+CLASSIFIERS: Mapping[str, Classifier] = {
+    "embedded_vit": Classifier(
+        "vit_tiny_patch16_224",
+        {**_COMMON, "patch_size": 8, "embed_dim": 64, "depth": 12, "num_heads": 4, "mlp_ratio": 2},
+        "embedded_vit.safetensors",
+    ),
+    "embedded_swin": Classifier(
+        "swin_tiny_patch4_window7_224",
+        {**_COMMON, "patch_size": 4, "window_size": 4, "embed_dim": 32, "depths": (2, 2, 6), "num_heads": (2, 4, 8)},
+        "embedded_swin.safetensors",
+    ),
+}
+
+
+class SceneClassification(Dataset[tuple[Any, int]]):
+    """Scenes with one object each, as (image, category); images are drawn when asked for.
+
+    Args:
+        split: ``"train"`` or ``"validation"``.
+        transform: applied to the PIL image, as torchvision's data sets do.
+    """
+
+    def __init__(self, split: str, transform: Callable[[Image.Image], Any] | None = None) -> None:
+        self.split = split
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return SPLIT_SIZES[self.split]
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        scene = draw_scene((list(SPLIT_SIZES).index(self.split), index), size=IMAGE_SIZE)
+        image = Image.fromarray(scene.image)
+        return (self.transform(image) if self.transform else image), scene.objects[0].category
+
+
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """What never changes a category: turning and mirroring the picture, exchanging its colours, moving it.
+
+    Args:
+        images: N×3×H×W, H = W. The whole batch is transformed alike; batches differ.
+        generator: source of the randomness.
+    """
+
+    def draw(high: int) -> int:
+        return int(torch.randint(high, (1,), generator=generator))
+
+    images = images[:, torch.randperm(3, generator=generator)]
+    images = images.rot90(draw(4), (2, 3))
+    if draw(2):
+        images = images.flip(3)
+    reach = 4
+    padded = nn.functional.pad(images, (reach,) * 4, mode="reflect")
+    top, left = draw(2 * reach + 1), draw(2 * reach + 1)
+    return padded[:, :, top : top + IMAGE_SIZE, left : left + IMAGE_SIZE]
