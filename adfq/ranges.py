@@ -65,10 +65,9 @@ def quantiles(values: Tensor, fractions: tuple[float, ...], upper: bool) -> Tens
         len(fractions)×G.
     """
     count = values.shape[1]
-    # Ranks in single precision as torch.quantile has them, in double where it gives up and the released code turns
-    # to NumPy: a rank that is off by 1e-3 moves a scale by 1e-5, and the codes flipped by that move everything after.
-    dtype = torch.float32 if count <= 2**24 else torch.float64
-    ranks = torch.tensor(fractions, dtype=dtype, device=values.device) * (count - 1)
+    # Fractions in single precision, ranks in double, as torch.quantile has them: a scale that is off in its last digit
+    # flips codes, and one flipped code moves everything after it.
+    ranks = torch.tensor(fractions, dtype=torch.float32, device=values.device).double() * (count - 1)
     below, above = ranks.long(), ranks.ceil().long()
     weights = (ranks - below)[:, None].to(values.dtype)
     if upper:
