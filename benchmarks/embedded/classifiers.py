@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from benchmarks.embedded.scenes import CATEGORIES, draw_scene
 
 IMAGE_SIZE = 64
+DIFFICULTY = 0.5
 SPLIT_SIZES: Mapping[str, int] = {"train": 24_000, "validation": 2_000}
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -64,11 +65,15 @@ class SceneClassification(Dataset[tuple[Any, int]]):
     Args:
         split: ``"train"`` or ``"validation"``.
         transform: applied to the PIL image, as torchvision's data sets do.
+        difficulty: of the scenes, `draw_scene`.
     """
 
-    def __init__(self, split: str, transform: Callable[[Image.Image], Any] | None = None) -> None:
+    def __init__(
+        self, split: str, transform: Callable[[Image.Image], Any] | None = None, difficulty: float = DIFFICULTY
+    ) -> None:
         self.split = split
         self.transform = transform
+        self.difficulty = difficulty
 
     def __len__(self) -> int:
         return SPLIT_SIZES[self.split]
@@ -76,7 +81,8 @@ class SceneClassification(Dataset[tuple[Any, int]]):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        scene = draw_scene((list(SPLIT_SIZES).index(self.split), index), size=IMAGE_SIZE)
+        seed = (list(SPLIT_SIZES).index(self.split), index)
+        scene = draw_scene(seed, size=IMAGE_SIZE, difficulty=self.difficulty)
         image = Image.fromarray(scene.image)
         return (self.transform(image) if self.transform else image), scene.objects[0].category
 

@@ -114,7 +114,8 @@ def draw_scene(
     seed: int | Sequence[int],
     size: int = 64,
     max_objects: int = 1,
-    radius: tuple[float, float] = (0.26, 0.46),
+    radius: tuple[float, float] | None = None,
+    difficulty: float = 0.5,
 ) -> Scene:
     """Draws one scene.
 
@@ -122,7 +123,9 @@ def draw_scene(
         seed: names the scene; a sequence such as (data set, split, index) works too.
         size: height and width in pixels.
         max_objects: between one and so many objects are drawn; a single one stands near the centre.
-        radius: smallest and largest object radius as a fraction of `size`.
+        radius: smallest and largest object radius as a fraction of `size`; by default from 0.26 to 0.34, the smaller
+            the more difficult, to 0.46.
+        difficulty: 0 to 1, how faint textures, how many occluders, how strong blur and noise are at most.
     """
     rng = np.random.default_rng(seed)
     side = size * SUPERSAMPLING
@@ -132,24 +135,26 @@ def draw_scene(
     for _ in range(rng.integers(2, 6)):
         _paint(canvas, _bar(rng, xs, ys), rng.uniform(0.1, 0.7, 3), opacity=rng.uniform(0.2, 0.7))
 
+    smallest, largest = radius or (0.34 - 0.08 * difficulty, 0.46)
     count = int(rng.integers(1, max_objects + 1))
     spread = 0.1 if max_objects == 1 else 0.4
     categories: list[int] = []
     masks: list[NDArray[np.bool_]] = []
     for _ in range(count):
         category = int(rng.integers(len(CATEGORIES)))
-        mask = _paint_object(rng, canvas, xs, ys, category, rng.uniform(*radius), spread)
+        faintest = 0.5 + 0.25 * difficulty
+        mask = _paint_object(rng, canvas, xs, ys, category, rng.uniform(smallest, largest), spread, faintest)
         for farther in masks:
             farther &= ~mask
         categories.append(category)
         masks.append(mask)
-    for _ in range(rng.integers(0, 3)):
+    for _ in range(rng.integers(0, round(2 * difficulty) + 1)):
         bar = _bar(rng, xs, ys)
         _paint(canvas, bar, rng.random(3), opacity=1.0)
         for mask in masks:
             mask &= ~bar
 
-    image = _develop(rng, canvas, xs, ys)
+    image = _develop(rng, canvas, xs, ys, difficulty)
     visible = [_shrink(mask.astype(np.float32)) >= 0.5 for mask in masks]
     objects = tuple(
         SceneObject(category, mask) for category, mask in zip(categories, visible, strict=True) if mask.any()
@@ -184,7 +189,14 @@ def _paint(canvas: Array, where: NDArray[np.bool_], color: NDArray[np.float64], 
 
 
 def _paint_object(
-    rng: np.random.Generator, canvas: Array, xs: Array, ys: Array, category: int, radius: float, spread: float
+    rng: np.random.Generator,
+    canvas: Array,
+    xs: Array,
+    ys: Array,
+    category: int,
+    radius: float,
+    spread: float,
+    faintest: float,
 ) -> NDArray[np.bool_]:
     shape = list(SHAPES.values())[category // len(TEXTURES)]
     texture = list(TEXTURES.values())[category % len(TEXTURES)]
@@ -200,7 +212,7 @@ def _paint_object(
     # Objects are mostly brighter than what is behind them, and the second colour is a darker tint of the first.
     color = rng.uniform(0.45, 0.95, 3)
     _paint(canvas, mask, color, opacity=1.0)
-    _paint(canvas, mask & texture(u, v), color * rng.uniform(0.3, 0.75), opacity=1.0)
+    _paint(canvas, mask & texture(u, v), color * rng.uniform(0.3, faintest), opacity=1.0)
     return mask
 
 
@@ -210,12 +222,12 @@ def _shrink(values: Array) -> Array:
     return blocks.mean((1, 3), dtype=np.float32)
 
 
-def _develop(rng: np.random.Generator, canvas: Array, xs: Array, ys: Array) -> NDArray[np.uint8]:
+def _develop(rng: np.random.Generator, canvas: Array, xs: Array, ys: Array, difficulty: float) -> NDArray[np.uint8]:
     """Light falling from one side, a little blur, sensor noise."""
     angle, strength = rng.uniform(0, 2 * math.pi), rng.uniform(0, 0.5)
     light = 1 + strength * ((xs - 0.5) * math.cos(angle) + (ys - 0.5) * math.sin(angle)) * 2
     picture = _shrink(np.clip(canvas * light[..., None], 0, 1))
-    blurred = Image.fromarray((picture * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.9)))
-    grain = rng.uniform(2, 14) * rng.standard_normal(picture.shape, dtype=np.float32)
+    blurred = Image.fromarray((picture * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.9 * difficulty)))
+    grain = rng.uniform(2, 4 + 10 * difficulty) * rng.standard_normal(picture.shape, dtype=np.float32)
     noisy = np.asarray(blurred, np.float32) + grain
     return np.clip(noisy + 0.5, 0, 255).astype(np.uint8)
