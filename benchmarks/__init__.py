@@ -1,0 +1,1 @@
+"""Runners, tables and data that measure quantization methods."""

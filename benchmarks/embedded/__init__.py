@@ -1,0 +1,1 @@
+"""Data and models that ship with the project."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -22,11 +25,13 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 @dataclass(frozen=True)
 class Classifier:
-    """A timm architecture by name and keyword arguments, and the file in `WEIGHTS` that holds its weights."""
+    """A timm architecture by name and keyword arguments, the file in `WEIGHTS` that holds its weights, and the
+    preprocessing that they were trained with, in the terms of timm's `resolve_data_config`."""
 
     architecture: str
     arguments: Mapping[str, Any]
     weights: str
+    preprocessing: Mapping[str, Any]
 
     @property
     def checkpoint(self) -> Path:
@@ -42,6 +47,7 @@ class Classifier:
         return model
 
 
+_PREPROCESSING = {"mean": (0.5,), "std": (0.5,), "crop_pct": 1.0}
 _COMMON = {"img_size": IMAGE_SIZE, "num_classes": len(CATEGORIES)}
 
 # Deep and narrow, as the real ones look from a quantizer's side: many layers for errors to add up in.
@@ -50,11 +56,13 @@ CLASSIFIERS: Mapping[str, Classifier] = {
         "vit_tiny_patch16_224",
         {**_COMMON, "patch_size": 8, "embed_dim": 64, "depth": 12, "num_heads": 4, "mlp_ratio": 2},
         "embedded_vit.safetensors",
+        _PREPROCESSING,
     ),
     "embedded_swin": Classifier(
         "swin_tiny_patch4_window7_224",
         {**_COMMON, "patch_size": 4, "window_size": 4, "embed_dim": 32, "depths": (2, 2, 6), "num_heads": (2, 4, 8)},
         "embedded_swin.safetensors",
+        _PREPROCESSING,
     ),
 }
 
@@ -82,9 +90,15 @@ class SceneClassification(Dataset[tuple[Any, int]]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         seed = (list(SPLIT_SIZES).index(self.split), index)
-        scene = draw_scene(seed, size=IMAGE_SIZE, difficulty=self.difficulty)
-        image = Image.fromarray(scene.image)
-        return (self.transform(image) if self.transform else image), scene.objects[0].category
+        pixels, category = _draw(seed, self.difficulty)
+        image = Image.fromarray(pixels)
+        return (self.transform(image) if self.transform else image), category
+
+
+@lru_cache(maxsize=4096)  # every method is measured on the same pictures, and drawing costs more than a forward pass
+def _draw(seed: tuple[int, int], difficulty: float) -> tuple[NDArray[np.uint8], int]:
+    scene = draw_scene(seed, size=IMAGE_SIZE, difficulty=difficulty)
+    return scene.image, scene.objects[0].category
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:

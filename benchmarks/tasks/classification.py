@@ -1,0 +1,181 @@
+"""Image classification with timm: models, preprocessing and data come from its factories."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+from timm.data import create_transform, resolve_data_config
+from timm.models import load_checkpoint
+from timm.utils import accuracy
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm import tqdm
+
+from adfq.errors import AdfqError
+from benchmarks.cells import Cell
+from benchmarks.embedded.classifiers import CLASSIFIERS
+from benchmarks.tasks.data import EMBEDDED, CheckedDataset, open_split
+
+#: Modules of timm whose models have an adapter.
+TIMM_MODULES = ("vision_transformer", "swin_transformer")
+
+_MODES = {1: "L", 3: "RGB"}
+
+
+def model_names() -> list[str]:
+    """Embedded models, then timm's that can be quantized."""
+    return [*CLASSIFIERS, *(name for module in TIMM_MODULES for name in timm.list_models(module=module))]
+
+
+@dataclass(frozen=True)
+class Classification:
+    """A classifier in full precision with its train and evaluation split (`benchmarks.tasks.Subject`)."""
+
+    model: nn.Module
+    weights_digest: str
+    train: Dataset[tuple[Tensor, int]]
+    validation: Dataset[tuple[Tensor, int]]
+    workers: int
+
+    def calibration_images(self, count: int, seed: int) -> Tensor:
+        available = len(self.train)  # type: ignore[arg-type]
+        if count < 1:
+            raise AdfqError(f"at least one calibration image is needed, {count} were asked for")
+        if count > available:
+            raise AdfqError(f"{count} calibration images were asked for, the train split has {available}")
+        chosen = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:count].tolist()
+        return torch.stack([self.train[index][0] for index in chosen])
+
+    @torch.inference_mode()
+    def evaluate(self, model: nn.Module, device: torch.device, limit: int | None, batch_size: int) -> dict[str, float]:
+        """Top-1 and top-5 in percent.
+
+        Raises:
+            AdfqError: naming the layer, if logits are not finite; for images that cannot be read.
+        """
+        images = len(self.validation)  # type: ignore[arg-type]
+        count = images if limit is None else min(limit, images)
+        if count < 1:
+            raise AdfqError("there are no images to evaluate on")
+        loader = DataLoader(
+            Subset(self.validation, range(count)),
+            batch_size,
+            num_workers=self.workers,
+            pin_memory=device.type == "cuda",
+        )
+        model = model.to(device).eval()
+        hits1 = hits5 = 0.0
+        with tqdm(total=count, desc="evaluating", unit="image", delay=2, leave=False, disable=None) as progress:
+            for batch, labels in loader:
+                batch, labels = batch.to(device), labels.to(device)
+                logits = model(batch)
+                if not torch.isfinite(logits).all():
+                    raise AdfqError(f"{_first_non_finite(model, batch)}: the output is not finite")
+                top1, top5 = accuracy(logits, labels, topk=(1, min(5, logits.shape[1])))
+                hits1 += float(top1) * len(labels)
+                hits5 += float(top5) * len(labels)
+                progress.update(len(labels))
+        return {"top1": hits1 / count, "top5": hits5 / count, "images": count}
+
+
+def load_classification(cell: Cell) -> Classification:
+    """Loads a cell's model and data.
+
+    Raises:
+        AdfqError: for an unknown model or unusable arguments, a checkpoint that does not fit, unusable data.
+    """
+    model = _create_model(cell)
+    config = _data_config(cell, model)
+    transform = create_transform(**config, is_training=False)
+    channels = config["input_size"][0]
+    splits = [
+        CheckedDataset(open_split(cell.data, split, model.num_classes), _MODES[channels], transform)
+        for split in ("train", "validation")
+    ]
+    # Scenes are drawn once and kept, which only works within one process.
+    workers = 0 if cell.data == EMBEDDED else min(os.cpu_count() or 1, 8)
+    return Classification(model.eval(), _digest(model), splits[0], splits[1], workers)
+
+
+def _create_model(cell: Cell) -> Any:
+    arguments = dict(cell.model_arguments)
+    name, checkpoint = cell.model, cell.checkpoint
+    if cell.model in CLASSIFIERS:
+        shipped = CLASSIFIERS[cell.model]
+        name, arguments = shipped.architecture, {**shipped.arguments, **arguments}
+        checkpoint = checkpoint or str(shipped.checkpoint)
+    elif name.split(".")[0] not in timm.list_models():
+        close = difflib.get_close_matches(name, model_names(), n=3, cutoff=0.5)
+        hint = f"close to it are {', '.join(close)}; " if close else ""
+        raise AdfqError(f"unknown model {name!r}; {hint}'adfq list models' lists all")
+    if checkpoint and not os.path.isfile(checkpoint):
+        raise AdfqError(f"there is no checkpoint {checkpoint}")
+    try:
+        model = timm.create_model(name, pretrained=cell.pretrained and not checkpoint, **arguments)
+    except Exception as error:  # whatever the constructor or the hub raises
+        raise AdfqError(f"cannot create {name}: {_one_line(error)}") from None
+    if checkpoint:
+        layouts = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+        try:
+            load_checkpoint(model, checkpoint, filter_fn=layouts)
+        except Exception as error:  # a damaged file can raise anything
+            raise AdfqError(f"checkpoint {checkpoint} does not fit {name}: {_one_line(error)}") from None
+    elif not cell.pretrained:
+        tqdm.write(f"adfq: {name} has random weights (neither a checkpoint nor pretrained weights)", file=sys.stderr)
+    return model
+
+
+def _data_config(cell: Cell, model: Any) -> dict[str, Any]:
+    arguments = dict(cell.model_arguments)
+    if cell.model in CLASSIFIERS:
+        arguments = {**CLASSIFIERS[cell.model].arguments, **CLASSIFIERS[cell.model].preprocessing, **arguments}
+    known = {key: arguments[key] for key in ("in_chans", "img_size", "mean", "std", "crop_pct") if key in arguments}
+    try:
+        config: dict[str, Any] = resolve_data_config({**known, **dict(cell.preprocessing)}, model=model)
+    except AssertionError:
+        raise AdfqError("mean and std need one value, or one for each input channel") from None
+    channels = config["input_size"][0]
+    if channels not in _MODES:
+        raise AdfqError(f"images have 1 or 3 channels, the model has {channels}")
+    if not len(config["mean"]) == len(config["std"]) == channels:
+        raise AdfqError(f"the model's mean and std do not fit {channels} channels; give them")
+    return config
+
+
+def _digest(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _first_non_finite(model: nn.Module, batch: Tensor) -> str:
+    found: list[str] = []
+
+    def look(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and not found and not torch.isfinite(output).all():
+                found.append(name)
+
+        return hook
+
+    hooks = [module.register_forward_hook(look(name or "model")) for name, module in model.named_modules()]
+    try:
+        model(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else "model"
+
+
+def _one_line(error: Exception, length: int = 300) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= length else f"{text[:length]} …"

@@ -1,0 +1,107 @@
+"""Image classification data sets through timm, checked before they are trusted."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from timm.data import create_dataset
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from adfq.errors import AdfqError
+from benchmarks.embedded.classifiers import SceneClassification
+from benchmarks.embedded.scenes import CATEGORIES
+
+EMBEDDED = "embedded"
+
+_SPLIT_FOLDERS = {"train": ("train", "training"), "validation": ("validation", "val", "valid", "test", "eval")}
+
+
+class CheckedDataset(Dataset[tuple[Tensor, int]]):
+    """A map-style data set whose unreadable images are errors that name the file, instead of being passed over.
+
+    Args:
+        dataset: gives (PIL image, label).
+        mode: PIL mode that images are converted to, "RGB" or "L".
+        transform: PIL image to C×H×W.
+    """
+
+    def __init__(self, dataset: Any, mode: str, transform: Callable[[Image.Image], Tensor]) -> None:
+        self.dataset, self.mode, self.transform = dataset, mode, transform
+        if hasattr(dataset, "_max_retries"):
+            dataset._max_retries = 1  # timm would silently count the following image in a broken one's place
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        try:
+            image, label = self.dataset[index]
+            return self.transform(image.convert(self.mode)), int(label)
+        except (OSError, RuntimeError) as error:
+            filename = getattr(self.dataset, "filename", None)
+            name = filename(index, absolute=True) if filename else f"image {index}"
+            raise AdfqError(f"cannot read {name}: {error.__context__ or error}") from None
+
+
+def open_split(spec: str, split: str, classes: int) -> Any:
+    """Opens one split of a data set.
+
+    Args:
+        spec: ``embedded``; ``folder:ROOT``, class folders (or tars of them) under ROOT/train and ROOT/val; or any
+            other of timm's data set names with its root, ``torch/fashion_mnist:ROOT``.
+        split: ``"train"`` or ``"validation"``.
+        classes: how many classes the model tells apart.
+
+    Returns:
+        A map-style data set of (PIL image, label).
+
+    Raises:
+        AdfqError: for a spec that cannot be read, data that is not there, another layout, another number of classes.
+    """
+    if spec == EMBEDDED:
+        dataset: Any = SceneClassification(split)
+        _check_classes(spec, len(CATEGORIES), classes)
+        return dataset
+    name, colon, root = spec.partition(":")
+    if not colon or not root:
+        raise AdfqError(f"cannot read data {spec!r}; write embedded, folder:ROOT or torch/NAME:ROOT")
+    if not os.path.exists(root):
+        raise AdfqError(f"there is no {root}")
+    try:
+        if name == "folder":
+            dataset = create_dataset("", root=_find_split(Path(root), split), search_split=False)
+        else:
+            dataset = create_dataset(name, root=root, split=split, download=False)
+    except AdfqError:
+        raise
+    except Exception as error:  # readers of many libraries stand behind timm's names
+        raise AdfqError(f"cannot open the {split} split of {spec}: {' '.join(str(error).split())}") from None
+    if not hasattr(dataset, "__getitem__"):
+        raise AdfqError(f"{spec} can only be read in order; calibration needs random access")
+    reader = getattr(dataset, "reader", dataset)
+    found = getattr(reader, "class_to_idx", None) or getattr(dataset, "classes", None)
+    if found is not None:
+        _check_classes(spec, len(found), classes)
+    return dataset
+
+
+def _find_split(root: Path, split: str) -> str:
+    for folder in _SPLIT_FOLDERS[split]:
+        for path in (root / folder, root / f"{folder}.tar"):
+            if path.exists():
+                return str(path)
+    first = _SPLIT_FOLDERS[split][0]
+    raise AdfqError(
+        f"{root} has no {first} split; expected {root}/train/CLASS/IMAGE and {root}/val/CLASS/IMAGE, or train.tar and "
+        "val.tar with such folders"
+    )
+
+
+def _check_classes(spec: str, found: int, classes: int) -> None:
+    if found != classes:
+        raise AdfqError(f"{spec} has {found} classes, the model has {classes}")
