@@ -26,8 +26,8 @@ def gather_batches(calibration: Iterable[Any] | Tensor | None) -> Tensor:
     """
     if calibration is None:
         raise AdfqError("calibration images are needed: pass calibration=<tensor or iterable of batches>")
-    batches = [calibration] if isinstance(calibration, Tensor) else list(calibration)
-    images = [batch[0] if isinstance(batch, (tuple, list)) and batch else batch for batch in batches]
+    batches: list[Any] = [calibration] if isinstance(calibration, Tensor) else list(calibration)
+    images: list[Any] = [batch[0] if isinstance(batch, (tuple, list)) and batch else batch for batch in batches]
     for image in images:
         if not isinstance(image, Tensor) or image.dim() != 4:
             found = f"of shape {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +24,14 @@ class QuantWeightLayer(nn.Module, ABC):
     """
 
     weight: nn.Parameter
+    bias: nn.Parameter | None
     quantized_weight: Tensor | None
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, role: str) -> None:
         super().__init__()
         self.role = role
-        self.weight = layer.weight
-        self.bias = layer.bias
+        self.weight = cast(nn.Parameter, layer.weight)
+        self.bias = cast("nn.Parameter | None", layer.bias)
         self.input_quantizer: nn.Module = nn.Identity()
         self.weight_quantizer: nn.Module = nn.Identity()
         self.register_buffer("quantized_weight", None, persistent=False)

@@ -121,7 +121,9 @@ def quantize(
     images = gather_batches(calibration)
     network = adapt(copy.deepcopy(model).eval())
     if network.floating_point:
-        warnings.warn(f"no rule for these layers, left in full precision: {', '.join(network.floating_point)}", stacklevel=2)
+        warnings.warn(
+            f"no rule for these layers, left in full precision: {', '.join(network.floating_point)}", stacklevel=2
+        )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         _load(method)(network, images, bits, **options)

@@ -129,10 +129,9 @@ def _mse_range_of_row(values: Tensor, levels: int) -> Range:
         finer[:, :, 1] = (finer[:, :, 1] + offsets).clamp_(0, levels - 1)
         candidates = _best(finer.flatten(0, 1), points, weights, levels)
     if len(points) < len(values):
-        errors = torch.stack(
-            [_weighted_error(values, None, candidate[None], levels)[0] for candidate in candidates.unique(dim=0)]
-        )
-        candidates = candidates.unique(dim=0)[errors.argmin()][None]
+        # One at a time: the values may be many.
+        errors = [_weighted_error(values, None, candidate[None], levels)[0] for candidate in candidates]
+        candidates = candidates[torch.stack(errors).argmin()][None]
     return candidates[0, 0], candidates[0, 1]
 
 

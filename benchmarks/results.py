@@ -42,7 +42,9 @@ class ResultStore:
         except (ValueError, KeyError, TypeError):
             aside = path.with_suffix(".damaged")
             os.replace(path, aside)
-            tqdm.write(f"adfq: the record {path} is damaged; it is now {aside.name} and its cell runs again", file=sys.stderr)
+            tqdm.write(
+                f"adfq: the record {path} is damaged; it is now {aside.name} and its cell runs again", file=sys.stderr
+            )
             return None
         return record if config == cell.config and found == provenance else None
 

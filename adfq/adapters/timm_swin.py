@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock, WindowAttention
 from torch import Tensor, nn
 
@@ -22,7 +24,9 @@ class QuantWindowAttention(nn.Module):
         super().__init__()
         self.num_heads, self.scale = attention.num_heads, attention.scale
         self.relative_position_bias_table = attention.relative_position_bias_table
-        self.register_buffer("relative_position_index", attention.relative_position_index, persistent=False)
+        self.register_buffer(
+            "relative_position_index", cast(Tensor, attention.relative_position_index), persistent=False
+        )
         self.qkv = QuantLinear(attention.qkv, "qkv")
         self.scores = QuantMatMul(("query", "key"), transpose_right=True)
         self.attn_drop = attention.attn_drop
@@ -51,13 +55,18 @@ def adapt(model: nn.Module) -> Network:
     for name, module in list(model.named_modules()):
         if isinstance(module, PatchMerging):
             replace(model, f"{name}.reduction", "reduction")
-            norms[f"{name}.reduction"] = module.norm
+            _pair(norms, f"{name}.reduction", module.norm)
         elif isinstance(module, SwinTransformerBlock):
             model.set_submodule(f"{name}.attn", QuantWindowAttention(module.attn))
             replace(model, f"{name}.mlp.fc1", "fc1")
             replace(model, f"{name}.mlp.fc2", "fc2")
-            norms[f"{name}.attn.qkv"] = module.norm1
-            norms[f"{name}.mlp.fc1"] = module.norm2
+            _pair(norms, f"{name}.attn.qkv", module.norm1)
+            _pair(norms, f"{name}.mlp.fc1", module.norm2)
     if isinstance(model.get_submodule("head.fc"), nn.Linear):
         replace(model, "head.fc", "head")
     return Network(model, norms)
+
+
+def _pair(norms: dict[str, nn.LayerNorm], linear: str, norm: nn.Module) -> None:
+    if isinstance(norm, nn.LayerNorm):
+        norms[linear] = norm

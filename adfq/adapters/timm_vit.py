@@ -51,7 +51,9 @@ def adapt(model: nn.Module) -> Network:
     for index, block in enumerate(model.get_submodule("blocks").children()):
         name = f"blocks.{index}"
         if not any(isinstance(module, Attention) for module in block.modules()):
-            raise AdfqError(f"{name}: cannot quantize a {type(block).__name__}, whose attention is not timm's Attention")
+            raise AdfqError(
+                f"{name}: cannot quantize a {type(block).__name__}, whose attention is not timm's Attention"
+            )
         _adapt_block(model, name, norms)
     for head in ("head", "head_dist"):  # the second one is distilled DeiT's
         if isinstance(getattr(model, head, None), nn.Linear):
@@ -74,13 +76,19 @@ def _adapt_block(model: nn.Module, block_name: str, norms: dict[str, nn.LayerNor
             _pair(model, name, f"{name}.fc1", norms)
 
 
+#: Which child is the LayerNorm right before a sub-block: in timm's Block, and in the Sequentials of its
+#: ParallelThingsBlock. Post-norm blocks have none.
+_NORM_BEFORE = {
+    ("Block", "attn"): "norm1",
+    ("Block", "mlp"): "norm2",
+    ("Sequential", "attn"): "norm",
+    ("Sequential", "mlp"): "norm",
+}
+
+
 def _pair(model: nn.Module, name: str, linear: str, norms: dict[str, nn.LayerNorm]) -> None:
-    """Records the LayerNorm right before a sub-block: norm1 of attn and norm2 of mlp in timm's Block, norm of
-    either in its ParallelThingsBlock. Post-norm blocks have none."""
     parent_name, _, child = name.rpartition(".")
     parent = model.get_submodule(parent_name)
-    kind = type(parent).__name__
-    norm_name = {"Block": {"attn": "norm1", "mlp": "norm2"}, "Sequential": {"attn": "norm", "mlp": "norm"}}.get(kind, {})
-    norm = getattr(parent, norm_name.get(child, ""), None)
+    norm = getattr(parent, _NORM_BEFORE.get((type(parent).__name__, child), ""), None)
     if isinstance(norm, nn.LayerNorm):
         norms[linear] = norm

@@ -45,7 +45,9 @@ class LogQuantizer(Quantizer):
         # Percentiles of nearly empty tensors are 0: the largest value serves, or 1 where that is 0 as well.
         fallback = x.max() if x.max() > 0 else torch.ones_like(candidates[0])
         candidates = torch.where(candidates > 0, candidates, fallback)
-        errors = torch.stack([(self._levels_of((x / scale).clamp_(0, 1)) * scale - x).square_().mean() for scale in candidates])
+        errors = torch.stack(
+            [(self._levels_of((x / scale).clamp_(0, 1)) * scale - x).square_().mean() for scale in candidates]
+        )
         return candidates[errors.argmin()]
 
     def _quantize(self, x: Tensor) -> Tensor:

@@ -15,10 +15,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from benchmarks.embedded.scenes import CATEGORIES, draw_scene
+from benchmarks.embedded.scenes import CATEGORIES, TILT, draw_scene
 
 IMAGE_SIZE = 64
-DIFFICULTY = 0.5
 SPLIT_SIZES: Mapping[str, int] = {"train": 24_000, "validation": 2_000}
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -41,9 +40,7 @@ class Classifier:
         """Builds the model through timm's factory, with the given weights or random ones."""
         import timm
 
-        model: nn.Module = timm.create_model(
-            self.architecture, checkpoint_path=str(checkpoint or ""), **self.arguments
-        )
+        model: nn.Module = timm.create_model(self.architecture, checkpoint_path=str(checkpoint or ""), **self.arguments)
         return model
 
 
@@ -73,15 +70,13 @@ class SceneClassification(Dataset[tuple[Any, int]]):
     Args:
         split: ``"train"`` or ``"validation"``.
         transform: applied to the PIL image, as torchvision's data sets do.
-        difficulty: of the scenes, `draw_scene`.
+        tilt: of the objects, `draw_scene`.
     """
 
-    def __init__(
-        self, split: str, transform: Callable[[Image.Image], Any] | None = None, difficulty: float = DIFFICULTY
-    ) -> None:
+    def __init__(self, split: str, transform: Callable[[Image.Image], Any] | None = None, tilt: float = TILT) -> None:
         self.split = split
         self.transform = transform
-        self.difficulty = difficulty
+        self.tilt = tilt
 
     def __len__(self) -> int:
         return SPLIT_SIZES[self.split]
@@ -90,22 +85,22 @@ class SceneClassification(Dataset[tuple[Any, int]]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         seed = (list(SPLIT_SIZES).index(self.split), index)
-        pixels, category = _draw(seed, self.difficulty)
+        pixels, category = _draw(seed, self.tilt)
         image = Image.fromarray(pixels)
         return (self.transform(image) if self.transform else image), category
 
 
 @lru_cache(maxsize=4096)  # every method is measured on the same pictures, and drawing costs more than a forward pass
-def _draw(seed: tuple[int, int], difficulty: float) -> tuple[NDArray[np.uint8], int]:
-    scene = draw_scene(seed, size=IMAGE_SIZE, difficulty=difficulty)
+def _draw(seed: tuple[int, int], tilt: float) -> tuple[NDArray[np.uint8], int]:
+    scene = draw_scene(seed, size=IMAGE_SIZE, tilt=tilt)
     return scene.image, scene.objects[0].category
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """What never changes a category: turning and mirroring the picture, exchanging its colours, moving it.
+    """What never changes a category: mirroring the picture, exchanging its colours, moving it.
 
     Args:
-        images: N×3×H×W, H = W. The whole batch is transformed alike; batches differ.
+        images: N×3×H×W. The whole batch is transformed alike; batches differ.
         generator: source of the randomness.
     """
 
@@ -113,7 +108,6 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
         return int(torch.randint(high, (1,), generator=generator))
 
     images = images[:, torch.randperm(3, generator=generator)]
-    images = images.rot90(draw(4), (2, 3))
     if draw(2):
         images = images.flip(3)
     reach = 4

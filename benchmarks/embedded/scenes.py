@@ -18,6 +18,7 @@ from PIL import Image, ImageFilter
 
 Array = NDArray[np.float32]
 
+TILT = 0.35  # radians, 20°
 SUPERSAMPLING = 2  # scenes are drawn at twice their size and averaged down: smooth edges
 
 
@@ -63,7 +64,7 @@ def _stripes(u: Array, v: Array) -> NDArray[np.bool_]:
 
 
 def _checker(u: Array, v: Array) -> NDArray[np.bool_]:
-    return (u % 1 < 0.5) ^ (v % 1 < 0.5)
+    return np.not_equal(u % 1 < 0.5, v % 1 < 0.5)
 
 
 def _dots(u: Array, v: Array) -> NDArray[np.bool_]:
@@ -114,8 +115,8 @@ def draw_scene(
     seed: int | Sequence[int],
     size: int = 64,
     max_objects: int = 1,
-    radius: tuple[float, float] | None = None,
-    difficulty: float = 0.5,
+    radius: tuple[float, float] = (0.26, 0.46),
+    tilt: float = TILT,
 ) -> Scene:
     """Draws one scene.
 
@@ -123,9 +124,8 @@ def draw_scene(
         seed: names the scene; a sequence such as (data set, split, index) works too.
         size: height and width in pixels.
         max_objects: between one and so many objects are drawn; a single one stands near the centre.
-        radius: smallest and largest object radius as a fraction of `size`; by default from 0.26 to 0.34, the smaller
-            the more difficult, to 0.46.
-        difficulty: 0 to 1, how faint textures, how many occluders, how strong blur and noise are at most.
+        radius: smallest and largest object radius as a fraction of `size`.
+        tilt: by how much objects are turned at most, in radians.
     """
     rng = np.random.default_rng(seed)
     side = size * SUPERSAMPLING
@@ -135,26 +135,24 @@ def draw_scene(
     for _ in range(rng.integers(2, 6)):
         _paint(canvas, _bar(rng, xs, ys), rng.uniform(0.1, 0.7, 3), opacity=rng.uniform(0.2, 0.7))
 
-    smallest, largest = radius or (0.34 - 0.08 * difficulty, 0.46)
     count = int(rng.integers(1, max_objects + 1))
     spread = 0.1 if max_objects == 1 else 0.4
     categories: list[int] = []
     masks: list[NDArray[np.bool_]] = []
     for _ in range(count):
         category = int(rng.integers(len(CATEGORIES)))
-        faintest = 0.5 + 0.25 * difficulty
-        mask = _paint_object(rng, canvas, xs, ys, category, rng.uniform(smallest, largest), spread, faintest)
+        mask = _paint_object(rng, canvas, xs, ys, category, rng.uniform(*radius), spread, tilt)
         for farther in masks:
             farther &= ~mask
         categories.append(category)
         masks.append(mask)
-    for _ in range(rng.integers(0, round(2 * difficulty) + 1)):
+    for _ in range(rng.integers(0, 3)):
         bar = _bar(rng, xs, ys)
         _paint(canvas, bar, rng.random(3), opacity=1.0)
         for mask in masks:
             mask &= ~bar
 
-    image = _develop(rng, canvas, xs, ys, difficulty)
+    image = _develop(rng, canvas, xs, ys)
     visible = [_shrink(mask.astype(np.float32)) >= 0.5 for mask in masks]
     objects = tuple(
         SceneObject(category, mask) for category, mask in zip(categories, visible, strict=True) if mask.any()
@@ -196,12 +194,12 @@ def _paint_object(
     category: int,
     radius: float,
     spread: float,
-    faintest: float,
+    tilt: float,
 ) -> NDArray[np.bool_]:
     shape = list(SHAPES.values())[category // len(TEXTURES)]
     texture = list(TEXTURES.values())[category % len(TEXTURES)]
     x, y = 0.5 + rng.uniform(-spread, spread), 0.5 + rng.uniform(-spread, spread)
-    angle, aspect = rng.uniform(0, 2 * math.pi), rng.uniform(0.8, 1.25)
+    angle, aspect = rng.uniform(-tilt, tilt), rng.uniform(0.8, 1.25)
     along = ((xs - x) * math.cos(angle) + (ys - y) * math.sin(angle)) / (radius * aspect**0.5)
     across = ((ys - y) * math.cos(angle) - (xs - x) * math.sin(angle)) / (radius / aspect**0.5)
     mask = shape(along, across)
@@ -212,22 +210,23 @@ def _paint_object(
     # Objects are mostly brighter than what is behind them, and the second colour is a darker tint of the first.
     color = rng.uniform(0.45, 0.95, 3)
     _paint(canvas, mask, color, opacity=1.0)
-    _paint(canvas, mask & texture(u, v), color * rng.uniform(0.3, faintest), opacity=1.0)
+    _paint(canvas, mask & texture(u, v), color * rng.uniform(0.3, 0.75), opacity=1.0)
     return mask
 
 
 def _shrink(values: Array) -> Array:
     side = values.shape[0] // SUPERSAMPLING
     blocks = values.reshape(side, SUPERSAMPLING, side, SUPERSAMPLING, *values.shape[2:])
-    return blocks.mean((1, 3), dtype=np.float32)
+    means: Array = blocks.mean((1, 3), dtype=np.float32)
+    return means
 
 
-def _develop(rng: np.random.Generator, canvas: Array, xs: Array, ys: Array, difficulty: float) -> NDArray[np.uint8]:
+def _develop(rng: np.random.Generator, canvas: Array, xs: Array, ys: Array) -> NDArray[np.uint8]:
     """Light falling from one side, a little blur, sensor noise."""
     angle, strength = rng.uniform(0, 2 * math.pi), rng.uniform(0, 0.5)
     light = 1 + strength * ((xs - 0.5) * math.cos(angle) + (ys - 0.5) * math.sin(angle)) * 2
     picture = _shrink(np.clip(canvas * light[..., None], 0, 1))
-    blurred = Image.fromarray((picture * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.9 * difficulty)))
-    grain = rng.uniform(2, 4 + 10 * difficulty) * rng.standard_normal(picture.shape, dtype=np.float32)
+    blurred = Image.fromarray((picture * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.9)))
+    grain = rng.uniform(2, 14) * rng.standard_normal(picture.shape, dtype=np.float32)
     noisy = np.asarray(blurred, np.float32) + grain
     return np.clip(noisy + 0.5, 0, 255).astype(np.uint8)

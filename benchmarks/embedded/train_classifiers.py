@@ -19,12 +19,13 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-from benchmarks.embedded.classifiers import CLASSIFIERS, DIFFICULTY, SceneClassification, augment
+from benchmarks.embedded.classifiers import CLASSIFIERS, SceneClassification, augment
+from benchmarks.embedded.scenes import TILT
 
 
-def load_split(split: str, difficulty: float, workers: int) -> tuple[Tensor, Tensor]:
+def load_split(split: str, tilt: float, workers: int) -> tuple[Tensor, Tensor]:
     """Draws a whole split: images N×3×H×W uint8 and labels N."""
-    loader = DataLoader(SceneClassification(split, pil_to_tensor, difficulty), batch_size=100, num_workers=workers)
+    loader = DataLoader(SceneClassification(split, pil_to_tensor, tilt), batch_size=100, num_workers=workers)
     batches = list(tqdm(loader, desc=f"drawing {split}", disable=None))
     return torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
 
@@ -50,7 +51,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--weight-decay", type=float, default=0.05)
-    parser.add_argument("--difficulty", type=float, default=DIFFICULTY, help="of the training scenes")
+    parser.add_argument("--tilt", type=float, default=TILT, help="of the objects in the training scenes, radians")
     parser.add_argument("--init", type=Path, help="weights to go on from")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--bfloat16", action="store_true", help="autocast; on a CPU faster for Swin, slower for ViT")
@@ -62,8 +63,8 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     generator = torch.Generator().manual_seed(arguments.seed)
     device = torch.device(arguments.device)
-    images, labels = (tensor.to(device) for tensor in load_split("train", arguments.difficulty, arguments.workers))
-    test_images, test_labels = (tensor.to(device) for tensor in load_split("validation", DIFFICULTY, arguments.workers))
+    images, labels = (tensor.to(device) for tensor in load_split("train", arguments.tilt, arguments.workers))
+    test_images, test_labels = (tensor.to(device) for tensor in load_split("validation", TILT, arguments.workers))
 
     classifier = CLASSIFIERS[arguments.model]
     model = classifier.create(arguments.init).to(device)

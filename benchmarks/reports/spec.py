@@ -21,7 +21,6 @@ else:
     import tomli as tomllib
 
 
-
 def _find_tables() -> Path:
     # tables/ of the repository is installed as this package. importlib.resources cannot read one that has no
     # Python file from an editable installation.

@@ -67,13 +67,17 @@ def render(table: Table, frame: pd.DataFrame, style: str) -> str:
 def _wide(table: Table, frame: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for (method, bits), group in frame.groupby(["method", "bits"], sort=False):
-        by_model = {row["model"]: row for row in group.to_dict("records")}
+        by_model = {row["model"]: row for row in _rows(group)}
         cells = {
             model.label: _cell(table, frame, by_model[model.key]) if model.key in by_model else ""
             for model in table.models
         }
-        rows.append({"Method": METHOD_LABELS.get(method, method), "W/A": bits, **cells})
+        rows.append({"Method": METHOD_LABELS.get(str(method), str(method)), "W/A": bits, **cells})
     return pd.DataFrame(rows)
+
+
+def _rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{str(name): value for name, value in row.items()} for row in frame.to_dict("records")]
 
 
 def _cell(table: Table, frame: pd.DataFrame, row: Mapping[str, Any]) -> str:
@@ -108,7 +112,7 @@ def _notes(table: Table, frame: pd.DataFrame) -> list[str]:
     notes[0] += "."
     if table.published and not frame.loc[frame["published"].notna(), "verified"].all():
         notes.append("† Quoted from the literature without a source at hand.")
-    if not all(_counts(table, frame, row) for row in frame.to_dict("records")):
+    if not all(_counts(table, frame, row) for row in _rows(frame)):
         notes.append(
             f"‡ Does not count: full precision of this model is missing or differs from the published number by more "
             f"than {table.full_precision_tolerance} points."

@@ -1,0 +1,189 @@
+"""Calibration data in, ranges out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from adfq import AdfqError
+from adfq.adapters import adapt
+from adfq.calibration import calibrate_activations, gather_batches, quantize_weights
+from adfq.quantizers import UniformQuantizer
+from adfq.sites import Network, Recipe
+
+MakeModel = Callable[..., nn.Module]
+MakeImages = Callable[..., Tensor]
+
+
+def ready(model: nn.Module, activations: bool = True) -> Network:
+    network = adapt(model)
+    network.attach(Recipe(lambda: UniformQuantizer(4) if activations else None, lambda: UniformQuantizer(4, "row")))
+    return network
+
+
+# --- batches --------------------------------------------------------------------------------------------------------
+
+
+def as_loader(images: Tensor) -> Any:
+    return DataLoader(TensorDataset(images, torch.arange(len(images))), batch_size=3)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda images: images,
+        lambda images: [images[:2], images[2:]],
+        lambda images: (batch for batch in images.split(3)),
+        as_loader,
+        lambda images: DataLoader(TensorDataset(images), batch_size=2),
+        lambda images: [(images[:5], None), [images[5:], torch.zeros(2)]],
+        lambda images: [images[:0], images],
+    ],
+    ids=["tensor", "list", "generator", "loader with labels", "loader without labels", "tuples", "an empty batch"],
+)
+def test_batches_of_every_kind_come_together_in_order(wrap: Callable[[Tensor], Any], make_images: MakeImages) -> None:
+    images = make_images(7)
+    assert torch.equal(gather_batches(wrap(images)), images)
+
+
+@pytest.mark.parametrize(
+    ("batches", "says"),
+    [
+        (None, "calibration images are needed"),
+        ([], "no calibration images"),
+        (torch.zeros(0, 3, 8, 8), "no calibration images"),
+        ([torch.zeros(0, 3, 8, 8)], "no calibration images"),
+        ([torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 9, 8)], "one size"),
+        ([torch.zeros(2, 3, 8, 8), torch.zeros(2, 1, 8, 8)], "one size"),
+        (torch.zeros(3, 8, 8), r"shape \(3, 8, 8\)"),
+        ([torch.zeros(2, 3, 8, 8), torch.zeros(2)], r"shape \(2,\)"),
+        ((torch.zeros(2, 3, 8, 8), torch.zeros(2)), r"shape \(2,\)"),
+        ([{"image": torch.zeros(2, 3, 8, 8)}], "dict"),
+        (["images"], "str"),
+        ([()], "tuple"),
+    ],
+)
+def test_batches_that_are_of_no_use(batches: Any, says: str) -> None:
+    with pytest.raises(AdfqError, match=says):
+        gather_batches(batches)
+
+
+# --- activations ----------------------------------------------------------------------------------------------------
+
+
+def test_every_quantizer_is_calibrated(make_vit: MakeModel, make_images: MakeImages) -> None:
+    network = ready(make_vit())
+    calibrate_activations(network, make_images())
+    assert all(quantizer.is_calibrated for _, _, quantizer in network.activation_quantizers())
+    assert torch.isfinite(network.model(make_images(seed=2))).all()
+
+
+def test_a_quantizer_sees_what_the_quantized_layers_before_it_computed(
+    make_vit: MakeModel, make_images: MakeImages
+) -> None:
+    images = make_images()
+    network = ready(make_vit())
+    quantize_weights(network)
+    calibrate_activations(network, images)
+    seen: dict[str, Tensor] = {}
+
+    def look(name: str) -> Callable[..., None]:
+        return lambda module, inputs: seen.update({name: inputs[0]})
+
+    for name, _, quantizer in network.activation_quantizers():
+        quantizer.register_forward_pre_hook(look(name))
+    network.model(images)
+    assert len(seen) == 18
+    for name, _, quantizer in network.activation_quantizers():
+        again = UniformQuantizer(4).calibrate(seen[name])
+        assert torch.equal(again.scale, quantizer.scale), name
+
+
+def test_calibration_goes_through_the_model_once(make_vit: MakeModel, make_images: MakeImages) -> None:
+    network = ready(make_vit())
+    passes: list[int] = []
+    network.model.register_forward_pre_hook(lambda module, inputs: passes.append(len(inputs[0])))
+    calibrate_activations(network, make_images(4))
+    assert passes == [4]
+
+
+def test_calibration_leaves_no_hooks_and_no_graph(make_vit: MakeModel, make_images: MakeImages) -> None:
+    network = ready(make_vit())
+    calibrate_activations(network, make_images())
+    scales = [quantizer.scale.clone() for _, _, quantizer in network.activation_quantizers()]
+    network.model(10 * make_images(seed=2))  # would calibrate again
+    for (_, _, quantizer), scale in zip(network.activation_quantizers(), scales, strict=True):
+        assert torch.equal(quantizer.scale, scale)
+        assert not quantizer.scale.requires_grad
+
+
+def test_a_failed_calibration_leaves_no_hooks(make_vit: MakeModel, make_images: MakeImages) -> None:
+    network, images = ready(make_vit()), make_images()
+    images[0, 0, 0, 0] = float("nan")
+    with pytest.raises(AdfqError):
+        calibrate_activations(network, images)
+    with pytest.raises(RuntimeError, match="before it is calibrated"):
+        network.model(make_images())
+
+
+def test_images_go_to_the_models_dtype(make_vit: MakeModel, make_images: MakeImages) -> None:
+    network = ready(make_vit().bfloat16())
+    calibrate_activations(network, make_images())
+    assert network.model(make_images().bfloat16()).dtype == torch.bfloat16
+
+
+def test_an_image_that_is_not_finite_is_named(make_vit: MakeModel, make_images: MakeImages) -> None:
+    images = make_images()
+    images[2, 1, 5, 5] = float("inf")
+    with pytest.raises(AdfqError, match=r"^patch_embed\.proj\.input_quantizer: .*not finite"):
+        calibrate_activations(ready(make_vit()), images)
+
+
+def test_activations_that_are_not_finite_name_their_site(make_vit: MakeModel, make_images: MakeImages) -> None:
+    network = ready(make_vit())
+    network.model.get_submodule("blocks.1.norm2").weight.data[3] = float("nan")
+    with pytest.raises(AdfqError, match=r"^blocks\.1\.mlp\.fc1\.input_quantizer: .*not finite"):
+        calibrate_activations(network, make_images())
+
+
+def test_operands_that_are_not_finite_name_their_site(make_vit: MakeModel, make_images: MakeImages) -> None:
+    network = ready(make_vit(qk_norm=True))
+    network.model.get_submodule("blocks.0.attn.k_norm").weight.data[3] = float("inf")
+    with pytest.raises(AdfqError, match=r"^blocks\.0\.attn\.scores\.right_quantizer: .*not finite"):
+        calibrate_activations(network, make_images())
+
+
+@pytest.mark.parametrize("name", ["patch_embed.proj", "blocks.1.attn.qkv", "head"])
+def test_weights_that_are_not_finite_name_their_layer(make_vit: MakeModel, name: str) -> None:
+    model = make_vit()
+    model.get_submodule(name).weight.data[0, 0] = float("nan")
+    with pytest.raises(AdfqError, match=rf"^{name}\.weight: .*not finite"):
+        quantize_weights(ready(model))
+
+
+class HeadlessVisionTransformer(VisionTransformer):
+    """Has a head, and does not use it."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        return self.forward_features(x)
+
+
+def test_a_layer_that_the_model_does_not_use_is_named(make_vit: MakeModel, make_images: MakeImages) -> None:
+    with pytest.raises(AdfqError, match=r"^head\.input_quantizer saw no calibration data"):
+        calibrate_activations(ready(make_vit(HeadlessVisionTransformer)), make_images())
+
+
+def test_weights_alone_can_be_quantized(make_vit: MakeModel, make_images: MakeImages) -> None:
+    model, images = make_vit(), make_images()
+    plain = model(images)
+    network = ready(model, activations=False)
+    quantize_weights(network)
+    calibrate_activations(network, images)
+    assert all(layer.quantized_weight is not None for _, layer in network.weight_layers())
+    assert not torch.allclose(network.model(images), plain, rtol=1e-2)

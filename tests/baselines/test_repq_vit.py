@@ -1,0 +1,211 @@
+"""RepQ-ViT against its released code, and what its reparameterization must not change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from timm.layers import Attention
+from timm.models.vision_transformer import ParallelThingsBlock, ResPostBlock
+from torch import Tensor, nn
+
+from adfq import quantize
+from adfq.adapters import adapt
+from adfq.layers import QuantLinear
+from adfq.methods import Bits
+from adfq.quantizers import LogQuantizer, UniformQuantizer
+from adfq.sites import POST_NORM_ROLES, Network, Recipe
+from baselines.repq_vit import reparameterize, repq_vit
+
+MakeModel = Callable[..., nn.Module]
+MakeImages = Callable[..., Tensor]
+
+
+class GatedAttention(Attention):
+    """timm's Attention with its gate, which reads the norm's output as well."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **(kwargs | {"gated": True}))
+
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ViT": ("vit", {}),
+    "ViT, no biases": ("vit", {"qkv_bias": False, "proj_bias": False}),
+    "ViT, qk norm and registers": ("vit", {"qk_norm": True, "reg_tokens": 2, "init_values": 0.5}),
+    "ViT, parallel blocks": ("vit", {"block_fn": ParallelThingsBlock}),
+    "ViT, post-norm": ("vit", {"block_fn": ResPostBlock}),
+    "ViT, gated attention": ("vit", {"attn_layer": GatedAttention}),
+    "Swin": ("swin", {}),
+    "Swin, windows that do not divide the map": ("swin", {"img_size": 40, "window_size": 8}),
+    "Swin, odd maps": ("swin", {"img_size": 36, "window_size": 7}),
+}
+every_model = pytest.mark.parametrize("which", MODELS)
+
+
+@pytest.fixture
+def make(
+    make_vit: MakeModel, make_swin: MakeModel, make_images: MakeImages
+) -> Callable[[str], tuple[nn.Module, Tensor]]:
+    def build(which: str) -> tuple[nn.Module, Tensor]:
+        family, options = MODELS[which]
+        model = (make_vit if family == "vit" else make_swin)(**options)
+        return model, make_images(8, size=options.get("img_size", 32))
+
+    return build
+
+
+def in_full_precision(network: Network) -> nn.Module:
+    """The model with its parameters as they are now and no quantizers."""
+    network.attach(Recipe(activation=lambda: None, weight=lambda: None))
+    for _, layer in network.weight_layers():
+        layer.quantized_weight = None
+    return network.model
+
+
+@every_model
+@torch.no_grad()
+def test_reparameterization_leaves_the_full_precision_function_as_it_was(
+    which: str, make: Callable[[str], tuple[nn.Module, Tensor]]
+) -> None:
+    model, images = make(which)
+    expected = model(images)
+    network = adapt(model)
+    repq_vit(network, images, Bits(4, 4))
+    # Sums of other summands: the tolerance is that of single precision on logits of size 1.
+    torch.testing.assert_close(in_full_precision(network)(images), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_reparameterization_of_one_pair(bias: bool) -> None:
+    norm, linear, x = nn.LayerNorm(12), nn.Linear(12, 7, bias=bias), torch.randn(20, 12)
+    norm.weight.copy_(torch.randn(12).exp())
+    norm.bias.copy_(torch.randn(12))
+    expected = linear(norm(x))
+
+    layer = QuantLinear(linear, "qkv")
+    per_channel = UniformQuantizer(4, "channel").calibrate(norm(x))
+    layer.input_quantizer = per_channel
+    reparameterize(norm, layer)
+    per_tensor = layer.input_quantizer
+    assert isinstance(per_tensor, UniformQuantizer)
+    assert (per_tensor.granularity, per_tensor.scale.shape, per_tensor.bits) == ("tensor", (), 4)
+    torch.testing.assert_close(per_tensor.scale, per_channel.scale.mean())
+    torch.testing.assert_close(per_tensor.zero_point, per_channel.zero_point.mean())
+
+    layer.input_quantizer = nn.Identity()
+    torch.testing.assert_close(layer(norm(x)), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_reparameterized_quantizer_does_the_per_channel_ones_work() -> None:
+    """Channels of any size end up in the range of the one scale."""
+    norm, x = nn.LayerNorm(16), torch.randn(500, 16)
+    norm.weight.copy_(torch.logspace(-2, 2, 16))
+    norm.bias.copy_(torch.linspace(-3, 3, 16))
+
+    layer = QuantLinear(nn.Linear(16, 4), "fc1")
+    expected = layer(norm(x))
+    layer.input_quantizer = UniformQuantizer(8).calibrate(norm(x))
+    plain = layer(norm(x))
+    layer.input_quantizer = UniformQuantizer(8, "channel").calibrate(norm(x))
+    per_channel = layer(norm(x))
+    reparameterize(norm, layer)
+    error = (layer(norm(x)) - expected).norm()
+    assert error <= 2 * (per_channel - expected).norm()
+    assert error < 0.2 * (plain - expected).norm()
+
+
+@every_model
+def test_post_layernorm_quantizers_become_per_tensor(
+    which: str, make: Callable[[str], tuple[nn.Module, Tensor]]
+) -> None:
+    model, images = make(which)
+    network = adapt(model)
+    repq_vit(network, images, Bits(4, 4))
+    for name, role, quantizer in network.activation_quantizers():
+        if role == "probs":
+            assert type(quantizer) is LogQuantizer
+        else:
+            assert type(quantizer) is UniformQuantizer
+            assert (quantizer.granularity, quantizer.range) == ("tensor", "percentile"), name
+            assert quantizer.scale.shape == quantizer.zero_point.shape == ()
+        assert quantizer.bits == (8 if role == "patch_embed" else 4), name
+
+
+@torch.no_grad()
+def test_every_pair_is_reparameterized_and_nothing_else(make_swin: MakeModel, make_images: MakeImages) -> None:
+    network = adapt(make_swin())
+    norms = {name: norm.weight.clone() for name, norm in network.norms.items()}
+    weights = {name: layer.weight.clone() for name, layer in network.weight_layers()}
+    repq_vit(network, make_images(), Bits(4, 4))
+    changed = {name for name, layer in network.weight_layers() if not torch.equal(layer.weight, weights[name])}
+    assert changed == set(norms) == {n for n, layer in network.weight_layers() if layer.role in POST_NORM_ROLES}
+    assert all(not torch.equal(norm.weight, norms[name]) for name, norm in network.norms.items())
+
+
+@torch.no_grad()
+def test_weights_are_quantized_anew_after_reparameterization(make_vit: MakeModel, make_images: MakeImages) -> None:
+    network = adapt(make_vit())
+    repq_vit(network, make_images(), Bits(4, 4))
+    for name, layer in network.weight_layers():
+        expected = UniformQuantizer(4, "row", "percentile").calibrate(layer.weight)
+        assert torch.equal(layer.weight_quantizer.scale, expected.scale), name
+        assert torch.equal(layer.quantized_weight, expected(layer.weight)), name
+
+
+@pytest.mark.parametrize(
+    "norm_layer",
+    [partial(nn.LayerNorm, bias=False), partial(nn.LayerNorm, elementwise_affine=False)],
+    ids=["no bias", "no parameters"],
+)
+@torch.no_grad()
+def test_a_layernorm_without_bias_stays_per_tensor(
+    norm_layer: Callable[..., nn.Module], make_vit: MakeModel, make_images: MakeImages
+) -> None:
+    model, images = make_vit(norm_layer=norm_layer), make_images(8)
+    expected = model(images)
+    network = adapt(model)
+    weights = {name: layer.weight.clone() for name, layer in network.weight_layers()}
+    repq_vit(network, images, Bits(8, 8))
+    for name, _, quantizer in network.activation_quantizers():
+        assert quantizer.scale.shape == (), name
+    assert all(torch.equal(layer.weight, weights[name]) for name, layer in network.weight_layers())
+    assert (network.model(images) - expected).norm() < 0.2 * expected.norm()
+
+
+@torch.no_grad()
+def test_it_beats_plain_quantization_where_channels_differ(make_vit: MakeModel, make_images: MakeImages) -> None:
+    model, images = make_vit(), make_images(16)
+    for block in model.get_submodule("blocks"):
+        for norm, linear in ((block.norm1, block.attn.qkv), (block.norm2, block.mlp.fc1)):
+            factor = torch.logspace(-1.5, 1.5, 48)[torch.randperm(48)]
+            for parameter in (norm.weight, norm.bias):
+                parameter.mul_(factor)
+            linear.weight.div_(factor)
+    expected = model(images)
+    ours, plain = (
+        float((quantize(model, method, 4, 4, images)(images) - expected).norm() / expected.norm())
+        for method in ("repq_vit", "base_ptq")
+    )
+    assert ours < 0.7 * plain
+
+
+@pytest.mark.parametrize("bits", [4, 6])
+@pytest.mark.parametrize("family", ["vit", "swin"])
+@torch.no_grad()
+def test_golden_repq_vit(
+    family: str, bits: int, make_vit: MakeModel, make_swin: MakeModel, load_golden: Callable[[str], dict[str, Tensor]]
+) -> None:
+    vectors = load_golden(f"repq_e2e_{family}_21.npz")
+    model = make_vit() if family == "vit" else make_swin()
+    model.load_state_dict({key.removeprefix("state/"): v for key, v in vectors.items() if key.startswith("state/")})
+    torch.testing.assert_close(model(vectors["test"]), vectors["fp_logits"], rtol=1e-4, atol=1e-4)
+    logits = quantize(model, "repq_vit", bits, bits, vectors["calib"])(vectors["test"])
+    expected = vectors[f"logits_w{bits}a{bits}"]
+    assert (logits - expected).norm() <= 2e-2 * expected.norm()
+    # And nearer by far than quantization moved them.
+    assert (logits - expected).norm() < 0.5 * (expected - vectors["fp_logits"]).norm()
