@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--mean", type=_floats, metavar="M,M,M")
     run.add_argument("--std", type=_floats, metavar="S,S,S")
     run.add_argument("--crop-pct", type=float)
-    run.add_argument("--interpolation")
+    run.add_argument("--interpolation", choices=["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"])
     run.add_argument("--json", action="store_true", help="one JSON object on the last line of stdout")
     _add_common(run)
     run.set_defaults(calibration_size=32)

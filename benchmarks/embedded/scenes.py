@@ -68,7 +68,8 @@ def _checker(u: Array, v: Array) -> NDArray[np.bool_]:
 
 
 def _dots(u: Array, v: Array) -> NDArray[np.bool_]:
-    return np.hypot(u % 1 - 0.5, v % 1 - 0.5) < 0.32
+    dots: NDArray[np.bool_] = np.hypot(u % 1 - 0.5, v % 1 - 0.5) < 0.32
+    return dots
 
 
 # Shapes live in the unit disk; textures have period 1 and say where the second colour goes.

@@ -126,6 +126,8 @@ def _create_model(cell: Cell) -> Any:
         try:
             load_checkpoint(model, checkpoint, filter_fn=layouts)
         except Exception as error:  # a damaged file can raise anything
+            if "weights_only" in str(error):
+                raise AdfqError(f"{checkpoint} is not a file of weights alone, and code in it is never run") from None
             raise AdfqError(f"checkpoint {checkpoint} does not fit {name}: {_one_line(error)}") from None
     elif not cell.pretrained:
         tqdm.write(f"adfq: {name} has random weights (neither a checkpoint nor pretrained weights)", file=sys.stderr)

@@ -256,8 +256,9 @@ def test_post_norm_blocks_have_no_pairs(make_vit: MakeModel) -> None:
     assert adapt(make_vit(**VITS["post-norm"])).norms == {}
 
 
-def test_a_norm_that_is_no_layernorm_is_no_pair(make_vit: MakeModel) -> None:
+def test_a_norm_that_is_no_layernorm_is_no_pair(make_vit: MakeModel, make_swin: MakeModel) -> None:
     assert adapt(make_vit(norm_layer=RmsNorm)).norms == {}
+    assert adapt(make_swin(norm_layer=RmsNorm)).norms == {}
 
 
 @every_model

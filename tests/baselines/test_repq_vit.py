@@ -108,6 +108,7 @@ def test_the_reparameterized_quantizer_does_the_per_channel_ones_work() -> None:
     norm.bias.copy_(torch.linspace(-3, 3, 16))
 
     layer = QuantLinear(nn.Linear(16, 4), "fc1")
+    layer.weight.div_(norm.weight)  # every channel counts alike
     expected = layer(norm(x))
     layer.input_quantizer = UniformQuantizer(8).calibrate(norm(x))
     plain = layer(norm(x))
