@@ -154,7 +154,7 @@ def draw_scene(
             mask &= ~bar
 
     image = _develop(rng, canvas, xs, ys)
-    visible = [_shrink(mask.astype(np.float32)) >= 0.5 for mask in masks]
+    visible = [_shrink(mask.astype(np.float32)) > 0.5 for mask in masks]  # a pixel has at most one owner
     objects = tuple(
         SceneObject(category, mask) for category, mask in zip(categories, visible, strict=True) if mask.any()
     )

@@ -53,9 +53,8 @@ def render(table: Table, frame: pd.DataFrame, style: str) -> str:
         body = wide.to_markdown(index=False, colalign=["left", "left", *["right"] * len(table.models)])
         heading = f"**Table {table.name}. {table.title}** ({table.profile} profile)"
         return "\n\n".join([heading, table.caption, body, *notes]) + "\n"
-    latex = wide.to_latex(
+    latex = wide.map(_escape).to_latex(
         index=False,
-        escape=True,
         column_format="ll" + "r" * len(table.models),
         caption=_escape(" ".join([f"{table.title}.", table.caption, *notes])),
         label=f"tab:{table.name}-{table.profile}",

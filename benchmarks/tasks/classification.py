@@ -24,7 +24,7 @@ from benchmarks.embedded.classifiers import CLASSIFIERS
 from benchmarks.tasks.data import EMBEDDED, CheckedDataset, open_split
 
 #: Modules of timm whose models have an adapter.
-TIMM_MODULES = ("vision_transformer", "swin_transformer")
+TIMM_MODULES = ("vision_transformer", "deit", "swin_transformer")
 
 _MODES = {1: "L", 3: "RGB"}
 

@@ -1,0 +1,125 @@
+"""The command line from end to end on embedded data: output, exit codes, one line for each mistake."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from benchmarks.cli import main
+
+RUN = ["run", "classification", "--model", "embedded_swin", "--data", "embedded", "--limit", "20"]
+TABLE = ["table", "1", "--models", "embedded_swin", "--bits", "W4A4", "--limit", "20", "--calibration-size", "4"]
+
+
+def test_json_is_all_there_is_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*RUN, "--method", "base_ptq", "--bits", "W4A4", "--calibration-size", "4", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert set(result) >= {"config", "metrics", "timing", "environment"}
+    assert result["config"]["bits"] == "W4/A4"
+    assert result["config"]["calibration_size"] == 4
+    assert result["metrics"]["images"] == 20
+    assert 0 <= result["metrics"]["top1"] <= result["metrics"]["top5"] <= 100
+
+
+def test_run_prints_one_readable_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*RUN, "--method", "full_precision"]) == 0
+    assert capsys.readouterr().out.startswith("embedded_swin, full_precision, W32/A32: top-1 ")
+
+
+def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "methods"]) == 0
+    assert capsys.readouterr().out.split() == ["full_precision", "adfq_vit", "base_ptq", "repq_vit"]
+    assert main(["list", "tables"]) == 0
+    assert capsys.readouterr().out.split() == ["1"]
+    assert main(["list", "models"]) == 0
+    assert {"embedded_vit", "embedded_swin", "deit_tiny_patch16_224"} <= set(capsys.readouterr().out.split())
+
+
+def test_a_table_in_every_format_from_one_measurement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [*TABLE, "--out", str(tmp_path)]
+    assert main(command) == 0
+    markdown = capsys.readouterr().out
+    assert (tmp_path / "table1-embedded.md").read_text() == markdown
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "records").iterdir()}
+    assert len(times) == 4
+
+    assert main([*command, "--format", "csv"]) == 0
+    frame = pd.read_csv(io.StringIO(capsys.readouterr().out))
+    assert list(frame["method"]) == ["full_precision", "base_ptq", "repq_vit", "adfq_vit"]
+    assert set(frame["images"]) == {20}
+    for top1 in frame["top1"]:
+        assert f"{top1:.2f}" in markdown
+
+    assert main([*command, "--format", "latex"]) == 0
+    assert r"\toprule" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+
+
+def test_methods_are_chosen_beside_full_precision(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*TABLE, "--methods", "repq_vit", "--format", "csv", "--out", str(tmp_path)]) == 0
+    frame = pd.read_csv(io.StringIO(capsys.readouterr().out))
+    assert list(frame["method"]) == ["full_precision", "repq_vit"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required: run|table|list"),
+        (["run", "classification", "--data", "embedded"], "required: --model, --method"),
+        ([*RUN, "--method", "magic"], "unknown method 'magic'; there are full_precision, adfq_vit"),
+        ([*RUN, "--method", "base_ptq", "--bits", "W1A4"], "bits must be a whole number from 2 to 8"),
+        ([*RUN, "--method", "base_ptq", "--bits", "four"], "cannot read bits 'four'; write W4A4"),
+        ([*RUN, "--method", "base_ptq", "--method-arg", "range"], "'range' is not KEY=VALUE"),
+        ([*RUN, "--method", "base_ptq", "--method-arg", "range=huge"], "unknown range 'huge'; there are minmax"),
+        ([*RUN, "--method", "base_ptq", "--calibration-size", "0"], "at least one calibration image"),
+        ([*RUN, "--method", "base_ptq", "--calibration-size", "24001"], "the train split has 24000"),
+        ([*RUN, "--method", "base_ptq", "--model-arg", "wings=2"], "unexpected keyword argument 'wings'"),
+        ([*RUN, "--method", "base_ptq", "--limit", "0"], "not a positive whole number"),
+        ([*RUN, "--method", "base_ptq", "--mean", "a,b"], "not a list of numbers"),
+        ([*RUN, "--method", "base_ptq", "--mean", "0.5,0.5"], "one value, or one for each input channel"),
+        ([*RUN, "--method", "base_ptq", "--device", "abacus"], "cannot use device"),
+        ([*RUN, "--method", "base_ptq", "--checkpoint", "missing.pth"], "there is no checkpoint missing.pth"),
+        (["table", "9"], "unknown table '9'; there are 1"),
+        (["table", "1", "--profile", "huge"], "there are embedded, full"),
+        (["table", "1", "--profile", "full"], "needs --data"),
+        (["table", "1", "--models", "vgg"], "unknown model 'vgg'; there are embedded_vit, embedded_swin"),
+        (["table", "1", "--methods", "magic"], "unknown method 'magic'"),
+        (["table", "1", "--bits", "W9A9"], "from 2 to 8"),
+        (["table", "1", "--profile", "full", "--data", "folder:x", "--checkpoints", "no"], "there is no no/vit_small"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("adfq: error: ")
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+
+
+def test_unknown_models_are_answered_with_close_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["run", "classification", "--model", "deit_tiny_patch16_22", "--data", "embedded", "--method", "base_ptq"]
+    assert main(command) == 2
+    assert "deit_tiny_patch16_224" in capsys.readouterr().err
+
+
+def test_an_interrupt_is_said_and_has_its_exit_code(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("benchmarks.cli.load_subject", interrupt)
+    assert main([*RUN, "--method", "full_precision"]) == 130
+    assert "interrupted" in capsys.readouterr().err

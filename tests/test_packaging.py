@@ -1,0 +1,46 @@
+"""What is installed is what the repository holds."""
+
+from __future__ import annotations
+
+import re
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_every_package_is_listed() -> None:
+    folders = {
+        path.parent.relative_to(ROOT)
+        for name in ("adfq", "baselines", "benchmarks")
+        for path in (ROOT / name).rglob("__init__.py")
+    }
+    listed = set(PROJECT["tool"]["setuptools"]["packages"]) - {"adfq_tables"}
+    assert listed == {".".join(folder.parts) for folder in folders}
+
+
+def test_tables_hold_no_python() -> None:
+    assert not list((ROOT / "tables").rglob("*.py"))
+
+
+def test_every_dependency_is_pinned() -> None:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    pins = [Requirement(line) for line in lines]
+    assert all(re.fullmatch(r"==[^,*]+", str(pin.specifier)) for pin in pins)
+    extras = PROJECT["project"]["optional-dependencies"].values()
+    wanted = [*PROJECT["project"]["dependencies"], *(line for extra in extras for line in extra)]
+    assert {Requirement(line).name.lower() for line in wanted} <= {pin.name.lower() for pin in pins}
+
+
+def test_methods_are_registered_and_load() -> None:
+    for point in entry_points(group="adfq.methods"):
+        assert callable(point.load())
