@@ -61,10 +61,9 @@ def reparameterize(norm: nn.LayerNorm, layer: QuantWeightLayer) -> None:
 
     norm.weight.copy_(norm.weight / ratio)
     norm.bias.copy_(norm.bias / ratio - offset)
-    weight = layer.weight * ratio
-    correction = weight @ offset
-    layer.bias = nn.Parameter(correction if layer.bias is None else layer.bias + correction)
-    layer.weight = nn.Parameter(weight)
+    weight = layer.weight.float() * ratio
+    bias = weight @ offset if layer.bias is None else layer.bias + weight @ offset
+    layer.weight, layer.bias = (nn.Parameter(tensor.to(layer.weight.dtype)) for tensor in (weight, bias))
 
     per_tensor = UniformQuantizer(quantizer.bits, "tensor", quantizer.range)
     per_tensor.scale, per_tensor.zero_point = mean_scale, mean_zero_point

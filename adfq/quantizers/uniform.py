@@ -46,16 +46,16 @@ class UniformQuantizer(Quantizer):
 
     def _find_range(self, x: Tensor) -> None:
         kept = self._kept_dimensions(x)
-        shape = [size if dim in kept else 1 for dim, size in enumerate(x.shape)] if kept else []
-        reduced = [dim for dim in dimensions_of(x) if dim not in kept]
-        groups = x.permute(*kept, *reduced).reshape(torch.Size(x.shape[dim] for dim in kept).numel(), -1)
-        scale, zero_point = RANGES[self.range](groups, self.levels)
+        reduced = [dimension for dimension in range(x.dim()) if dimension not in kept]
+        groups = x.permute(*kept, *reduced).flatten(len(kept)) if kept else x.reshape(1, -1)
+        scale, zero_point = RANGES[self.range](groups.reshape(-1, groups.shape[-1]), self.levels)
+        shape = [size if dimension in kept else 1 for dimension, size in enumerate(x.shape)] if kept else []
         self.scale, self.zero_point = scale.reshape(shape), zero_point.reshape(shape)
 
     def _kept_dimensions(self, x: Tensor) -> list[int]:
         if self.granularity != "tensor" and x.dim() < (3 if self.granularity == "patch" else 2):
             raise AdfqError(f"granularity {self.granularity!r} does not fit a tensor of shape {tuple(x.shape)}")
-        dimensions = dimensions_of(x)
+        dimensions = list(range(x.dim()))
         return {"tensor": [], "channel": dimensions[-1:], "row": dimensions[:1], "patch": dimensions[1:-1]}[
             self.granularity
         ]
@@ -73,8 +73,3 @@ class UniformQuantizer(Quantizer):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, granularity={self.granularity!r}, range={self.range!r}"
-
-
-def dimensions_of(x: Tensor) -> list[int]:
-    """The dimensions of `x`."""
-    return list(range(x.dim()))

@@ -88,6 +88,7 @@ def test_input_and_weight_are_quantized(kind: str) -> None:
     assert torch.equal(layer.weight, weight)  # still at hand
     assert layer.quantized_weight is not None
     assert torch.equal(layer.quantized_weight, expected_weight)
+    assert "quantized_weight" not in layer.state_dict()  # it follows from the weight
 
     layer.input_quantizer, layer.weight.data = nn.Identity(), expected_weight
     layer.quantized_weight = None
