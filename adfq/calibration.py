@@ -26,6 +26,8 @@ def gather_batches(calibration: Iterable[Any] | Tensor | None) -> Tensor:
     """
     if calibration is None:
         raise AdfqError("calibration images are needed: pass calibration=<tensor or iterable of batches>")
+    if not isinstance(calibration, Iterable):
+        raise AdfqError(f"calibration must be a tensor or an iterable of batches, got {type(calibration).__name__}")
     batches: list[Any] = [calibration] if isinstance(calibration, Tensor) else list(calibration)
     images: list[Any] = [batch[0] if isinstance(batch, (tuple, list)) and batch else batch for batch in batches]
     for image in images:

@@ -129,7 +129,7 @@ def quantize(
         _load(method)(network, images, bits, **options)
     for _, layer in network.weight_layers():
         layer.freeze()
-    return network.model
+    return network.model.eval()
 
 
 def adfq_vit(

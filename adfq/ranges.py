@@ -140,7 +140,8 @@ def _histogram(values: Tensor) -> tuple[Tensor, Tensor | None]:
     if len(values) <= _BINS:
         return values, None
     low, high = torch.aminmax(values)
-    bins = ((values - low) * (_BINS / (high - low))).long().clamp_(max=_BINS - 1)
+    # In double: the extent may be 0 or next to it.
+    bins = ((values - low).double() * _BINS / (high - low).double().clamp(min=1e-300)).long().clamp_(max=_BINS - 1)
     counts = torch.bincount(bins, minlength=_BINS)
     sums = torch.bincount(bins, weights=values.double(), minlength=_BINS)
     filled = counts > 0

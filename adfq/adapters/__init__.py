@@ -30,6 +30,7 @@ def adapt(model: nn.Module) -> Network:
         module = _ADAPTERS.get(f"{cls.__module__}.{cls.__qualname__}")
         if module:
             network: Network = importlib.import_module(module).adapt(model)
+            model.train(model.training)  # the new layers too
             return Network(network.model, network.norms, _left_over(model))
     families = ", ".join(name.rsplit(".", 1)[1] for name in _ADAPTERS)
     raise AdfqError(f"cannot quantize a {type(model).__name__}; supported are {families} of timm")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
+from timm.layers import to_2tuple
 from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock, WindowAttention
 from torch import Tensor, nn
 
@@ -60,7 +61,12 @@ def adapt(model: nn.Module) -> Network:
             model.set_submodule(f"{name}.attn", QuantWindowAttention(module.attn))
             replace(model, f"{name}.mlp.fc1", "fc1")
             replace(model, f"{name}.mlp.fc2", "fc2")
-            _pair(norms, f"{name}.attn.qkv", module.norm1)
+            # Windows that the input does not fill are padded with zeros after the norm; those are not its output.
+            if not any(
+                size % window
+                for size, window in zip(to_2tuple(module.input_resolution), module.window_size, strict=True)
+            ):
+                _pair(norms, f"{name}.attn.qkv", module.norm1)
             _pair(norms, f"{name}.mlp.fc1", module.norm2)
     if isinstance(model.get_submodule("head.fc"), nn.Linear):
         replace(model, "head.fc", "head")

@@ -66,6 +66,10 @@ def _adapt_block(model: nn.Module, block_name: str, norms: dict[str, nn.LayerNor
     for relative, module in list(block.named_modules()):
         name = f"{block_name}.{relative}"
         if isinstance(module, Attention):
+            if type(module).forward is not Attention.forward:
+                raise AdfqError(
+                    f"{name}: cannot quantize a {type(module).__name__}, which computes attention its own way"
+                )
             model.set_submodule(name, QuantAttention(module))
             # A gate would read the norm's output as well.
             if module.gate is None:

@@ -31,9 +31,12 @@ class _StraightThrough(torch.autograd.Function):
         return gradients[0], None
 
 
-def straight_through(x: Tensor, quantized: Tensor) -> Tensor:
-    """The values of `quantized` with the gradient of `x` (Bengio et al., 2013)."""
-    result: Tensor = _StraightThrough.apply(x, quantized.detach())
+def straight_through(x: Tensor, quantized: Tensor, inside: Tensor) -> Tensor:
+    """The values of `quantized` with the gradient of `x` where it is `inside` the range, and none elsewhere.
+
+    (Bengio et al., 2013.) Not clamp's own gradient: that is 0 at the ends of the range themselves.
+    """
+    result: Tensor = _StraightThrough.apply(torch.where(inside, x, x.detach()), quantized.detach())
     return result
 
 

@@ -31,7 +31,7 @@ class LogQuantizer(Quantizer):
 
     def __init__(self, bits: int, base: float = 2**0.5) -> None:
         super().__init__(bits)
-        if not base > 1:
+        if not 1 < base < math.inf:
             raise AdfqError(f"the base of a logarithmic quantizer must be above 1, got {base}")
         self.base = base
 
@@ -51,10 +51,11 @@ class LogQuantizer(Quantizer):
         return candidates[errors.argmin()]
 
     def _quantize(self, x: Tensor) -> Tensor:
-        ratio = (x / self.scale).clamp(0, 1)
+        ratio = x / self.scale
+        limited = ratio.detach().clamp(0, 1)
         if not torch.is_grad_enabled():
-            return self._levels_of(ratio).mul_(self.scale)
-        return straight_through(ratio, self._levels_of(ratio.detach())) * self.scale
+            return self._levels_of(limited).mul_(self.scale)
+        return straight_through(ratio, self._levels_of(limited), ratio == limited) * self.scale
 
     def _levels_of(self, ratio: Tensor) -> Tensor:
         """The nearest level (in the logarithm) of values in [0, 1]; -log 0 is infinite, beyond every code."""

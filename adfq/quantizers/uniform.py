@@ -25,7 +25,7 @@ class UniformQuantizer(Quantizer):
 
     Attributes:
         scale: float32, as many dimensions as the calibration tensor (none for ``"tensor"``).
-        zero_point: float32, like `scale`; a whole number after calibration.
+        zero_point: float32, like `scale`; a whole number after calibration (RepQ-ViT sets means of such).
 
     Raises:
         AdfqError: for another granularity, range or bit-width; in `forward` with ``"patch"``, for another number
@@ -68,8 +68,9 @@ class UniformQuantizer(Quantizer):
         if not torch.is_grad_enabled():
             return fake_quantize(x, self.scale, self.zero_point, self.levels)
         ratio = x / self.scale
-        codes = (straight_through(ratio, ratio.round()) + self.zero_point).clamp(0, self.levels - 1)
-        return (codes - self.zero_point) * self.scale
+        unlimited = ratio.detach().round() + self.zero_point
+        codes = unlimited.clamp(0, self.levels - 1)
+        return (straight_through(ratio, codes, unlimited == codes) - self.zero_point) * self.scale
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, granularity={self.granularity!r}, range={self.range!r}"
