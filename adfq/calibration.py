@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from adfq.errors import AdfqError
 from adfq.quantizers import Quantizer
 from adfq.sites import Network
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
 def gather_batches(calibration: Iterable[Any] | Tensor | None) -> Tensor:
@@ -47,8 +50,11 @@ def quantize_weights(network: Network) -> None:
     Raises:
         AdfqError: naming the layer, for weights that are not finite.
     """
-    for name, layer in network.weight_layers():
-        _naming(f"{name}.weight", layer.quantize_weight)
+    layers = list(network.weight_layers())
+    with _progress("quantizing weights", len(layers)) as progress:
+        for name, layer in layers:
+            _naming(f"{name}.weight", layer.quantize_weight)
+            progress.update()
 
 
 def calibrate_activations(network: Network, images: Tensor) -> None:
@@ -65,27 +71,34 @@ def calibrate_activations(network: Network, images: Tensor) -> None:
         AdfqError: naming the site, for activations that are not finite.
     """
     parameter = next(network.model.parameters())
-    hooks = [
-        quantizer.register_forward_pre_hook(partial(_calibrate, name))
-        for name, _, quantizer in network.activation_quantizers()
-    ]
-    try:
-        with torch.no_grad():
+    sites = [(name, quantizer) for name, _, quantizer in network.activation_quantizers()]
+    with _progress("calibrating activations", len(sites)) as progress, torch.no_grad():
+        hooks = [
+            quantizer.register_forward_pre_hook(partial(_calibrate, name, progress.update)) for name, quantizer in sites
+        ]
+        try:
             network.model(images.to(parameter.device, parameter.dtype))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for name, _, quantizer in network.activation_quantizers():
+        finally:
+            for hook in hooks:
+                hook.remove()
+    for name, quantizer in sites:
         if not quantizer.is_calibrated:
             raise AdfqError(f"{name} saw no calibration data: the model does not use this layer")
 
 
-def _calibrate(name: str, quantizer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+def _calibrate(name: str, done: Callable[[], object], quantizer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     assert isinstance(quantizer, Quantizer)
     _naming(name, partial(quantizer.calibrate, inputs[0]))
+    done()
 
 
-def _naming(name: str, action: Any) -> None:
+def _progress(what: str, steps: int) -> tqdm[Any]:
+    from tqdm import tqdm  # the core needs only torch to be imported
+
+    return tqdm(total=steps, desc=what, delay=2, leave=False, disable=None)
+
+
+def _naming(name: str, action: Callable[[], object]) -> None:
     try:
         action()
     except AdfqError as error:

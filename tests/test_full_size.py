@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import timm
 import torch
+from PIL import Image
 
 import adfq
+from benchmarks.cli import main
+from benchmarks.reports.spec import load_table
 
 MODELS = [
     "deit_tiny_patch16_224",
@@ -33,3 +38,31 @@ def test_every_method_quantizes_and_runs(name: str) -> None:
             if method != "adfq_vit":
                 assert (logits - expected).norm() <= 0.3 * expected.norm(), method
             assert torch.isfinite(adfq.quantize(model, method, 4, 4, calibration=images)(images)).all()
+
+
+@pytest.fixture(scope="module")
+def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ImageNet's layout with one picture a class."""
+    root = tmp_path_factory.mktemp("imagenet")
+    picture = Image.effect_noise((256, 240), 80).convert("RGB")
+    for split in ("train", "val"):
+        for index in range(1000):
+            folder = root / split / f"n{index:08d}"
+            folder.mkdir(parents=True)
+            picture.save(folder / "picture.jpg")
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", ["deit_tiny", "swin_tiny"])
+def test_the_full_profile_reads_imagenets_layout_and_local_weights(
+    key: str, imagenet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = next(model.name for model in load_table("1", "full").models if model.key == key)
+    torch.save({"model": timm.create_model(name).state_dict()}, tmp_path / f"{name}.pth")
+    command = ["table", "1", "--profile", "full", "--data", f"folder:{imagenet}", "--checkpoints", str(tmp_path)]
+    small = ["--models", key, "--bits", "W4A4", "--limit", "4", "--calibration-size", "2", "--out", str(tmp_path)]
+    assert main([*command, *small]) == 0
+    text = capsys.readouterr().out
+    assert "Measured on 4 images" in text
+    assert "‡ Does not count" in text  # random weights are not the published model
