@@ -114,7 +114,7 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(load: Callable[..., Classif
     torch.save({"state_dict": _Payload(trace)}, path)
     with pytest.raises(AdfqError, match="code in it is never run"):
         load(checkpoint=str(path))
-    path.write_bytes(pickle.dumps(_Payload(trace)))
+    path.write_bytes(pickle.dumps(_Payload(trace), protocol=2))
     with pytest.raises(AdfqError):
         load(checkpoint=str(path))
     assert not trace.exists()
