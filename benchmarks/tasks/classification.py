@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +52,8 @@ class Classification:
         if count > available:
             raise AdfqError(f"{count} calibration images were asked for, the train split has {available}")
         chosen = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:count].tolist()
-        return torch.stack([self.train[index][0] for index in chosen])
+        bar = tqdm(chosen, desc="reading calibration images", unit="image", delay=2, leave=False, disable=None)
+        return torch.stack([self.train[index][0] for index in bar])
 
     @torch.inference_mode()
     def evaluate(self, model: nn.Module, device: torch.device, limit: int | None, batch_size: int) -> dict[str, float]:
@@ -73,7 +75,7 @@ class Classification:
         model = model.to(device).eval()
         hits1 = hits5 = 0.0
         with tqdm(total=count, desc="evaluating", unit="image", delay=2, leave=False, disable=None) as progress:
-            for batch, labels in loader:
+            for batch, labels in _batches(loader):
                 batch, labels = batch.to(device), labels.to(device)
                 logits = model(batch)
                 if not torch.isfinite(logits).all():
@@ -83,6 +85,13 @@ class Classification:
                 hits5 += float(top5) * len(labels)
                 progress.update(len(labels))
         return {"top1": hits1 / count, "top5": hits5 / count, "images": count}
+
+
+def _batches(loader: DataLoader[tuple[Tensor, int]]) -> Iterator[tuple[Tensor, Tensor]]:
+    try:
+        yield from loader
+    except AdfqError as error:  # one from a worker process comes wrapped in its traceback
+        raise AdfqError(str(error).rpartition("AdfqError: ")[2].strip()) from None
 
 
 def load_classification(cell: Cell) -> Classification:

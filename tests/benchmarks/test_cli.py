@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from PIL import Image
 
 from benchmarks.cli import main
 
@@ -112,6 +113,24 @@ def test_unknown_models_are_answered_with_close_ones(capsys: pytest.CaptureFixtu
     command = ["run", "classification", "--model", "deit_tiny_patch16_22", "--data", "embedded", "--method", "base_ptq"]
     assert main(command) == 2
     assert "deit_tiny_patch16_224" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_broken_image_is_one_line_that_names_it(
+    split: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in ("train/cat", "train/dog", "val/cat", "val/dog"):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.new("RGB", (40, 40)).save(tmp_path / folder / "picture.jpg")
+    broken = tmp_path / split / "dog" / "picture.jpg"
+    broken.write_bytes(broken.read_bytes()[:200])
+    model = ["--model", "vit_tiny_patch16_224", "--model-arg", "img_size=32", "depth=1", "num_classes=2"]
+    data = ["--data", f"folder:{tmp_path}", "--calibration-size", "2"]
+    assert main(["run", "classification", *model, *data, "--method", "base_ptq"]) == 2
+    warning, message, end = capsys.readouterr().err.split("\n")
+    assert "random weights" in warning
+    assert message.startswith(f"adfq: error: cannot read {broken}: ")
+    assert end == ""
 
 
 def test_an_interrupt_is_said_and_has_its_exit_code(
