@@ -34,7 +34,8 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code: 0, 2 for the user's mistakes, 130 when interrupted."""
-    logging.getLogger("timm").setLevel(logging.ERROR)
+    for library in ("timm", "huggingface_hub"):  # what matters of their warnings comes as our own errors
+        logging.getLogger(library).setLevel(logging.ERROR)
     warnings.showwarning = lambda message, *_: warn(str(message))
     try:
         options = _parser().parse_args(arguments)

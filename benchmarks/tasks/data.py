@@ -45,7 +45,9 @@ class CheckedDataset(Dataset[tuple[Tensor, int]]):
         except (OSError, RuntimeError) as error:
             filename = getattr(self.dataset, "filename", None)
             name = filename(index, absolute=True) if filename else f"image {index}"
-            raise AdfqError(f"cannot read {name}: {error.__context__ or error}") from None
+            # timm's RuntimeError only counts its attempts.
+            reason = error if isinstance(error, OSError) else "damaged, or not an image"
+            raise AdfqError(f"cannot read {name}: {reason}") from None
 
 
 def open_split(spec: str, split: str, classes: int) -> Any:
