@@ -167,7 +167,7 @@ def _table(options: argparse.Namespace) -> None:
         data=data,
         pretrained=table.data is None and options.checkpoints is None,
         checkpoint=(lambda name: _find_checkpoint(options.checkpoints, name)) if options.checkpoints else None,
-        calibration_size=options.calibration_size or table.calibration_size,
+        calibration_size=table.calibration_size if options.calibration_size is None else options.calibration_size,
         seed=options.seed,
         limit=options.limit,
         batch_size=options.batch_size,

@@ -90,6 +90,7 @@ def test_methods_are_chosen_beside_full_precision(tmp_path: Path, capsys: pytest
         (["table", "1", "--models", "vgg"], "unknown model 'vgg'; there are embedded_vit, embedded_swin"),
         (["table", "1", "--methods", "magic"], "unknown method 'magic'"),
         (["table", "1", "--bits", "W9A9"], "from 2 to 8"),
+        (["table", "1", "--models", "embedded_swin", "--limit", "1", "--calibration-size", "0"], "at least one"),
         (["table", "1", "--profile", "full", "--data", "folder:x", "--checkpoints", "no"], "there is no no/vit_small"),
     ],
 )
