@@ -15,12 +15,13 @@ from typing import Any, NoReturn
 
 import adfq
 from adfq.errors import AdfqError
-from adfq.methods import FULL_PRECISION, Bits, check_method
+from adfq.methods import FULL_PRECISION
 from benchmarks.cells import Cell
-from benchmarks.reports.spec import load_table, table_names
+from benchmarks.console import warn
+from benchmarks.reports.spec import Model, load_table, table_names
 from benchmarks.reports.tables import STYLES, render, tabulate_results
 from benchmarks.results import ResultStore
-from benchmarks.runner import resolve_device, run_cell, run_cells, warn
+from benchmarks.runner import resolve_device, run_cell, run_cells
 from benchmarks.tasks import load_subject
 from benchmarks.tasks.classification import model_names
 
@@ -150,15 +151,13 @@ def _table(options: argparse.Namespace) -> None:
     table = load_table(options.name, options.profile)
     if options.models:
         known = {name: model for model in table.models for name in (model.key, model.name)}
-        table = replace(table, models=[_choose("model", name, known) for name in options.models])
-    for method in options.methods or ():
-        check_method(method)
+        table = replace(table, models=[_choose_model(name, known) for name in options.models])
     if options.methods:
         # Full precision is what differences are taken to, and what tells whether a model is the published one.
         quantized = [method for method in options.methods if method != FULL_PRECISION]
         table = replace(table, methods=[FULL_PRECISION, *quantized])
     if options.bits:
-        table = replace(table, bits=[str(Bits.parse(bits)) for bits in options.bits])
+        table = replace(table, bits=options.bits)
     data = options.data or table.data
     if data is None:
         raise AdfqError(f"the {table.profile} profile needs --data, folder:/path/to/imagenet for example")
@@ -196,9 +195,9 @@ def _find_checkpoint(directory: Path, model: str) -> str:
     raise AdfqError(f"there is no {directory / model}.safetensors (nor {', '.join(CHECKPOINT_SUFFIXES[1:])})")
 
 
-def _choose(kind: str, name: str, known: dict[str, Any]) -> Any:
+def _choose_model(name: str, known: dict[str, Model]) -> Model:
     if name not in known:
-        raise AdfqError(f"unknown {kind} {name!r}; there are {', '.join(known)}")
+        raise AdfqError(f"unknown model {name!r}; there are {', '.join(known)}")
     return known[name]
 
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from adfq.errors import AdfqError
 from benchmarks.cells import Cell
+from benchmarks.console import warn
 
 Record = dict[str, Any]
 
@@ -42,9 +40,7 @@ class ResultStore:
         except (ValueError, KeyError, TypeError):
             aside = path.with_suffix(".damaged")
             os.replace(path, aside)
-            tqdm.write(
-                f"adfq: the record {path} is damaged; it is now {aside.name} and its cell runs again", file=sys.stderr
-            )
+            warn(f"the record {path} is damaged; it is now {aside.name} and its cell runs again")
             return None
         return record if config == cell.config and found == provenance else None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import platform
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
@@ -48,17 +47,14 @@ def run_cell(cell: Cell, subject: Subject, device: torch.device) -> Record:
     Returns:
         The record: ``config``, ``metrics``, ``timing`` (seconds), ``environment``, ``provenance``, ``finished``.
     """
-    start = time.perf_counter()
     model = subject.model.to(device)
-    if cell.method == FULL_PRECISION:
-        quantized = adfq.quantize(model, FULL_PRECISION)
-    else:
+    arguments: dict[str, Any] = {"seed": cell.seed, **dict(cell.method_arguments)}
+    if cell.method != FULL_PRECISION:
         bits = Bits.parse(cell.bits)
-        images = subject.calibration_images(cell.calibration_size, cell.seed)
-        start = time.perf_counter()
-        quantized = adfq.quantize(
-            model, cell.method, bits.weight, bits.activation, images, cell.seed, **dict(cell.method_arguments)
-        )
+        arguments |= {"weight_bits": bits.weight, "activation_bits": bits.activation}
+        arguments["calibration"] = subject.calibration_images(cell.calibration_size, cell.seed)
+    start = time.perf_counter()
+    quantized = adfq.quantize(model, cell.method, **arguments)
     calibrated = time.perf_counter()
     metrics = subject.evaluate(quantized, device, cell.limit, cell.batch_size)
     evaluated = time.perf_counter()
@@ -83,7 +79,16 @@ def run_cells(cells: Sequence[Cell], store: ResultStore, device: torch.device) -
     with tqdm(cells, desc="cells", unit="cell", delay=2, disable=None) as progress:
         for cell in progress:
             progress.set_postfix_str(f"{cell.model} {cell.method} {cell.bits}")
-            wanted = (cell.task, cell.model, cell.model_arguments, cell.checkpoint, cell.data, cell.preprocessing)
+            # Everything but method, bits and how they are measured.
+            wanted = (
+                cell.task,
+                cell.model,
+                cell.model_arguments,
+                cell.checkpoint,
+                cell.pretrained,
+                cell.data,
+                cell.preprocessing,
+            )
             if subject is None or loaded != wanted:
                 subject, loaded = load_subject(cell), wanted
             record = store.get(cell, provenance(subject))
@@ -131,8 +136,3 @@ def code_digest() -> str:
             digest.update(path.name.encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()
-
-
-def warn(message: str) -> None:
-    """One line on stderr that does not tear a progress bar."""
-    tqdm.write(f"adfq: {message}", file=sys.stderr)

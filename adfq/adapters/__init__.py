@@ -40,6 +40,12 @@ def _left_over(model: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d)))
 
 
+def pair(norms: dict[str, nn.LayerNorm], linear: str, norm: nn.Module | None) -> None:
+    """Records that the layer `linear` alone reads what `norm` gives; only LayerNorms can be paired."""
+    if isinstance(norm, nn.LayerNorm):
+        norms[linear] = norm
+
+
 def replace(model: nn.Module, name: str, role: str) -> None:
     """Replaces the linear or convolution layer `name` of `model` by its quantizable twin."""
     layer = model.get_submodule(name)

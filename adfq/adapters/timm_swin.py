@@ -8,7 +8,7 @@ from timm.layers import to_2tuple
 from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock, WindowAttention
 from torch import Tensor, nn
 
-from adfq.adapters import replace
+from adfq.adapters import pair, replace
 from adfq.layers import QuantLinear, QuantMatMul
 from adfq.sites import Network
 
@@ -56,7 +56,7 @@ def adapt(model: nn.Module) -> Network:
     for name, module in list(model.named_modules()):
         if isinstance(module, PatchMerging):
             replace(model, f"{name}.reduction", "reduction")
-            _pair(norms, f"{name}.reduction", module.norm)
+            pair(norms, f"{name}.reduction", module.norm)
         elif isinstance(module, SwinTransformerBlock):
             model.set_submodule(f"{name}.attn", QuantWindowAttention(module.attn))
             replace(model, f"{name}.mlp.fc1", "fc1")
@@ -66,13 +66,8 @@ def adapt(model: nn.Module) -> Network:
                 size % window
                 for size, window in zip(to_2tuple(module.input_resolution), module.window_size, strict=True)
             ):
-                _pair(norms, f"{name}.attn.qkv", module.norm1)
-            _pair(norms, f"{name}.mlp.fc1", module.norm2)
+                pair(norms, f"{name}.attn.qkv", module.norm1)
+            pair(norms, f"{name}.mlp.fc1", module.norm2)
     if isinstance(model.get_submodule("head.fc"), nn.Linear):
         replace(model, "head.fc", "head")
     return Network(model, norms)
-
-
-def _pair(norms: dict[str, nn.LayerNorm], linear: str, norm: nn.Module) -> None:
-    if isinstance(norm, nn.LayerNorm):
-        norms[linear] = norm

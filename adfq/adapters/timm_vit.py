@@ -6,7 +6,7 @@ from timm.layers import Attention, GluMlp, Mlp
 from timm.layers.attention import maybe_add_mask, resolve_self_attn_mask
 from torch import Tensor, nn
 
-from adfq.adapters import replace
+from adfq.adapters import pair, replace
 from adfq.errors import AdfqError
 from adfq.layers import QuantLinear, QuantMatMul
 from adfq.sites import Network
@@ -73,11 +73,11 @@ def _adapt_block(model: nn.Module, block_name: str, norms: dict[str, nn.LayerNor
             model.set_submodule(name, QuantAttention(module))
             # A gate would read the norm's output as well.
             if module.gate is None:
-                _pair(model, name, f"{name}.qkv", norms)
+                pair(norms, f"{name}.qkv", _norm_before(model, name))
         elif isinstance(module, (Mlp, GluMlp)):
             replace(model, f"{name}.fc1", "fc1")
             replace(model, f"{name}.fc2", "fc2")
-            _pair(model, name, f"{name}.fc1", norms)
+            pair(norms, f"{name}.fc1", _norm_before(model, name))
 
 
 #: Which child is the LayerNorm right before a sub-block: in timm's Block, and in the Sequentials of its
@@ -90,9 +90,8 @@ _NORM_BEFORE = {
 }
 
 
-def _pair(model: nn.Module, name: str, linear: str, norms: dict[str, nn.LayerNorm]) -> None:
+def _norm_before(model: nn.Module, name: str) -> nn.Module | None:
     parent_name, _, child = name.rpartition(".")
     parent = model.get_submodule(parent_name)
-    norm = getattr(parent, _NORM_BEFORE.get((type(parent).__name__, child), ""), None)
-    if isinstance(norm, nn.LayerNorm):
-        norms[linear] = norm
+    norm: nn.Module | None = getattr(parent, _NORM_BEFORE.get((type(parent).__name__, child), ""), None)
+    return norm

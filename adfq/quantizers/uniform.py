@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -47,8 +49,8 @@ class UniformQuantizer(Quantizer):
     def _find_range(self, x: Tensor) -> None:
         kept = self._kept_dimensions(x)
         reduced = [dimension for dimension in range(x.dim()) if dimension not in kept]
-        groups = x.permute(*kept, *reduced).flatten(len(kept)) if kept else x.reshape(1, -1)
-        scale, zero_point = RANGES[self.range](groups.reshape(-1, groups.shape[-1]), self.levels)
+        groups = x.permute(*kept, *reduced).reshape(math.prod(x.shape[dimension] for dimension in kept), -1)
+        scale, zero_point = RANGES[self.range](groups, self.levels)
         shape = [size if dimension in kept else 1 for dimension, size in enumerate(x.shape)] if kept else []
         self.scale, self.zero_point = scale.reshape(shape), zero_point.reshape(shape)
 

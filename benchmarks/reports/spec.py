@@ -118,5 +118,5 @@ def published_numbers(table: Table) -> pd.DataFrame:
     """The rows of published.csv that belong to a table: model, method, bits, value, verified."""
     rows = pd.read_csv(_TABLES / "published.csv", dtype={"table": str})
     rows = rows[(rows["table"] == table.name) & (rows["task"] == table.published) & (rows["metric"] == table.metric)]
-    rows = rows.assign(bits=rows["bits"].str.upper(), verified=rows["verified"] == "yes")
+    rows = rows.assign(verified=rows["verified"] == "yes")
     return rows[["model", "method", "bits", "value", "verified"]]

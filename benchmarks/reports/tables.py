@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from adfq.methods import FULL_PRECISION
-from benchmarks.cells import FULL_PRECISION_BITS, Cell
+from benchmarks.cells import Cell
 from benchmarks.reports.spec import Table, published_numbers
 from benchmarks.results import Record
 
@@ -67,10 +67,7 @@ def _wide(table: Table, frame: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for (method, bits), group in frame.groupby(["method", "bits"], sort=False):
         by_model = {row["model"]: row for row in _rows(group)}
-        cells = {
-            model.label: _cell(table, frame, by_model[model.key]) if model.key in by_model else ""
-            for model in table.models
-        }
+        cells = {model.label: _cell(table, frame, by_model[model.key]) for model in table.models}
         rows.append({"Method": METHOD_LABELS.get(str(method), str(method)), "W/A": bits, **cells})
     return pd.DataFrame(rows)
 
@@ -94,7 +91,7 @@ def _counts(table: Table, frame: pd.DataFrame, row: Mapping[str, Any]) -> bool:
     """Whether full precision of the row's model agrees with the published number."""
     if table.full_precision_tolerance is None or row["method"] == FULL_PRECISION:
         return True
-    reference = frame[(frame["model"] == row["model"]) & (frame["bits"] == FULL_PRECISION_BITS)]
+    reference = frame[(frame["model"] == row["model"]) & (frame["method"] == FULL_PRECISION)]
     if reference.empty:
         return False
     difference = (reference[table.metric] - reference["published"]).abs().iloc[0]

@@ -7,7 +7,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import timm
@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from adfq.errors import AdfqError
 from benchmarks.cells import Cell
+from benchmarks.console import warn
 from benchmarks.embedded.classifiers import CLASSIFIERS
 from benchmarks.tasks.data import EMBEDDED, CheckedDataset, open_split
 
@@ -100,6 +101,7 @@ def load_classification(cell: Cell) -> Classification:
     Raises:
         AdfqError: for an unknown model or unusable arguments, a checkpoint that does not fit, unusable data.
     """
+    cell = _resolve_shipped(cell)
     model = _create_model(cell)
     config = _data_config(cell, model)
     transform = create_transform(**config, is_training=False)
@@ -113,21 +115,30 @@ def load_classification(cell: Cell) -> Classification:
     return Classification(model.eval(), _digest(model), splits[0], splits[1], workers)
 
 
+def _resolve_shipped(cell: Cell) -> Cell:
+    """An embedded model's cell in timm's terms; other cells as they are."""
+    if cell.model not in CLASSIFIERS:
+        return cell
+    shipped = CLASSIFIERS[cell.model]
+    return replace(
+        cell,
+        model=shipped.architecture,
+        model_arguments=tuple({**shipped.arguments, **dict(cell.model_arguments)}.items()),
+        checkpoint=cell.checkpoint or str(shipped.checkpoint),
+        preprocessing=tuple({**shipped.preprocessing, **dict(cell.preprocessing)}.items()),
+    )
+
+
 def _create_model(cell: Cell) -> Any:
-    arguments = dict(cell.model_arguments)
     name, checkpoint = cell.model, cell.checkpoint
-    if cell.model in CLASSIFIERS:
-        shipped = CLASSIFIERS[cell.model]
-        name, arguments = shipped.architecture, {**shipped.arguments, **arguments}
-        checkpoint = checkpoint or str(shipped.checkpoint)
-    elif name.split(".")[0] not in timm.list_models():
+    if not timm.is_model(name):
         close = difflib.get_close_matches(name, model_names(), n=3, cutoff=0.5)
         hint = f"close to it are {', '.join(close)}; " if close else ""
         raise AdfqError(f"unknown model {name!r}; {hint}'adfq list models' lists all")
     if checkpoint and not os.path.isfile(checkpoint):
         raise AdfqError(f"there is no checkpoint {checkpoint}")
     try:
-        model = timm.create_model(name, pretrained=cell.pretrained and not checkpoint, **arguments)
+        model = timm.create_model(name, pretrained=cell.pretrained and not checkpoint, **dict(cell.model_arguments))
     except Exception as error:  # whatever the constructor or the hub raises
         raise AdfqError(f"cannot create {name}: {_one_line(error)}") from None
     if checkpoint:
@@ -139,15 +150,13 @@ def _create_model(cell: Cell) -> Any:
                 raise AdfqError(f"{checkpoint} is not a file of weights alone, and code in it is never run") from None
             raise AdfqError(f"checkpoint {checkpoint} does not fit {name}: {_one_line(error)}") from None
     elif not cell.pretrained:
-        tqdm.write(f"adfq: {name} has random weights (neither a checkpoint nor pretrained weights)", file=sys.stderr)
+        warn(f"{name} has random weights (neither a checkpoint nor pretrained weights)")
     return model
 
 
 def _data_config(cell: Cell, model: Any) -> dict[str, Any]:
     arguments = dict(cell.model_arguments)
-    if cell.model in CLASSIFIERS:
-        arguments = {**CLASSIFIERS[cell.model].arguments, **CLASSIFIERS[cell.model].preprocessing, **arguments}
-    known = {key: arguments[key] for key in ("in_chans", "img_size", "mean", "std", "crop_pct") if key in arguments}
+    known = {key: arguments[key] for key in ("in_chans", "img_size") if key in arguments}
     try:
         config: dict[str, Any] = resolve_data_config({**known, **dict(cell.preprocessing)}, model=model)
     except AssertionError:

@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torchvision.datasets import FashionMNIST
 
 from adfq import AdfqError, methods, quantize
 from adfq.adapters import adapt
@@ -451,10 +452,6 @@ def test_golden_adfq_vits_scales(
 # --- a trained model ------------------------------------------------------------------------------------------------
 
 
-def read_idx(path: Path, offset: int, count: int) -> Tensor:
-    return torch.from_numpy(np.fromfile(path, np.uint8, count, offset=offset))
-
-
 @quantizing_methods
 def test_a_trained_model_keeps_its_accuracy(method: str, real_data: Path) -> None:
     folder = real_data / "fashion_mnist"
@@ -467,10 +464,9 @@ def test_a_trained_model_keeps_its_accuracy(method: str, real_data: Path) -> Non
     model.load_state_dict(torch.load(folder / "vit_d128_L6_h4_p4_timm.pth", weights_only=True))
     model.eval()
 
-    raw = folder / "FashionMNIST" / "raw"
-    calibration = read_idx(raw / "train-images-idx3-ubyte", 16, 32 * 784).view(32, 1, 28, 28) / 127.5 - 1
-    images = read_idx(raw / "t10k-images-idx3-ubyte", 16, 500 * 784).view(500, 1, 28, 28) / 127.5 - 1
-    labels = read_idx(raw / "t10k-labels-idx1-ubyte", 8, 500)
+    train, test = (FashionMNIST(str(folder), train=train) for train in (True, False))
+    calibration = train.data[:32, None] / 127.5 - 1
+    images, labels = test.data[:500, None] / 127.5 - 1, test.targets[:500]
 
     @torch.no_grad()
     def accuracy(model: nn.Module) -> float:
