@@ -2,8 +2,9 @@
 
 from importlib.metadata import version
 
+from adfq.checkpoint import load, save
 from adfq.errors import AdfqError
 from adfq.methods import methods, quantize
 
 __version__ = version("adfq")
-__all__ = ["AdfqError", "methods", "quantize"]
+__all__ = ["AdfqError", "load", "methods", "quantize", "save"]

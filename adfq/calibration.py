@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,7 @@ def quantize_weights(network: Network) -> None:
         AdfqError: naming the layer, for weights that are not finite.
     """
     layers = list(network.weight_layers())
-    with _progress("quantizing weights", len(layers)) as progress:
+    with progress_bar("quantizing weights", len(layers)) as progress:
         for name, layer in layers:
             _naming(f"{name}.weight", layer.quantize_weight)
             progress.update()
@@ -72,18 +73,23 @@ def calibrate_activations(network: Network, images: Tensor) -> None:
     """
     parameter = next(network.model.parameters())
     sites = [(name, quantizer) for name, _, quantizer in network.activation_quantizers()]
-    with _progress("calibrating activations", len(sites)) as progress, torch.no_grad():
-        hooks = [
-            quantizer.register_forward_pre_hook(partial(_calibrate, name, progress.update)) for name, quantizer in sites
-        ]
-        try:
-            network.model(images.to(parameter.device, parameter.dtype))
-        finally:
-            for hook in hooks:
-                hook.remove()
+    progress = progress_bar("calibrating activations", len(sites))
+    with progress, calibrating(sites, progress.update), torch.no_grad():
+        network.model(images.to(parameter.device, parameter.dtype))
     for name, quantizer in sites:
         if not quantizer.is_calibrated:
             raise AdfqError(f"{name} saw no calibration data: the model does not use this layer")
+
+
+@contextmanager
+def calibrating(sites: Iterable[tuple[str, Quantizer]], done: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Within it, each of the named quantizers is calibrated on its input right before it quantizes it."""
+    hooks = [quantizer.register_forward_pre_hook(partial(_calibrate, name, done)) for name, quantizer in sites]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _calibrate(name: str, done: Callable[[], object], quantizer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -92,7 +98,8 @@ def _calibrate(name: str, done: Callable[[], object], quantizer: nn.Module, inpu
     done()
 
 
-def _progress(what: str, steps: int) -> tqdm[Any]:
+def progress_bar(what: str, steps: int) -> tqdm[Any]:
+    """A bar that shows after two seconds, on terminals only."""
     from tqdm import tqdm  # the core needs only torch to be imported
 
     return tqdm(total=steps, desc=what, delay=2, leave=False, disable=None)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -66,12 +69,19 @@ class Network:
         model: computes what the original did, until quantizers are attached.
         norms: for the name of a linear layer, the LayerNorm whose output nothing else reads: the pairs whose
             scales can be exchanged (RepQ-ViT).
+        modules: names of the parts that are optimized together (`adfq.reconstruction`): patch embedding, attentions,
+            MLPs, patch mergings, heads. Each maps one tensor to one; an nn.Softmax in it tells its attention scores.
+        resume: a folder in which a long optimization leaves finished modules, and finds them again; None for none.
+        report: what a method has to say of its work, by subject; JSON's types.
         floating_point: names of linear and convolution layers that the adapter has no rule for.
     """
 
     model: nn.Module
     norms: Mapping[str, nn.LayerNorm]
+    modules: tuple[str, ...] = ()
     floating_point: tuple[str, ...] = ()
+    resume: Path | None = None
+    report: dict[str, Any] = field(default_factory=dict)
 
     def weight_layers(self) -> Iterator[tuple[str, QuantWeightLayer]]:
         """Every quantizable linear and convolution layer by name, in the order of registration."""
@@ -93,13 +103,33 @@ class Network:
         for _, matmul in self.matmuls():
             matmul.left_quantizer, matmul.right_quantizer = map(recipe.for_activation, matmul.roles)
 
-    def activation_quantizers(self) -> Iterator[tuple[str, str, Quantizer]]:
-        """(name, role, quantizer) of every quantized activation."""
+    def activation_quantizers(self, within: str = "") -> Iterator[tuple[str, str, Quantizer]]:
+        """(name, role, quantizer) of every quantized activation, or of those within the named part of the model."""
+        for name, owner, attribute, role in self._activation_sites():
+            quantizer = getattr(owner, attribute)
+            if isinstance(quantizer, Quantizer) and f"{name}.".startswith(f"{within}." if within else ""):
+                yield f"{name}.{attribute}", role, quantizer
+
+    def _activation_sites(self) -> Iterator[tuple[str, nn.Module, str, str]]:
         for name, layer in self.weight_layers():
-            if isinstance(layer.input_quantizer, Quantizer):
-                yield f"{name}.input_quantizer", layer.role, layer.input_quantizer
+            yield name, layer, "input_quantizer", layer.role
         for name, matmul in self.matmuls():
-            for side, role in zip(("left_quantizer", "right_quantizer"), matmul.roles, strict=True):
-                quantizer = getattr(matmul, side)
-                if isinstance(quantizer, Quantizer):
-                    yield f"{name}.{side}", role, quantizer
+            yield name, matmul, "left_quantizer", matmul.roles[0]
+            yield name, matmul, "right_quantizer", matmul.roles[1]
+
+    @contextmanager
+    def full_precision(self) -> Iterator[None]:
+        """Within it, the model computes as if it had no quantizers."""
+        sites = [(owner, attribute, getattr(owner, attribute)) for _, owner, attribute, _ in self._activation_sites()]
+        weights = [(layer, layer.quantized_weight) for _, layer in self.weight_layers()]
+        try:
+            for owner, attribute, _ in sites:
+                setattr(owner, attribute, nn.Identity())
+            for layer, _ in weights:
+                layer.quantized_weight = None
+            yield
+        finally:
+            for owner, attribute, quantizer in sites:
+                setattr(owner, attribute, quantizer)
+            for layer, weight in weights:
+                layer.quantized_weight = weight

@@ -9,7 +9,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,11 +21,24 @@ from benchmarks.console import warn
 from benchmarks.reports.spec import Model, load_table, table_names
 from benchmarks.reports.tables import STYLES, render, tabulate_results
 from benchmarks.results import ResultStore
-from benchmarks.runner import resolve_device, run_cell, run_cells
-from benchmarks.tasks import load_subject
+from benchmarks.runner import evaluate_model, quantize_model, resolve_device, run_cell, run_cells
+from benchmarks.tasks import load_quantized, load_subject, save_quantized
 from benchmarks.tasks.classification import model_names
 
 CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".npz")
+
+#: What --quantized has from its file, by option.
+_IN_QUANTIZED_FILE = {
+    "--model": "model",
+    "--model-arg": "model_arguments",
+    "--checkpoint": "checkpoint",
+    "--pretrained": "pretrained",
+    "--method": "method",
+    "--method-arg": "method_arguments",
+    "--bits": "bits",
+    "--calibration-size": "calibration_size",
+    "--seed": "seed",
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -57,31 +70,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="adfq", description="Post-training quantization of vision transformers, measured.")
     parser.add_argument("--version", action="version", version=f"adfq {adfq.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="run|table|list")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="run|quantize|table|list")
 
     run = commands.add_parser("run", help="measure one method on one model")
     run.set_defaults(action=_run)
-    run.add_argument("task", choices=["classification"])
-    run.add_argument("--model", required=True, help="an embedded model or any of timm's; 'adfq list models'")
+    _add_experiment(run, required=False)
     run.add_argument(
-        "--model-arg", type=_pair, nargs="+", action="extend", default=[], metavar="K=V", help="for timm's factory"
+        "--quantized", metavar="FILE", help="measure what 'adfq quantize' has saved, in place of --model …"
     )
-    run.add_argument("--checkpoint", metavar="FILE", help="local weights: safetensors, PyTorch (weights only), npz")
-    run.add_argument("--pretrained", action="store_true", help="download timm's weights where there is no checkpoint")
-    run.add_argument(
-        "--data", required=True, metavar="SPEC", help="embedded, folder:ROOT or torch/NAME:ROOT, as timm names them"
-    )
-    run.add_argument("--method", required=True, help="'adfq list methods'")
-    run.add_argument("--method-arg", type=_pair, nargs="+", action="extend", default=[], metavar="K=V")
-    run.add_argument("--bits", default="W4A4", help="weights and activations, 2 to 8 each (default: W4A4)")
-    run.add_argument("--input-size", type=int, nargs=3, metavar=("C", "H", "W"))
-    run.add_argument("--mean", type=_floats, metavar="M,M,M")
-    run.add_argument("--std", type=_floats, metavar="S,S,S")
-    run.add_argument("--crop-pct", type=float)
-    run.add_argument("--interpolation", choices=["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"])
     run.add_argument("--json", action="store_true", help="one JSON object on the last line of stdout")
     _add_common(run)
-    run.set_defaults(calibration_size=32)
+
+    quantize = commands.add_parser("quantize", help="quantize a model and save it")
+    quantize.set_defaults(action=_quantize)
+    _add_experiment(quantize, required=True)
+    quantize.add_argument("--out", type=Path, required=True, metavar="FILE", help="safetensors file to write")
+    _add_calibration(quantize)
 
     table = commands.add_parser("table", help="measure and print a table of the paper")
     table.set_defaults(action=_table)
@@ -97,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("runs"), metavar="DIR", help="records and the table (default: runs)"
     )
     _add_common(table)
+    table.set_defaults(seed=0)
 
     listing = commands.add_parser("list", help="list what there is")
     listing.set_defaults(action=_list)
@@ -104,38 +109,62 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_experiment(parser: argparse.ArgumentParser, required: bool) -> None:
+    """What decides a cell, named after its fields; what is not given is None."""
+    parser.add_argument("task", choices=["classification"])
+    parser.add_argument("--model", required=required, help="an embedded model or any of timm's; 'adfq list models'")
+    parser.add_argument(
+        "--model-arg",
+        dest="model_arguments",
+        type=_pair,
+        nargs="+",
+        action="extend",
+        metavar="K=V",
+        help="for timm's factory",
+    )
+    parser.add_argument("--checkpoint", metavar="FILE", help="local weights: safetensors, PyTorch (weights only), npz")
+    parser.add_argument(
+        "--pretrained", action="store_true", default=None, help="download timm's weights where there is no checkpoint"
+    )
+    parser.add_argument(
+        "--data", required=True, metavar="SPEC", help="embedded, folder:ROOT or torch/NAME:ROOT, as timm names them"
+    )
+    parser.add_argument("--method", required=required, help="'adfq list methods'")
+    parser.add_argument("--method-arg", dest="method_arguments", type=_pair, nargs="+", action="extend", metavar="K=V")
+    parser.add_argument("--bits", help="weights and activations, 2 to 8 each (default: W4A4)")
+    parser.add_argument("--input-size", type=int, nargs=3, metavar=("C", "H", "W"))
+    parser.add_argument("--mean", type=_floats, metavar="M,M,M")
+    parser.add_argument("--std", type=_floats, metavar="S,S,S")
+    parser.add_argument("--crop-pct", type=float)
+    parser.add_argument("--interpolation", choices=["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"])
+
+
 def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--calibration-size", type=int, metavar="N", help="calibration images")
-    parser.add_argument("--seed", type=int, default=0)
+    _add_calibration(parser)
     parser.add_argument("--limit", type=_positive, metavar="N", help="evaluate on the first N images only")
     parser.add_argument("--batch-size", type=_positive, default=100, metavar="N")
+
+
+def _add_calibration(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--calibration-size", type=int, metavar="N", help="calibration images")
+    parser.add_argument("--seed", type=int, help="of their choice and of the method (default: 0)")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1 …")
 
 
 def _run(options: argparse.Namespace) -> None:
-    overrides = {
-        key: getattr(options, key)
-        for key in ("input_size", "mean", "std", "crop_pct", "interpolation")
-        if getattr(options, key) is not None
-    }
     device = resolve_device(options.device)
-    cell = Cell.create(
-        task=options.task,
-        model=options.model,
-        data=options.data,
-        method=options.method,
-        bits=options.bits,
-        model_arguments=tuple(sorted(options.model_arg)),
-        checkpoint=options.checkpoint,
-        pretrained=options.pretrained,
-        method_arguments=tuple(sorted(options.method_arg)),
-        preprocessing=tuple(sorted(overrides.items())),
-        calibration_size=options.calibration_size,
-        seed=options.seed,
-        limit=options.limit,
-        batch_size=options.batch_size,
-    )
-    record = run_cell(cell, load_subject(cell), device)
+    if options.quantized:
+        given = [option for option, name in _IN_QUANTIZED_FILE.items() if getattr(options, name) is not None]
+        if given:
+            raise AdfqError(f"what {', '.join(given)} would say is in the file given with --quantized; leave it out")
+        cell, subject = load_quantized(options.quantized, **_cell_fields(options))
+        record = evaluate_model(cell, subject, subject.model, device)
+    else:
+        missing = [f"--{name}" for name in ("model", "method") if getattr(options, name) is None]
+        if missing:
+            raise AdfqError(f"the following arguments are required: {', '.join(missing)} (see adfq run --help)")
+        cell = Cell.create(**_cell_fields(options))
+        record = run_cell(cell, load_subject(cell), device)
     if options.json:
         print(json.dumps(record))
         return
@@ -145,6 +174,34 @@ def _run(options: argparse.Namespace) -> None:
         f"on {metrics['images']} images (calibration {timing['calibration']:.1f} s, "
         f"evaluation {timing['evaluation']:.1f} s)"
     )
+
+
+def _quantize(options: argparse.Namespace) -> None:
+    cell, file = Cell.create(**_cell_fields(options)), options.out
+    if cell.method == FULL_PRECISION:
+        raise AdfqError("full_precision quantizes nothing that could be saved")
+    # Said before the work, not after it.
+    if file.is_dir():
+        raise AdfqError(f"cannot write {file}: it is a directory")
+    if not file.absolute().parent.is_dir():
+        raise AdfqError(f"cannot write {file}: there is no directory {file.parent}")
+    device = resolve_device(options.device)
+    subject = load_subject(cell)
+    model, seconds = quantize_model(cell, subject, device)
+    save_quantized(model, cell, subject, file)
+    size, full = file.stat().st_size, 4 * sum(parameter.numel() for parameter in subject.model.parameters())
+    print(f"{file}: {size / 1e6:.2f} MB, {100 * size / full:.1f} % of float32's size, in {seconds:.1f} s")
+
+
+def _cell_fields(options: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a cell that the options give."""
+    given: dict[str, Any] = {field.name: getattr(options, field.name, None) for field in fields(Cell)}
+    names = ("input_size", "mean", "std", "crop_pct", "interpolation")
+    given["preprocessing"] = [(name, getattr(options, name)) for name in names if getattr(options, name) is not None]
+    for name in ("model_arguments", "method_arguments", "preprocessing"):
+        if given[name] is not None:
+            given[name] = tuple(sorted(dict(given[name]).items()))  # of an option given twice, the last counts
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _table(options: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ import numpy
 import timm
 import torch
 import torchvision
+from torch import nn
 from tqdm import tqdm
 
 import adfq
@@ -42,11 +43,13 @@ def resolve_device(name: str) -> torch.device:
 
 
 def run_cell(cell: Cell, subject: Subject, device: torch.device) -> Record:
-    """Quantizes and evaluates.
+    """Quantizes and evaluates; the record is that of `evaluate_model`."""
+    model, seconds = quantize_model(cell, subject, device)
+    return evaluate_model(cell, subject, model, device, seconds)
 
-    Returns:
-        The record: ``config``, ``metrics``, ``timing`` (seconds), ``environment``, ``provenance``, ``finished``.
-    """
+
+def quantize_model(cell: Cell, subject: Subject, device: torch.device) -> tuple[nn.Module, float]:
+    """The subject's model, quantized as the cell has it, and the seconds that it took without reading images."""
     model = subject.model.to(device)
     arguments: dict[str, Any] = {"seed": cell.seed, **dict(cell.method_arguments)}
     if cell.method != FULL_PRECISION:
@@ -55,13 +58,26 @@ def run_cell(cell: Cell, subject: Subject, device: torch.device) -> Record:
         arguments["calibration"] = subject.calibration_images(cell.calibration_size, cell.seed)
     start = time.perf_counter()
     quantized = adfq.quantize(model, cell.method, **arguments)
-    calibrated = time.perf_counter()
-    metrics = subject.evaluate(quantized, device, cell.limit, cell.batch_size)
-    evaluated = time.perf_counter()
+    return quantized, time.perf_counter() - start
+
+
+def evaluate_model(
+    cell: Cell, subject: Subject, model: nn.Module, device: torch.device, calibration_seconds: float = 0.0
+) -> Record:
+    """Evaluates a cell's model.
+
+    Args:
+        calibration_seconds: that quantizing the model has taken; 0 for one that was saved.
+
+    Returns:
+        The record: ``config``, ``metrics``, ``timing`` (seconds), ``environment``, ``provenance``, ``finished``.
+    """
+    start = time.perf_counter()
+    metrics = subject.evaluate(model, device, cell.limit, cell.batch_size)
     return {
         "config": cell.config,
         "metrics": metrics,
-        "timing": {"calibration": calibrated - start, "evaluation": evaluated - calibrated},
+        "timing": {"calibration": calibration_seconds, "evaluation": time.perf_counter() - start},
         "environment": environment(device),
         "provenance": provenance(subject),
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),

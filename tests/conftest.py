@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,12 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from adfq.methods import adfq_vit
+
 MakeModel = Callable[..., nn.Module]
+
+# Optimizing takes minutes, and tests/adfq/test_reconstruction.py is about it. Other tests do without.
+CALIBRATION_ALONE = {"iterations": 0}
 
 
 def _folder(variable: str) -> Path:
@@ -52,6 +58,19 @@ def _seeded() -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         yield
+
+
+@pytest.fixture(scope="session")
+def quick() -> Mapping[str, dict[str, Any]]:
+    """Options, by method, with which quantizing a small model takes no time."""
+    return defaultdict(dict, adfq_vit=CALIBRATION_ALONE, ptq4vit={"rounds": 1})
+
+
+@pytest.fixture
+def calibration_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ADFQ-ViT does not optimize by default, for commands that cannot be given a method's options."""
+    for name, value in CALIBRATION_ALONE.items():
+        monkeypatch.setitem(adfq_vit.__kwdefaults__, name, value)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -26,18 +28,18 @@ MODELS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
-def test_every_method_quantizes_and_runs(name: str) -> None:
+def test_every_method_quantizes_and_runs(name: str, quick: Mapping[str, dict[str, Any]]) -> None:
     model = timm.create_model(name).eval()
     images = torch.randn(2, 3, 224, 224)
     with torch.no_grad():
         expected = model(images)
         for method in adfq.methods():
-            logits = adfq.quantize(model, method, 8, 8, calibration=images)(images)
+            logits = adfq.quantize(model, method, 8, 8, images, **quick[method])(images)
             assert torch.isfinite(logits).all()
             # Uniform quantizers come close at 8 bits; shift-log's levels are √2 apart at any bit-width.
             if method != "adfq_vit":
                 assert (logits - expected).norm() <= 0.3 * expected.norm(), method
-            assert torch.isfinite(adfq.quantize(model, method, 4, 4, calibration=images)(images)).all()
+            assert torch.isfinite(adfq.quantize(model, method, 4, 4, images, **quick[method])(images)).all()
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +56,7 @@ def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("calibration_alone")
 @pytest.mark.parametrize("key", ["deit_tiny", "swin_tiny"])
 def test_the_full_profile_reads_imagenets_layout_and_local_weights(
     key: str, imagenet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from dataclasses import replace as replace_fields
+from types import ModuleType
+from typing import Any
 
 from torch import nn
 
@@ -17,6 +22,25 @@ _ADAPTERS = {
 }
 
 
+@dataclass(frozen=True)
+class Architecture:
+    """What it takes to build a model once more, except its weights; as far as the model tells it.
+
+    Attributes:
+        family: the supported class that the model is an instance of, by qualified name.
+        cls: the model's own class, by qualified name.
+        name: what the family's factory knows the model by; None for one that was made from its class.
+        arguments: of factory or class: numbers, strings, truth values and tuples of them.
+        input_size: channels, height, width.
+    """
+
+    family: str
+    cls: str
+    name: str | None
+    arguments: Mapping[str, Any]
+    input_size: tuple[int, int, int]
+
+
 def adapt(model: nn.Module) -> Network:
     """Replaces, in place, the layers that methods quantize by their quantizable twins.
 
@@ -26,14 +50,54 @@ def adapt(model: nn.Module) -> Network:
     Raises:
         AdfqError: for a model of another family, or one with a kind of attention that is not covered.
     """
-    for cls in type(model).__mro__:
-        module = _ADAPTERS.get(f"{cls.__module__}.{cls.__qualname__}")
-        if module:
-            network: Network = importlib.import_module(module).adapt(model)
-            model.train(model.training)  # the new layers too
-            return Network(network.model, network.norms, _left_over(model))
+    network: Network = _adapter(_family(model)).adapt(model)
+    model.train(model.training)  # the new layers too
+    return replace_fields(network, floating_point=_left_over(model))
+
+
+def describe(model: nn.Module) -> Architecture:
+    """How to build a model like this one, which `adapt` has not seen yet.
+
+    What cannot be told from the model is left to the defaults, so that `create` may give another one.
+
+    Raises:
+        AdfqError: for a model that has no adapter.
+    """
+    family = _family(model)
+    architecture: Architecture = _adapter(family).describe(model, family)
+    return architecture
+
+
+def create(architecture: Architecture) -> nn.Module:
+    """Builds a model as described, with random weights.
+
+    Descriptions may come from a file that nobody vouches for: only supported classes and what the family's factory
+    knows are built, and nothing is downloaded.
+
+    Raises:
+        AdfqError: for what cannot be built.
+    """
+    if architecture.family not in _ADAPTERS:
+        raise AdfqError(f"there is no adapter for {architecture.family!r}")
+    model: nn.Module = _adapter(architecture.family).create(architecture)
+    return model
+
+
+def qualified_name(cls: type) -> str:
+    """Module and name of a class."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _family(model: nn.Module) -> str:
+    for name in map(qualified_name, type(model).__mro__):
+        if name in _ADAPTERS:
+            return name
     families = ", ".join(name.rsplit(".", 1)[1] for name in _ADAPTERS)
     raise AdfqError(f"cannot quantize a {type(model).__name__}; supported are {families} of timm")
+
+
+def _adapter(family: str) -> ModuleType:
+    return importlib.import_module(_ADAPTERS[family])
 
 
 def _left_over(model: nn.Module) -> tuple[str, ...]:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from timm.layers import Attention, GluMlp, Mlp
 from timm.layers.attention import maybe_add_mask, resolve_self_attn_mask
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import LayerScale, VisionTransformer
 from torch import Tensor, nn
 
-from adfq.adapters import pair, replace
+from adfq.adapters import Architecture, pair, replace
+from adfq.adapters.timm_factory import create_timm, describe_timm, is_present
 from adfq.errors import AdfqError
 from adfq.layers import QuantLinear, QuantMatMul
 from adfq.sites import Network
@@ -24,6 +29,7 @@ class QuantAttention(nn.Module):
         self.qkv = QuantLinear(attention.qkv, "qkv")
         self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
         self.scores = QuantMatMul(("query", "key"), transpose_right=True)
+        self.softmax = nn.Softmax(dim=-1)
         self.attn_drop = attention.attn_drop
         self.context = QuantMatMul(("probs", "value"))
         self.norm, self.gate = attention.norm, attention.gate
@@ -36,7 +42,7 @@ class QuantAttention(nn.Module):
         query, key, value = qkv.unbind(0)
         scores = self.scores(self.q_norm(query), self.k_norm(key)) * self.scale
         scores = maybe_add_mask(scores, resolve_self_attn_mask(tokens, scores, attn_mask, is_causal))
-        context = self.context(self.attn_drop(scores.softmax(dim=-1)), value)
+        context = self.context(self.attn_drop(self.softmax(scores)), value)
         context = self.norm(context.transpose(1, 2).reshape(batch, tokens, self.num_heads * self.head_dim))
         if self.gate is not None:
             context = context * self.gate(x).sigmoid()
@@ -48,21 +54,25 @@ def adapt(model: nn.Module) -> Network:
     """See `adfq.adapters.adapt`."""
     replace(model, "patch_embed.proj", "patch_embed")
     norms: dict[str, nn.LayerNorm] = {}
+    modules = ["patch_embed"]
     for index, block in enumerate(model.get_submodule("blocks").children()):
         name = f"blocks.{index}"
         if not any(isinstance(module, Attention) for module in block.modules()):
             raise AdfqError(
                 f"{name}: cannot quantize a {type(block).__name__}, whose attention is not timm's Attention"
             )
-        _adapt_block(model, name, norms)
+        modules += _adapt_block(model, name, norms)
     for head in ("head", "head_dist"):  # the second one is distilled DeiT's
         if isinstance(getattr(model, head, None), nn.Linear):
             replace(model, head, "head")
-    return Network(model, norms)
+            modules.append(head)
+    return Network(model, norms, tuple(modules))
 
 
-def _adapt_block(model: nn.Module, block_name: str, norms: dict[str, nn.LayerNorm]) -> None:
+def _adapt_block(model: nn.Module, block_name: str, norms: dict[str, nn.LayerNorm]) -> list[str]:
+    """Replaces the layers of a block; returns the names of its attentions and MLPs."""
     block = model.get_submodule(block_name)
+    modules = []
     for relative, module in list(block.named_modules()):
         name = f"{block_name}.{relative}"
         if isinstance(module, Attention):
@@ -71,13 +81,16 @@ def _adapt_block(model: nn.Module, block_name: str, norms: dict[str, nn.LayerNor
                     f"{name}: cannot quantize a {type(module).__name__}, which computes attention its own way"
                 )
             model.set_submodule(name, QuantAttention(module))
+            modules.append(name)
             # A gate would read the norm's output as well.
             if module.gate is None:
                 pair(norms, f"{name}.qkv", _norm_before(model, name))
         elif isinstance(module, (Mlp, GluMlp)):
             replace(model, f"{name}.fc1", "fc1")
             replace(model, f"{name}.fc2", "fc2")
+            modules.append(name)
             pair(norms, f"{name}.fc1", _norm_before(model, name))
+    return modules
 
 
 #: Which child is the LayerNorm right before a sub-block: in timm's Block, and in the Sequentials of its
@@ -95,3 +108,48 @@ def _norm_before(model: nn.Module, name: str) -> nn.Module | None:
     parent = model.get_submodule(parent_name)
     norm: nn.Module | None = getattr(parent, _NORM_BEFORE.get((type(parent).__name__, child), ""), None)
     return norm
+
+
+def describe(model: VisionTransformer, family: str) -> Architecture:
+    """See `adfq.adapters.describe`."""
+    arguments: dict[str, Any] = {
+        "embed_dim": model.embed_dim,
+        "depth": len(model.blocks),
+        "class_token": model.has_class_token,
+        "reg_tokens": model.num_reg_tokens,
+        "no_embed_class": model.no_embed_class,
+        "pos_embed": "none" if model.pos_embed is None else "learn",
+        "pre_norm": is_present(model.norm_pre),
+        "fc_norm": is_present(model.fc_norm),
+        "final_norm": is_present(model.norm) or is_present(model.fc_norm),
+        "pool_include_prefix": model.pool_include_prefix,
+        "dynamic_img_size": model.dynamic_img_size,
+    }
+    modules = list(model.blocks.modules())
+    for attention in (module for module in modules if isinstance(module, Attention)):
+        arguments |= {
+            "num_heads": attention.num_heads,
+            "qkv_bias": attention.qkv.bias is not None,
+            "proj_bias": attention.proj.bias is not None,
+            "qk_norm": is_present(attention.q_norm),
+            "scale_attn_norm": is_present(attention.norm),
+        }
+        break
+    for mlp in (module for module in modules if isinstance(module, (Mlp, GluMlp))):
+        arguments["mlp_ratio"] = _ratio(mlp.get_parameter("fc1.weight").shape[0], model.embed_dim)
+        arguments["scale_mlp_norm"] = is_present(mlp.norm)
+        break
+    if any(isinstance(module, LayerScale) for module in modules):
+        arguments["init_values"] = 1.0  # any will do, the scales are weights
+    return describe_timm(model, family, arguments)
+
+
+def create(architecture: Architecture) -> nn.Module:
+    """See `adfq.adapters.create`."""
+    return create_timm(architecture, VisionTransformer, VisionTransformerDistilled)
+
+
+def _ratio(hidden: int, width: int) -> float:
+    """What timm multiplies `width` with and cuts off to get `hidden`."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width

@@ -40,6 +40,37 @@ def straight_through(x: Tensor, quantized: Tensor, inside: Tensor) -> Tensor:
     return result
 
 
+class _Rescale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, ratio: Tensor, values: Tensor, inside: Tensor) -> Tensor:
+        ctx.save_for_backward(values.addcmul(ratio, inside, value=-1) if ctx.needs_input_grad[1] else None, inside)
+        ctx.scale_shape = scale.shape
+        return values * scale
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        per_step, inside = ctx.saved_tensors
+        to_x = gradients[0] * inside if ctx.needs_input_grad[0] else None
+        to_scale = None if per_step is None else (gradients[0] * per_step).sum_to_size(ctx.scale_shape)
+        return to_x, to_scale, None, None, None
+
+
+def rescale(x: Tensor, scale: Tensor, ratio: Tensor, values: Tensor, inside: Tensor) -> Tensor:
+    """values·scale, where `values` is the quantized `ratio` = x/scale, with the gradients of learned step size
+    quantization (Esser et al., 2020).
+
+    The gradient to x is 1 inside the range and 0 outside; that to the scale is values - ratio inside, values outside.
+
+    Args:
+        x: float32; what is quantized.
+        scale: broadcasts against `x`.
+        ratio, values: the shape of `x`, without gradients.
+        inside: 1.0 or 0.0, the shape of `x`.
+    """
+    result: Tensor = _Rescale.apply(x, scale, ratio, values, inside)
+    return result
+
+
 class Quantizer(nn.Module, ABC):
     """Simulated quantization: values go in, the nearest representable values come out.
 
@@ -99,6 +130,22 @@ class Quantizer(nn.Module, ABC):
     @abstractmethod
     def _quantize(self, x: Tensor) -> Tensor:
         """Quantizes a float32 tensor."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        """The codes that stand for the quantized `x`: uint8, the shape of `x`; `decode` turns them into its values.
+
+        Raises:
+            NotImplementedError: for a quantizer whose values no integer codes stand for.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no integer codes")
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """The values of codes: float32, the shape of `codes`.
+
+        Raises:
+            NotImplementedError: for a quantizer whose values no integer codes stand for.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no integer codes")
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         # model.half() and model.bfloat16() cast every buffer; these move with the model but stay float32.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adfq.errors import AdfqError
-from adfq.quantizers.base import Quantizer, straight_through
+from adfq.quantizers.base import Quantizer, rescale
 from adfq.ranges import PERCENTILES, quantiles
 
 
@@ -51,17 +51,19 @@ class LogQuantizer(Quantizer):
         return candidates[errors.argmin()]
 
     def _quantize(self, x: Tensor) -> Tensor:
-        ratio = x / self.scale
-        limited = ratio.detach().clamp(0, 1)
+        with torch.no_grad():
+            ratio = x / self.scale
+            limited = ratio.clamp(0, 1)
+            values = self._levels_of(limited)
         if not torch.is_grad_enabled():
-            return self._levels_of(limited).mul_(self.scale)
-        return straight_through(ratio, self._levels_of(limited), ratio == limited) * self.scale
+            return values.mul_(self.scale)
+        return rescale(x, self.scale, ratio, values, limited.eq_(ratio))
 
     def _levels_of(self, ratio: Tensor) -> Tensor:
         """The nearest level (in the logarithm) of values in [0, 1]; -log 0 is infinite, beyond every code."""
         steps_per_octave = 1 / math.log2(self.base)
         codes = ratio.log2().mul_(-steps_per_octave).round_()
-        return torch.where(codes < self.levels, torch.exp2(codes / -steps_per_octave), 0.0)
+        return torch.exp2(codes / -steps_per_octave).mul_(codes < self.levels)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, base={self.base:.4g}"

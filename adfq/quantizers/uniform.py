@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adfq.errors import AdfqError
-from adfq.quantizers.base import Quantizer, straight_through
+from adfq.quantizers.base import Quantizer, rescale
 from adfq.ranges import RANGES, fake_quantize
 
 GRANULARITIES = ("tensor", "channel", "row", "patch")
@@ -69,10 +69,26 @@ class UniformQuantizer(Quantizer):
             )
         if not torch.is_grad_enabled():
             return fake_quantize(x, self.scale, self.zero_point, self.levels)
-        ratio = x / self.scale
-        unlimited = ratio.detach().round() + self.zero_point
-        codes = unlimited.clamp(0, self.levels - 1)
-        return (straight_through(ratio, codes, unlimited == codes) - self.zero_point) * self.scale
+        with torch.no_grad():
+            ratio = x / self.scale
+            unlimited = ratio.round().add_(self.zero_point)
+            codes = unlimited.clamp(0, self.levels - 1)
+            inside = unlimited.eq_(codes)
+        return rescale(x, self.scale, ratio, codes.sub_(self.zero_point), inside)
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> Tensor:
+        """See `Quantizer.encode`; the zero point must be a whole number.
+
+        Quantized values give back the codes that they came from, also when cast to float16 since, or to bfloat16 up
+        to 7 bits.
+        """
+        return (x.float() / self.scale).round_().add_(self.zero_point).clamp_(0, self.levels - 1).to(torch.uint8)
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """See `Quantizer.decode`; bit for bit what `forward` gave."""
+        return codes.float().sub_(self.zero_point).mul_(self.scale)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, granularity={self.granularity!r}, range={self.range!r}"

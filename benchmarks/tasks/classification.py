@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,15 +38,24 @@ def model_names() -> list[str]:
 
 @dataclass(frozen=True)
 class Classification:
-    """A classifier in full precision with its train and evaluation split (`benchmarks.tasks.Subject`)."""
+    """A classifier with its train and evaluation split (`benchmarks.tasks.Subject`).
+
+    Attributes:
+        preprocessing: timm's data configuration, with nothing left to resolve.
+        train: None where nothing is calibrated.
+        workers: how many processes read images for evaluation; 0 reads them in this one.
+    """
 
     model: nn.Module
     weights_digest: str
-    train: Dataset[tuple[Tensor, int]]
+    preprocessing: Mapping[str, Any]
+    train: Dataset[tuple[Tensor, int]] | None
     validation: Dataset[tuple[Tensor, int]]
     workers: int
 
     def calibration_images(self, count: int, seed: int) -> Tensor:
+        if self.train is None:
+            raise AdfqError("a quantized model is not calibrated again")
         available = len(self.train)  # type: ignore[arg-type]
         if count < 1:
             raise AdfqError(f"at least one calibration image is needed, {count} were asked for")
@@ -102,17 +111,37 @@ def load_classification(cell: Cell) -> Classification:
         AdfqError: for an unknown model or unusable arguments, a checkpoint that does not fit, unusable data.
     """
     cell = _resolve_shipped(cell)
-    model = _create_model(cell)
-    config = _data_config(cell, model)
-    transform = create_transform(**config, is_training=False)
-    channels = config["input_size"][0]
-    splits = [
-        CheckedDataset(open_split(cell.data, split, model.num_classes), _MODES[channels], transform)
-        for split in ("train", "validation")
-    ]
+    return _open_data(cell, _create_model(cell), calibrated=True)
+
+
+def attach_classification(cell: Cell, model: nn.Module) -> Classification:
+    """Gives a quantized model the data to evaluate it on; a train split is not needed.
+
+    Args:
+        cell: its preprocessing is complete, as in `Classification.preprocessing`; what it says of the model is for
+            messages only.
+
+    Raises:
+        AdfqError: for unusable data or preprocessing.
+    """
+    return _open_data(cell, model, calibrated=False)
+
+
+def _open_data(cell: Cell, model: Any, calibrated: bool) -> Classification:
+    try:
+        config = _data_config(cell, model)
+        transform = create_transform(**config, is_training=False)
+    except (AttributeError, KeyError, TypeError):  # a saved model's notes may be anybody's
+        raise AdfqError(f"{cell.checkpoint or cell.model}: its preprocessing is not timm's") from None
+    mode = _MODES[config["input_size"][0]]
+
+    def open_checked(split: str) -> CheckedDataset:
+        return CheckedDataset(open_split(cell.data, split, model.num_classes), mode, transform)
+
+    train = open_checked("train") if calibrated else None
     # Scenes are drawn once and kept, which only works within one process.
     workers = 0 if cell.data == EMBEDDED else min(os.cpu_count() or 1, 8)
-    return Classification(model.eval(), _digest(model), splits[0], splits[1], workers)
+    return Classification(model.eval(), _digest(model), config, train, open_checked("validation"), workers)
 
 
 def _resolve_shipped(cell: Cell) -> Cell:

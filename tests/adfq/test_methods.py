@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from adfq.sites import Network
 
 MakeModel = Callable[..., nn.Module]
 MakeImages = Callable[..., Tensor]
+Quick = Mapping[str, dict[str, Any]]
 
 QUANTIZING = ["adfq_vit", "base_ptq", "repq_vit"]
 every_method = pytest.mark.parametrize("method", ["full_precision", *QUANTIZING])
@@ -47,12 +48,14 @@ def test_methods_are_listed() -> None:
 
 
 @every_method
-def test_the_given_model_is_left_untouched(method: str, make_vit: MakeModel, make_images: MakeImages) -> None:
+def test_the_given_model_is_left_untouched(
+    method: str, quick: Quick, make_vit: MakeModel, make_images: MakeImages
+) -> None:
     model, images = make_vit().train(), make_images()
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     modules = [(name, type(module), module.training) for name, module in model.named_modules()]
     expected = model(images)
-    quantized = quantize(model, method, calibration=images)
+    quantized = quantize(model, method, calibration=images, **quick[method])
     assert [(name, type(module), module.training) for name, module in model.named_modules()] == modules
     after = model.state_dict()
     assert list(after) == list(state)
@@ -66,21 +69,24 @@ def test_the_given_model_is_left_untouched(method: str, make_vit: MakeModel, mak
 @every_method
 @pytest.mark.parametrize("family", ["vit", "swin"])
 def test_the_result_is_in_evaluation_mode(
-    method: str, family: str, make_vit: MakeModel, make_swin: MakeModel, make_images: MakeImages
+    method: str, quick: Quick, family: str, make_vit: MakeModel, make_swin: MakeModel, make_images: MakeImages
 ) -> None:
     model = make_vit() if family == "vit" else make_swin()
-    quantized = quantize(model.train(), method, calibration=make_images())
+    quantized = quantize(model.train(), method, calibration=make_images(), **quick[method])
     assert [name for name, module in quantized.named_modules() if module.training] == []
 
 
 @quantizing_methods
 @pytest.mark.parametrize("family", ["vit", "swin"])
 def test_error_grows_as_bits_fall(
-    method: str, family: str, make_vit: MakeModel, make_swin: MakeModel, make_images: MakeImages
+    method: str, quick: Quick, family: str, make_vit: MakeModel, make_swin: MakeModel, make_images: MakeImages
 ) -> None:
     model = make_vit() if family == "vit" else make_swin()
     images, others = make_images(8), make_images(8, seed=2)
-    errors = [relative_error(quantize(model, method, bits, bits, images), model, others) for bits in (8, 6, 4, 2)]
+    errors = [
+        relative_error(quantize(model, method, bits, bits, images, **quick[method]), model, others)
+        for bits in (8, 6, 4, 2)
+    ]
     # ADFQ-ViT's logarithm keeps its coarse top levels at 8 bits.
     assert errors[0] < (0.15 if method == "adfq_vit" else 0.1)
     assert errors == sorted(errors)
@@ -88,10 +94,12 @@ def test_error_grows_as_bits_fall(
 
 
 @quantizing_methods
-def test_weights_and_activations_have_their_own_bits(method: str, make_vit: MakeModel, make_images: MakeImages) -> None:
+def test_weights_and_activations_have_their_own_bits(
+    method: str, quick: Quick, make_vit: MakeModel, make_images: MakeImages
+) -> None:
     model, images = make_vit(), make_images(8)
     few_weight, few_activation, many = (
-        quantize(model, method, *bits, calibration=images) for bits in ((3, 8), (8, 3), (8, 8))
+        quantize(model, method, *bits, calibration=images, **quick[method]) for bits in ((3, 8), (8, 3), (8, 8))
     )
     layer = few_weight.get_submodule("blocks.0.attn.proj")
     assert max(len(row.unique()) for row in layer.weight) <= 8
@@ -106,10 +114,10 @@ def test_weights_and_activations_have_their_own_bits(method: str, make_vit: Make
 @quantizing_methods
 @pytest.mark.parametrize("family", ["vit", "swin"])
 def test_every_site_is_quantized_and_weights_once_and_for_all(
-    method: str, family: str, make_vit: MakeModel, make_swin: MakeModel, make_images: MakeImages
+    method: str, quick: Quick, family: str, make_vit: MakeModel, make_swin: MakeModel, make_images: MakeImages
 ) -> None:
     model = make_vit() if family == "vit" else make_swin()
-    quantized = quantize(model, method, 4, 4, make_images())
+    quantized = quantize(model, method, 4, 4, make_images(), **quick[method])
     network = Network(quantized, {})
     layers = list(network.weight_layers())
     sites = len(layers) + 2 * len(list(network.matmuls()))
@@ -129,8 +137,8 @@ def test_every_site_is_quantized_and_weights_once_and_for_all(
 
 
 @quantizing_methods
-def test_image_by_image_and_in_a_batch(method: str, make_vit: MakeModel, make_images: MakeImages) -> None:
-    options = {"shift": "static"} if method == "adfq_vit" else {}
+def test_image_by_image_and_in_a_batch(method: str, quick: Quick, make_vit: MakeModel, make_images: MakeImages) -> None:
+    options = quick[method] | ({"shift": "static"} if method == "adfq_vit" else {})
     quantized = quantize(make_vit(), method, 6, 6, make_images(8), **options)
     images = make_images(3, seed=2)
     with torch.no_grad():
@@ -140,9 +148,9 @@ def test_image_by_image_and_in_a_batch(method: str, make_vit: MakeModel, make_im
 
 
 @quantizing_methods
-def test_two_runs_give_the_same_bits(method: str, make_vit: MakeModel, make_images: MakeImages) -> None:
+def test_two_runs_give_the_same_bits(method: str, quick: Quick, make_vit: MakeModel, make_images: MakeImages) -> None:
     model, images = make_vit(), make_images()
-    first, second = (quantize(model, method, calibration=images) for _ in range(2))
+    first, second = (quantize(model, method, calibration=images, **quick[method]) for _ in range(2))
     assert all(
         torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
     )
@@ -150,10 +158,12 @@ def test_two_runs_give_the_same_bits(method: str, make_vit: MakeModel, make_imag
 
 
 @quantizing_methods
-def test_batches_are_calibrated_together(method: str, make_vit: MakeModel, make_images: MakeImages) -> None:
+def test_batches_are_calibrated_together(
+    method: str, quick: Quick, make_vit: MakeModel, make_images: MakeImages
+) -> None:
     model, images = make_vit(), make_images(6)
-    whole = quantize(model, method, calibration=images)
-    in_batches = quantize(model, method, calibration=[(batch, None) for batch in images.split(4)])
+    whole = quantize(model, method, calibration=images, **quick[method])
+    in_batches = quantize(model, method, calibration=[(batch, None) for batch in images.split(4)], **quick[method])
     assert torch.equal(whole(images), in_batches(images))
 
 
@@ -161,13 +171,19 @@ def test_batches_are_calibrated_together(method: str, make_vit: MakeModel, make_
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", ["vit", "swin"])
 def test_models_in_half_precision(
-    method: str, dtype: torch.dtype, family: str, make_vit: MakeModel, make_swin: MakeModel, make_images: MakeImages
+    method: str,
+    quick: Quick,
+    dtype: torch.dtype,
+    family: str,
+    make_vit: MakeModel,
+    make_swin: MakeModel,
+    make_images: MakeImages,
 ) -> None:
     single = make_vit() if family == "vit" else make_swin()
     images = make_images(8)
-    quantized = quantize(single, method, 6, 6, images)
+    quantized = quantize(single, method, 6, 6, images, **quick[method])
     half = make_vit() if family == "vit" else make_swin()
-    quantized_half = quantize(half.to(dtype), method, 6, 6, images)
+    quantized_half = quantize(half.to(dtype), method, 6, 6, images, **quick[method])
     with torch.no_grad():
         logits = quantized_half(images.to(dtype))
         assert logits.dtype == dtype
@@ -177,10 +193,10 @@ def test_models_in_half_precision(
 @quantizing_methods
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_quantized_model_can_be_cast(
-    method: str, dtype: torch.dtype, make_vit: MakeModel, make_images: MakeImages
+    method: str, quick: Quick, dtype: torch.dtype, make_vit: MakeModel, make_images: MakeImages
 ) -> None:
     images = make_images(8)
-    quantized = quantize(make_vit(), method, 6, 6, images)
+    quantized = quantize(make_vit(), method, 6, 6, images, **quick[method])
     with torch.no_grad():
         expected = quantized(images)
         logits = quantized.to(dtype)(images.to(dtype))
@@ -190,8 +206,8 @@ def test_a_quantized_model_can_be_cast(
 
 def test_the_state_dict_of_a_quantized_model_restores_it(make_swin: MakeModel, make_images: MakeImages) -> None:
     images, others = make_images(), make_images(seed=2)
-    original = quantize(make_swin(), calibration=images)
-    copy = quantize(make_swin(window_size=4), calibration=others)
+    original = quantize(make_swin(), calibration=images, iterations=0)
+    copy = quantize(make_swin(window_size=4), calibration=others, iterations=0)
     assert not torch.equal(copy(others), original(others))
     copy.load_state_dict(original.state_dict())
     assert torch.equal(copy(others), original(others))
@@ -241,11 +257,11 @@ def test_the_seed_decides_what_is_drawn(noisy: str, make_vit: MakeModel, make_im
 
 @pytest.mark.parametrize("method", ["noisy", *QUANTIZING])
 def test_the_global_generators_are_left_as_they_were(
-    method: str, noisy: str, make_vit: MakeModel, make_images: MakeImages
+    method: str, quick: Quick, noisy: str, make_vit: MakeModel, make_images: MakeImages
 ) -> None:
     model, images = make_vit(), make_images()
     state, numpys = torch.get_rng_state(), np.random.get_state()[1].copy()
-    quantize(model, method, calibration=images, seed=3)
+    quantize(model, method, calibration=images, seed=3, **quick[method])
     assert torch.equal(torch.get_rng_state(), state)
     assert np.array_equal(np.random.get_state()[1], numpys)
 
@@ -301,21 +317,21 @@ def test_calibration_images_are_needed(method: str, make_vit: MakeModel) -> None
 
 @quantizing_methods
 def test_activations_that_are_not_finite_name_their_site(
-    method: str, make_vit: MakeModel, make_images: MakeImages
+    method: str, quick: Quick, make_vit: MakeModel, make_images: MakeImages
 ) -> None:
     model = make_vit()
     model.get_submodule("blocks.1.norm1").bias.data[0] = float("inf")
     with pytest.raises(AdfqError, match=r"blocks\.1\.attn\.qkv\.input_quantizer: .*not finite"):
-        quantize(model, method, calibration=make_images())
+        quantize(model, method, calibration=make_images(), **quick[method])
 
 
 def test_layers_without_a_rule_are_warned_of(make_vit: MakeModel, make_images: MakeImages) -> None:
     with pytest.warns(UserWarning, match=r"full precision: attn_pool\.q, attn_pool\.kv") as caught:
-        quantize(make_vit(global_pool="map", class_token=False), calibration=make_images())
+        quantize(make_vit(global_pool="map", class_token=False), calibration=make_images(), iterations=0)
     assert [warning.filename for warning in caught] == [__file__]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        quantize(make_vit(), calibration=make_images())
+        quantize(make_vit(), calibration=make_images(), iterations=0)
 
 
 @pytest.mark.parametrize(
@@ -364,12 +380,13 @@ def test_full_precision_takes_any_model() -> None:
 
 def test_adfq_vit_is_the_default(make_vit: MakeModel, make_images: MakeImages) -> None:
     model, images = make_vit(), make_images()
-    assert torch.equal(quantize(model, calibration=images)(images), quantize(model, "adfq_vit", 4, 4, images)(images))
+    default = quantize(model, calibration=images, iterations=0)
+    assert torch.equal(default(images), quantize(model, "adfq_vit", 4, 4, images, iterations=0)(images))
 
 
 def test_adfq_vits_quantizers(make_swin: MakeModel, make_images: MakeImages) -> None:
     options = {"qkv_threshold": 1.5, "fc1_threshold": 2.5, "log_base": 2.0, "shift": "static", "patch_embed_bits": 7}
-    quantized = quantize(make_swin(), "adfq_vit", 5, 3, make_images(), **options)
+    quantized = quantize(make_swin(), "adfq_vit", 5, 3, make_images(), iterations=0, **options)
     found = {role: quantizer for _, role, quantizer in Network(quantized, {}).activation_quantizers()}
     kinds = {role: type(quantizer) for role, quantizer in found.items()}
     assert kinds == {
@@ -396,7 +413,7 @@ def test_adfq_vits_options_have_an_effect(
     options: dict[str, Any], make_vit: MakeModel, make_images: MakeImages
 ) -> None:
     model, images = make_vit(), make_images()
-    plain, changed = (quantize(model, calibration=images, **chosen) for chosen in ({}, options))
+    plain, changed = (quantize(model, calibration=images, iterations=0, **chosen) for chosen in ({}, options))
     assert relative_error(changed, plain, images) > 1e-3
 
 
@@ -406,7 +423,9 @@ def test_a_static_shift_is_the_dynamic_one_on_the_calibration_images(
     model, images, others = make_vit(), make_images(), make_images(seed=2)
     for block in model.get_submodule("blocks"):
         block.mlp.fc1.bias.data += 4.0  # beyond GELU's own minimum, which nearly every image reaches
-    dynamic, static = (quantize(model, calibration=images, shift=shift) for shift in ("dynamic", "static"))
+    dynamic, static = (
+        quantize(model, calibration=images, iterations=0, shift=shift) for shift in ("dynamic", "static")
+    )
     assert torch.equal(dynamic(images), static(images))
     assert relative_error(static, dynamic, others) > 1e-3
 
@@ -424,7 +443,7 @@ def test_golden_adfq_vit(bits: int, make_vit: MakeModel, load_golden: Callable[[
     model = golden_vit(make_vit, shared)
     # The released code quantizes the input image like everything else.
     options = {"fc1_threshold": 2.5, "patch_embed_bits": bits}
-    quantized = quantize(model, "adfq_vit", bits, bits, shared["calib"], **options)
+    quantized = quantize(model, "adfq_vit", bits, bits, shared["calib"], iterations=0, **options)
     expected = vectors[f"logits_w{bits}a{bits}"]
     with torch.no_grad():
         error = (quantized(shared["test"]) - expected).norm() / expected.norm()
@@ -439,7 +458,7 @@ def test_golden_adfq_vits_scales(
 ) -> None:
     shared, vectors = load_golden("repq_e2e_vit_21.npz"), load_golden("adfq_e2e_vit_21.npz")
     network = adapt(golden_vit(make_vit, shared))
-    adfq_vit(network, shared["calib"], Bits(bits, bits), fc1_threshold=2.5, patch_embed_bits=bits)
+    adfq_vit(network, shared["calib"], Bits(bits, bits), fc1_threshold=2.5, patch_embed_bits=bits, iterations=0)
     compared = 0
     for name, layer in network.weight_layers():
         expected = vectors[f"w{bits}a{bits}/model.{name}/act_scale"]
@@ -453,7 +472,7 @@ def test_golden_adfq_vits_scales(
 
 
 @quantizing_methods
-def test_a_trained_model_keeps_its_accuracy(method: str, real_data: Path) -> None:
+def test_a_trained_model_keeps_its_accuracy(method: str, quick: Quick, real_data: Path) -> None:
     folder = real_data / "fashion_mnist"
     model = timm.create_model(
         "vit_tiny_patch16_224",
@@ -474,6 +493,6 @@ def test_a_trained_model_keeps_its_accuracy(method: str, real_data: Path) -> Non
 
     full = accuracy(model)
     assert full > 0.88
-    assert accuracy(quantize(model, method, 8, 8, calibration)) > full - 0.015
-    assert accuracy(quantize(model, method, 4, 4, calibration)) > full - 0.05
-    assert accuracy(quantize(model, method, 2, 2, calibration)) < full - 0.15
+    assert accuracy(quantize(model, method, 8, 8, calibration, **quick[method])) > full - 0.015
+    assert accuracy(quantize(model, method, 4, 4, calibration, **quick[method])) > full - 0.05
+    assert accuracy(quantize(model, method, 2, 2, calibration, **quick[method])) < full - 0.15

@@ -507,6 +507,31 @@ def test_gradients_are_finite_everywhere(kind: str) -> None:
     assert torch.isfinite(gradient_of(quantizer, x)).all()
 
 
+# --- integer codes --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@given(bits=st.integers(2, 8), seed=st.integers(0, 2**32), offset=st.floats(-1, 1))
+@quick
+def test_codes_give_the_quantized_values_bit_for_bit(dtype: torch.dtype, bits: int, seed: int, offset: float) -> None:
+    weight = torch.randn(6, 50, generator=torch.Generator().manual_seed(seed)) * 0.05 + 0.02 * offset
+    quantizer = UniformQuantizer(bits, "row").calibrate(weight)
+    quantized = quantizer(weight)
+    for values in (weight, quantized, quantized.to(dtype if bits < 8 else torch.float16)):
+        codes = quantizer.encode(values)
+        assert codes.dtype == torch.uint8
+        assert int(codes.max()) < 2**bits
+        assert torch.equal(quantizer.decode(codes), quantized)
+
+
+def test_logarithmic_quantizers_have_no_integer_codes() -> None:
+    quantizer = calibrated("log")
+    with pytest.raises(NotImplementedError, match="LogQuantizer has no integer codes"):
+        quantizer.encode(torch.ones(2))
+    with pytest.raises(NotImplementedError, match="LogQuantizer has no integer codes"):
+        quantizer.decode(torch.ones(2, dtype=torch.uint8))
+
+
 # --- accelerators ---------------------------------------------------------------------------------------------------
 
 

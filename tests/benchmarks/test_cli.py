@@ -33,13 +33,14 @@ def test_run_prints_one_readable_line(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "methods"]) == 0
-    assert capsys.readouterr().out.split() == ["full_precision", "adfq_vit", "base_ptq", "repq_vit"]
+    assert capsys.readouterr().out.split() == ["full_precision", "adfq_vit", "base_ptq", "ptq4vit", "repq_vit"]
     assert main(["list", "tables"]) == 0
     assert capsys.readouterr().out.split() == ["1"]
     assert main(["list", "models"]) == 0
     assert {"embedded_vit", "embedded_swin", "deit_tiny_patch16_224"} <= set(capsys.readouterr().out.split())
 
 
+@pytest.mark.usefixtures("calibration_alone")
 def test_a_table_in_every_format_from_one_measurement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = [*TABLE, "--out", str(tmp_path)]
     assert main(command) == 0
@@ -69,7 +70,7 @@ def test_methods_are_chosen_beside_full_precision(tmp_path: Path, capsys: pytest
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "required: run|table|list"),
+        ([], "required: run|quantize|table|list"),
         (["run", "classification", "--data", "embedded"], "required: --model, --method"),
         ([*RUN, "--method", "magic"], "unknown method 'magic'; there are full_precision, adfq_vit"),
         ([*RUN, "--method", "base_ptq", "--bits", "W1A4"], "bits must be a whole number from 2 to 8"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +145,7 @@ def test_preprocessing_is_timms_with_the_users_overrides(load: Callable[..., Cla
         load(arguments={**TINY, "in_chans": 1})
 
 
-def fashion_mnist(real_data: Path, method: str, bits: str, limit: int | None) -> float:
+def fashion_mnist(real_data: Path, method: str, bits: str, limit: int | None, **options: Any) -> float:
     root = real_data / "fashion_mnist"
     arguments = {"img_size": 28, "patch_size": 4, "in_chans": 1, "embed_dim": 128, "depth": 6, "num_heads": 4}
     cell = Cell.create(
@@ -161,7 +161,8 @@ def fashion_mnist(real_data: Path, method: str, bits: str, limit: int | None) ->
     subject = load_classification(cell)
     images = subject.calibration_images(32, 0)
     width = int(bits[1])
-    return subject.evaluate(adfq.quantize(subject.model, method, width, width, images), CPU, limit, 100)["top1"]
+    quantized = adfq.quantize(subject.model, method, width, width, images, **options)
+    return subject.evaluate(quantized, CPU, limit, 100)["top1"]
 
 
 @pytest.mark.slow
@@ -170,6 +171,8 @@ def test_a_trained_vit_reaches_its_accuracy(real_data: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["base_ptq", "repq_vit", "adfq_vit"])
-def test_a_trained_vit_survives_quantization_at_6_bits(real_data: Path, method: str) -> None:
+def test_a_trained_vit_survives_quantization_at_6_bits(
+    real_data: Path, method: str, quick: Mapping[str, dict[str, Any]]
+) -> None:
     # Full precision reaches 91.1 % on these 1,000 images.
-    assert fashion_mnist(real_data, method, "W6A6", 1000) == pytest.approx(91.1, abs=1.5)
+    assert fashion_mnist(real_data, method, "W6A6", 1000, **quick[method]) == pytest.approx(91.1, abs=1.5)

@@ -1,0 +1,68 @@
+"""What timm's families share in describing a model and building it once more."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import timm
+from torch import nn
+
+from adfq.adapters import Architecture, qualified_name
+from adfq.errors import AdfqError
+
+
+def is_present(layer: nn.Module) -> bool:
+    """Whether a layer that a model can do without is there."""
+    return not isinstance(layer, nn.Identity)
+
+
+def describe_timm(model: Any, family: str, arguments: Mapping[str, Any]) -> Architecture:
+    """Adds to a family's own arguments those that all of timm's have."""
+    size = tuple(model.patch_embed.img_size)
+    channels = getattr(model, "in_chans", model.patch_embed.proj.weight.shape[1])
+    shared = {
+        "img_size": size,
+        "patch_size": tuple(model.patch_embed.patch_size),
+        "in_chans": channels,
+        "num_classes": model.num_classes,
+        "global_pool": model.global_pool,
+    }
+    return Architecture(
+        family, qualified_name(type(model)), _name(model), {**shared, **arguments}, (channels, size[0], size[1])
+    )
+
+
+def create_timm(architecture: Architecture, family: type[nn.Module], *others: type[nn.Module]) -> nn.Module:
+    """Builds a model through timm's factory, or one of the given classes where the factory has no name for it.
+
+    Raises:
+        AdfqError: if the two do not know the class, the name or an argument, and if what they give is something else.
+    """
+    name, arguments = architecture.name, dict(architecture.arguments)
+    unknown = sorted(arguments.keys() - inspect.signature(family).parameters.keys())
+    if unknown:  # pretrained and checkpoint_path would be such; they are not part of an architecture
+        raise AdfqError(f"a {family.__name__} has no argument {unknown[0]!r}")
+    classes = {qualified_name(cls): cls for cls in (family, *others)}
+    if name is None and architecture.cls not in classes:
+        raise AdfqError(f"there is no way to build a {architecture.cls} that is not one of timm's named models")
+    if name is not None and not timm.is_model(name):
+        raise AdfqError(f"timm {timm.__version__} has no model {name!r}")
+    try:
+        model = classes[architecture.cls](**arguments) if name is None else timm.create_model(name, **arguments)
+    except Exception as error:  # whatever a constructor makes of its arguments
+        raise AdfqError(f"cannot build {name or architecture.cls}: {' '.join(str(error).split())}") from None
+    if qualified_name(type(model)) != architecture.cls:
+        raise AdfqError(f"{name} is a {qualified_name(type(model))}, not a {architecture.cls}")
+    return model
+
+
+def _name(model: nn.Module) -> str | None:
+    """timm's name of the model, with its tag where there is one, since mean and std can depend on it."""
+    known = getattr(model, "pretrained_cfg", None)
+    if not isinstance(known, dict) or not timm.is_model(known.get("architecture") or ""):
+        return None
+    name: str = known["architecture"]
+    tagged = f"{name}.{known.get('tag')}"
+    return tagged if timm.is_model_pretrained(tagged) else name

@@ -1,0 +1,399 @@
+"""Quantized models on disk: one safetensors file with packed integer weights and everything that rebuilds the model."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+import json
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from adfq.adapters import Architecture, adapt, create, qualified_name
+from adfq.errors import AdfqError
+from adfq.layers import QuantMatMul, QuantWeightLayer
+from adfq.methods import Bits, Quantization, load_method, methods
+from adfq.quantizers import Quantizer
+
+FORMAT = 1
+
+# The file's metadata has one entry, the header as JSON; its first field is SHA-256 over the whole file with zeros in
+# the digest's place. (More entries would come in any order, and the same model would give different files.)
+_HEADER = "adfq"
+_NO_DIGEST = "0" * 64
+
+_FIELDS = {
+    "method": str,
+    "bits": str,
+    "options": dict,
+    "seed": int,
+    "calibration_size": int,
+    "notes": dict,
+    "architecture": dict,
+    "dtype": str,
+    "quantizers": dict,
+    "versions": dict,
+}
+_DTYPES = {str(dtype): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
+
+
+def save(model: nn.Module, file: str | os.PathLike[str], notes: Mapping[str, Any] | None = None) -> None:
+    """Writes a quantized model to one safetensors file, from which `load` rebuilds it without anything else.
+
+    Weights that have integer codes take as many bits each as they are quantized to; all other tensors keep their
+    dtype. What was written is read back and must give the same logits before it takes the file's name, so that a file
+    is there whole and usable, or not at all.
+
+    Args:
+        model: from `adfq.quantize`; may have been moved or cast since.
+        file: to write, or to replace.
+        notes: kept with the model as its `quantization.notes`, for the caller's own use; made of JSON's types. Without
+            it, those that the model has stay.
+
+    Raises:
+        AdfqError: for a model that is not from `adfq.quantize`, one whose architecture cannot be told from itself, and
+            a file that cannot be written.
+    """
+    quantization = getattr(model, "quantization", None)
+    if not isinstance(quantization, Quantization):
+        raise AdfqError("only a model that adfq.quantize has quantized can be saved")
+    content = _write(model, quantization, quantization.notes if notes is None else notes)
+    path = Path(file)
+    # Beside the target, so that it can take its place in one step.
+    temporary = path.parent / f"{path.name}.{secrets.token_hex(4)}.part"
+    try:
+        with temporary.open("xb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        _check_rebuilds(model, quantization.architecture, temporary.read_bytes())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise AdfqError(f"cannot write {file}: {error.strerror}") from None
+    finally:
+        with suppress(OSError):  # it is gone where all went well
+            temporary.unlink()
+
+
+def load(file: str | os.PathLike[str]) -> nn.Module:
+    """Rebuilds a model that `save` has written; it gives the very logits that the saved one gave.
+
+    Nothing in the file is run or downloaded. Quantizers are those of adfq and of the file's method, if it is installed.
+
+    Returns:
+        The model on the CPU, in evaluation mode and its own dtype, with its `Quantization` as attribute `quantization`.
+
+    Raises:
+        AdfqError: naming the file, if it cannot be read, was not written by `save`, is damaged or altered, or needs
+            something that this installation does not have.
+    """
+    try:
+        return _rebuild(Path(file).read_bytes())
+    except OSError as error:
+        raise AdfqError(f"cannot read {file}: {error.strerror}") from None
+    except AdfqError as error:
+        raise AdfqError(f"{file}: {error}") from None
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Writes codes one behind the other, lowest bit first.
+
+    Args:
+        codes: uint8, each below 2^bits; any shape, n of them.
+        bits: 1 to 8.
+
+    Returns:
+        uint8, ⌈n·bits/8⌉; what the last byte has left is 0.
+    """
+    stream = _to_bits(codes.flatten(), bits)
+    return _from_bits(nn.functional.pad(stream, (0, -len(stream) % 8)), 8)
+
+
+def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
+    """The first `count` codes that `pack` has written, uint8."""
+    return _from_bits(_to_bits(packed, 8)[: count * bits], bits)
+
+
+def _to_bits(values: Tensor, bits: int) -> Tensor:
+    return ((values[:, None] >> torch.arange(bits, dtype=torch.uint8, device=values.device)) & 1).flatten()
+
+
+def _from_bits(stream: Tensor, bits: int) -> Tensor:
+    places = torch.arange(bits, dtype=torch.uint8, device=stream.device)
+    return (stream.view(-1, bits) << places).sum(1, dtype=torch.uint8)
+
+
+def _write(model: nn.Module, quantization: Quantization, notes: Mapping[str, Any]) -> bytes:
+    from safetensors.torch import save as to_bytes
+
+    dtype = _dtype(model)
+    tensors: dict[str, Tensor] = model.state_dict()
+    for name, layer in _layers(model):
+        codes = _codes(layer, dtype)
+        if codes is not None:
+            del tensors[f"{name}.weight"]
+            tensors[f"{name}.codes"] = codes
+    header = {
+        "sha256": _NO_DIGEST,
+        "format": FORMAT,
+        "method": quantization.method,
+        "bits": str(quantization.bits),
+        "options": quantization.options,
+        "seed": quantization.seed,
+        "calibration_size": quantization.calibration_size,
+        "notes": notes,
+        "architecture": asdict(quantization.architecture),
+        "dtype": str(dtype),
+        "quantizers": {site: _specify(site, getattr(owner, child)) for site, owner, child in _sites(model)},
+        "versions": {package: version(package) for package in ("adfq", "torch", "timm")},
+    }
+    try:
+        text = json.dumps(header)
+    except (TypeError, ValueError) as error:
+        raise AdfqError(f"options and notes must be of JSON's types to be saved: {error}") from None
+    # Copies, since safetensors takes no tensors that share memory.
+    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    content = to_bytes(copies, {_HEADER: text})
+    digest = hashlib.sha256(content).hexdigest()
+    return _exchange_digest(content, _NO_DIGEST, digest)
+
+
+def _exchange_digest(content: bytes, old: str, new: str) -> bytes:
+    start = rf'"{_HEADER}":"{{\"sha256\": \"'
+    return content.replace(f"{start}{old}".encode(), f"{start}{new}".encode(), 1)
+
+
+def _codes(layer: QuantWeightLayer, dtype: torch.dtype) -> Tensor | None:
+    """The packed codes that give the layer's weight bit for bit, or None where it must be kept as it is."""
+    quantizer, weight = layer.weight_quantizer, layer.weight.detach()
+    if not isinstance(quantizer, Quantizer) or weight.dtype != dtype:
+        return None
+    try:
+        codes = quantizer.encode(weight)
+        if not _identical(quantizer.decode(codes).to(dtype), weight):
+            return None
+    except NotImplementedError:
+        return None
+    return pack(codes, quantizer.bits)
+
+
+def _specify(site: str, quantizer: nn.Module) -> dict[str, Any]:
+    """A quantizer without its buffers."""
+    if not isinstance(quantizer, Quantizer):
+        raise AdfqError(f"{site}: a {type(quantizer).__name__} is not a Quantizer and cannot be saved")
+    names = inspect.signature(type(quantizer)).parameters
+    missing = [name for name in names if not hasattr(quantizer, name)]
+    if missing:
+        raise AdfqError(f"{site}: {type(quantizer).__name__} does not keep its argument {missing[0]!r}; cannot save it")
+    return {"class": qualified_name(type(quantizer)), "arguments": {name: getattr(quantizer, name) for name in names}}
+
+
+def _check_rebuilds(model: nn.Module, architecture: Architecture, content: bytes) -> None:
+    """Raises AdfqError, saying what differs, unless the written model gives the logits of the one at hand."""
+    problem = "this model's architecture cannot be rebuilt from its description"
+    try:
+        rebuilt = _rebuild(content)
+    except AdfqError as error:
+        raise AdfqError(f"{problem}: {error}") from None
+    original = copy.deepcopy(model).eval()
+    parameter = next(original.parameters())
+    image = torch.randn(1, *architecture.input_size, generator=torch.Generator().manual_seed(0))
+    image = image.to(parameter.device, parameter.dtype)
+    with torch.no_grad():
+        if not _identical(original(image), rebuilt.to(parameter.device)(image)):
+            raise AdfqError(f"{problem}: {_difference(original, rebuilt)}")
+
+
+def _difference(original: nn.Module, rebuilt: nn.Module) -> str:
+    """The first layer that does not look alike, for people."""
+    others = dict(rebuilt.named_modules())
+    inactive = (nn.Identity, nn.Dropout)
+    for name, module in original.named_modules():
+        other = others.get(name)
+        if other is None or isinstance(module, inactive) or isinstance(other, inactive):
+            continue
+        if (type(module).__name__, module.extra_repr()) != (type(other).__name__, other.extra_repr()):
+            found, wanted = (f"{type(m).__name__}({m.extra_repr()})" for m in (other, module))
+            return f"{name or 'the model'} becomes {found} in place of {wanted}"
+    return "the logits differ"
+
+
+def _rebuild(content: bytes) -> nn.Module:
+    header, tensors = _read(content)
+    architecture = _read_architecture(header["architecture"])
+    method, bits = header["method"], Bits.parse(header["bits"])
+    if header["dtype"] not in _DTYPES:
+        raise AdfqError(f"its header names the dtype {header['dtype']!r}; there are {', '.join(_DTYPES)}")
+    with torch.random.fork_rng():
+        model = adapt(create(architecture).eval()).model
+    model.to(_DTYPES[header["dtype"]])  # what is no tensor of the file, masks for example, too
+    _attach(model, header["quantizers"], method)
+    _load_tensors(model, tensors)
+    numbers = header["seed"], header["calibration_size"]
+    cast(Any, model).quantization = Quantization(
+        method, bits, header["options"], *numbers, architecture, header["notes"]
+    )
+    return model
+
+
+def _read(content: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header, its fields of the right types, and tensors of a file that is what `_write` has written."""
+    from safetensors.torch import load as from_bytes
+
+    try:
+        tensors = from_bytes(content)
+        length = int.from_bytes(content[:8], "little")
+        text = json.loads(content[8 : 8 + length]).get("__metadata__", {}).get(_HEADER)
+    except Exception:  # its own error, or what tensors of damaged sizes and types give
+        raise AdfqError("not a safetensors file, or a damaged one") from None
+    try:
+        header = json.loads(text)
+        digest = header["sha256"]
+    except (TypeError, ValueError, KeyError, RecursionError):
+        raise AdfqError("not written by adfq.save") from None
+    if hashlib.sha256(_exchange_digest(content, str(digest), _NO_DIGEST)).hexdigest() != digest:
+        raise AdfqError("damaged or altered: its content does not have the digest in its header")
+    if header.get("format") != FORMAT:
+        raise AdfqError(f"written in format {header.get('format')!r}; this version of adfq reads format {FORMAT}")
+    _check_types(header, _FIELDS, "header")
+    return header, tensors
+
+
+def _check_types(values: Mapping[str, Any], kinds: Mapping[str, Any], what: str) -> None:
+    for name, kind in kinds.items():
+        if not isinstance(values.get(name), kind):
+            raise AdfqError(f"its {what} has no usable {name!r}")
+
+
+def _read_architecture(values: dict[str, Any]) -> Architecture:
+    kinds = {"family": str, "cls": str, "name": (str, type(None)), "arguments": dict, "input_size": list}
+    _check_types(values, kinds, "architecture")
+    size = values["input_size"]
+    if len(size) != 3 or not all(isinstance(number, int) for number in size):
+        raise AdfqError("its architecture has no usable 'input_size'")
+    arguments = {name: _to_tuple(value) for name, value in values["arguments"].items()}
+    return Architecture(values["family"], values["cls"], values["name"], arguments, (size[0], size[1], size[2]))
+
+
+def _to_tuple(value: Any) -> Any:
+    return tuple(map(_to_tuple, value)) if isinstance(value, list) else value
+
+
+def _attach(model: nn.Module, specified: Mapping[str, Any], method: str) -> None:
+    if method in methods():
+        load_method(method)  # its module may define quantizers
+    classes = {qualified_name(cls): cls for cls in _subclasses(Quantizer)}
+    sites = {site: (owner, child) for site, owner, child in _sites(model, empty=True)}
+    for site, spec in specified.items():
+        if site not in sites:
+            raise AdfqError(f"its model has no place {site!r} for a quantizer")
+        if not isinstance(spec, dict):
+            raise AdfqError(f"{site}: its quantizer is not described")
+        _check_types(spec, {"class": str, "arguments": dict}, f"quantizer {site}")
+        if spec["class"] not in classes:
+            raise AdfqError(
+                f"{site}: unknown quantizer {spec['class']!r}; is all that method {method!r} needs installed?"
+            )
+        owner, child = sites[site]
+        try:
+            setattr(owner, child, classes[spec["class"]](**spec["arguments"]))
+        except (TypeError, ValueError) as error:
+            raise AdfqError(f"{site}: cannot make its quantizer: {error}") from None
+
+
+def _load_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    layers = dict(_layers(model))
+    codes = {name: tensors.pop(f"{name}.codes") for name in layers if f"{name}.codes" in tensors}
+    for name, layer in layers.items():
+        if layer.bias is None and f"{name}.bias" in tensors:  # a method has given it one
+            layer.bias = nn.Parameter(layer.weight.new_empty(len(layer.weight)))
+    expected = model.state_dict()
+    for name in codes:
+        tensors[f"{name}.weight"] = expected[f"{name}.weight"]
+    for problem, names in (
+        ("lacks", expected.keys() - tensors.keys()),
+        ("has an unexpected tensor", tensors.keys() - expected.keys()),
+    ):
+        if names:
+            raise AdfqError(f"{problem} {min(names)}")
+    ours = {name for name, module in model.named_modules() if isinstance(module, Quantizer)}
+    for name, tensor in tensors.items():
+        of_quantizer = name.rpartition(".")[0] in ours
+        if not of_quantizer and tensor.shape != expected[name].shape:
+            raise AdfqError(f"{name} has shape {tuple(tensor.shape)}, the model {tuple(expected[name].shape)}")
+        if of_quantizer and not tensor.numel():
+            raise AdfqError(f"{name} is empty")
+        # What a quantizer computes with stays float32 in a model of another dtype; the rest has been cast as it was.
+        castable = not of_quantizer and tensor.is_floating_point() and expected[name].is_floating_point()
+        if tensor.dtype != expected[name].dtype and not castable:
+            raise AdfqError(f"{name} has dtype {tensor.dtype}, the model {expected[name].dtype}")
+    model.load_state_dict(tensors, assign=True)
+    for layer in layers.values():
+        layer.weight.requires_grad_(
+            isinstance(layer.weight_quantizer, nn.Identity)
+        )  # as QuantWeightLayer.freeze has it
+    for name, packed in codes.items():
+        _set_weight(name, layers[name], packed)
+
+
+def _set_weight(name: str, layer: QuantWeightLayer, packed: Tensor) -> None:
+    quantizer, shape = layer.weight_quantizer, layer.weight.shape
+    if not isinstance(quantizer, Quantizer):
+        raise AdfqError(f"has codes for {name}, which has no weight quantizer")
+    if packed.dtype != torch.uint8 or packed.shape != (-(-shape.numel() * quantizer.bits // 8),):
+        raise AdfqError(f"{name}.codes does not fit a weight of shape {tuple(shape)} at {quantizer.bits} bits")
+    try:
+        weight = quantizer.decode(unpack(packed, quantizer.bits, shape.numel()).view(shape))
+    except (RuntimeError, NotImplementedError):
+        weight = None
+    if weight is None or weight.shape != shape:
+        raise AdfqError(f"{name}.codes cannot be decoded by its quantizer")
+    layer.weight = nn.Parameter(weight.to(layer.weight.dtype), requires_grad=False)
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, QuantWeightLayer]]:
+    for name, module in model.named_modules():
+        if isinstance(module, QuantWeightLayer):
+            yield name, module
+
+
+def _sites(model: nn.Module, empty: bool = False) -> Iterator[tuple[str, nn.Module, str]]:
+    """(name, owner, attribute) of the places that have a quantizer, or of those without one too."""
+    children = {
+        QuantWeightLayer: ("input_quantizer", "weight_quantizer"),
+        QuantMatMul: ("left_quantizer", "right_quantizer"),
+    }
+    for name, module in model.named_modules():
+        for cls, attributes in children.items():
+            for child in attributes if isinstance(module, cls) else ():
+                if empty or not isinstance(getattr(module, child), nn.Identity):
+                    yield f"{name}.{child}", module, child
+
+
+def _subclasses(cls: type[Any]) -> Iterator[type[Any]]:
+    for subclass in cls.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    dtype = next(model.parameters()).dtype
+    if str(dtype) not in _DTYPES:
+        raise AdfqError(f"cannot save a model of dtype {dtype}")
+    return dtype
+
+
+def _identical(a: Tensor, b: Tensor) -> bool:
+    """Bit for bit, so that NaN is like NaN and -0 not like 0."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(*(tensor.contiguous().view(-1).view(torch.uint8) for tensor in (a, b)))

@@ -1,0 +1,97 @@
+"""Learned rounding of weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adfq.quantizers.uniform import UniformQuantizer
+
+#: h(α) = clamp((ζ - γ)·sigmoid(α) + γ, 0, 1) reaches 0 and 1 at finite α (Louizos et al., 2018).
+_STRETCH, _OFFSET = 1.2, -0.1
+
+
+class AdaRoundQuantizer(nn.Module):
+    """Ŵ = scale·(clamp(floor(W/scale) + h(α) + zero_point, 0, 2^bits - 1) - zero_point) with α learned (AdaRound).
+
+    Nagel et al., 2020. The grid is that of a calibrated quantizer; what is learned is whether a weight goes down or
+    up. α starts where h(α) is the fractional part of W/scale: `soft` gives W itself, as far as the grid reaches, and
+    `hard` its nearest values.
+
+    Args:
+        weight: any shape.
+        grid: a uniform quantizer, calibrated on the weight.
+
+    Attributes:
+        alpha: float32 parameter of the weight's shape.
+    """
+
+    floor: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, weight: Tensor, grid: UniformQuantizer) -> None:
+        super().__init__()
+        ratio = weight.detach().float() / grid.scale
+        self.highest = grid.levels - 1
+        self.register_buffer("scale", grid.scale)
+        self.register_buffer("zero_point", grid.zero_point)
+        self.register_buffer("floor", ratio.floor() + grid.zero_point)
+        self.alpha = nn.Parameter(torch.logit((ratio - ratio.floor() - _OFFSET) / _STRETCH))
+
+    def soft(self) -> Tensor:
+        """The weight with its present h(α), float32; differentiable in α."""
+        result: Tensor = _SoftRound.apply(self.alpha, self.floor, self.scale, self.zero_point, self.highest)
+        return result
+
+    @torch.no_grad()
+    def hard(self) -> Tensor:
+        """The weight with h(α) replaced by 1 where α ≥ 0 and by 0 elsewhere, float32: values of the grid."""
+        codes = (self.floor + (self.alpha >= 0)).clamp_(0, self.highest)
+        return codes.sub_(self.zero_point).mul_(self.scale)
+
+    def regularizer(self, beta: float) -> Tensor:
+        """Σ (1 - |2h(α) - 1|^β), 0 where every h is 0 or 1; the larger β, the flatter around 1/2."""
+        result: Tensor = _Regularizer.apply(self.alpha, beta)
+        return result
+
+
+def _rectified_sigmoid(alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """h(α) and its derivative."""
+    sigmoid = alpha.sigmoid()
+    unlimited = sigmoid * _STRETCH + _OFFSET
+    h = unlimited.clamp(0, 1)
+    return h, (sigmoid * (1 - sigmoid)).mul_(_STRETCH).mul_(unlimited == h)
+
+
+# Both by hand: half the passes over memory of what autograd would record.
+class _SoftRound(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, alpha: Tensor, floor: Tensor, scale: Tensor, zero_point: Tensor, highest: int) -> Tensor:
+        h, derivative = _rectified_sigmoid(alpha)
+        unlimited = h.add_(floor)
+        codes = unlimited.clamp(0, highest)
+        ctx.save_for_backward(derivative.mul_(unlimited == codes).mul_(scale))
+        return codes.sub_(zero_point).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (derivative,) = ctx.saved_tensors
+        return gradients[0] * derivative, None, None, None, None
+
+
+class _Regularizer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, alpha: Tensor, beta: float) -> Tensor:
+        h, derivative = _rectified_sigmoid(alpha)
+        signed = h.mul_(2).sub_(1)
+        power = signed.abs().pow_(beta - 1)
+        ctx.save_for_backward(derivative.mul_(power).mul_(signed.sign()).mul_(-2 * beta))
+        return alpha.numel() - power.mul_(signed.abs_()).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (derivative,) = ctx.saved_tensors
+        return gradients[0] * derivative, None

@@ -1,0 +1,106 @@
+"""PTQ4ViT's twin uniform quantizers: two uniform grids, each for the part of the values that it suits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from adfq.errors import AdfqError
+from adfq.quantizers.base import Quantizer, straight_through
+
+SPLITS = tuple(2.0**-i for i in range(20))
+
+#: How far GELU reaches below zero.
+GELU_DEPTH = 0.16997124254703522
+
+_WIDTHS = 100  # positive scales tried alone: 1/100 … 100/100 of the largest value
+
+
+class TwinSoftmaxQuantizer(Quantizer):
+    """A fine grid from 0 to a split point and a coarse grid to 1, for post-softmax attention.
+
+    x̂ is the sum of x.clamp(0, split) on the fine grid and x.clamp(split, 1) on the coarse one (PTQ4ViT, section "twin
+    uniform quantization", as its released code computes it). Each grid has 2^(bits-1) codes from 0. With splits that
+    are powers of two, the steps are too: fine = coarse·split. A level above the split is too high by the split, which
+    the choice of the split takes into account.
+
+    Args:
+        bits: 2 to 8.
+
+    Attributes:
+        scale: float32 scalar, the fine step, split / (2^(bits-1) - 1); alone, `calibrate` takes the split of `SPLITS`
+            with the smallest mean squared error.
+
+    Raises:
+        AdfqError: for another bit-width, and on calibration with values outside [0, 1].
+    """
+
+    @property
+    def steps(self) -> int:
+        """The number of steps of either grid."""
+        return self.levels // 2 - 1
+
+    @property
+    def split(self) -> Tensor:
+        """Where the fine grid ends, in the values' units."""
+        return self.scale * self.steps
+
+    def _find_range(self, x: Tensor) -> None:
+        if x.min() < 0 or x.max() > 1:
+            raise AdfqError("a twin softmax quantizer takes values from 0 to 1")
+        scales = torch.tensor(SPLITS, device=x.device) / self.steps
+        errors = torch.stack([(self._round(x, scale) - x).square_().mean() for scale in scales])
+        self.scale = scales[errors.argmin()]
+
+    def _quantize(self, x: Tensor) -> Tensor:
+        return straight_through(x, self._round(x.detach(), self.scale), (x >= 0) & (x <= 1))
+
+    def _round(self, x: Tensor, scale: Tensor) -> Tensor:
+        # In this order nothing leaves [0, steps]: rounding keeps the order, and the limits are whole numbers.
+        fine = (x / scale).clamp_(0, self.steps).round_()
+        coarse = torch.maximum(x, scale * self.steps).clamp_(max=1).mul_(self.steps).round_()
+        return fine.mul_(scale).add_(coarse.div_(self.steps))
+
+
+class TwinGeluQuantizer(Quantizer):
+    """A grid for the values below zero with a fixed scale and another for those above, for post-GELU activations.
+
+    GELU's negative lobe has a known depth, so that its scale is 0.16997 / 2^(bits-1) and codes -2^(bits-1) … 0; the
+    positive codes 0 … 2^(bits-1) - 1 have a scale of their own (PTQ4ViT, section "twin uniform quantization").
+
+    Args:
+        bits: 2 to 8.
+
+    Attributes:
+        scale: float32 scalar, the step above zero; alone, `calibrate` takes the one of 100 with the smallest mean
+            squared error.
+
+    Raises:
+        AdfqError: for another bit-width.
+    """
+
+    @property
+    def negative_scale(self) -> float:
+        """The step below zero, in the values' units."""
+        return GELU_DEPTH / (self.levels // 2)
+
+    def _find_range(self, x: Tensor) -> None:
+        largest = x.max()
+        if largest <= 0:  # any step serves where nothing lies above zero
+            largest = torch.ones_like(largest)
+        widths = torch.arange(1, _WIDTHS + 1, device=x.device) / _WIDTHS
+        scales = largest * widths / (self.levels // 2 - 1)
+        positive = x.clamp(min=0)
+        errors = torch.stack([(self._round(positive, scale) - positive).square_().mean() for scale in scales])
+        self.scale = scales[errors.argmin()]
+
+    def _quantize(self, x: Tensor) -> Tensor:
+        half = self.levels // 2
+        inside = (x > -(half + 0.5) * self.negative_scale) & (x < (half - 0.5) * self.scale)
+        return straight_through(x, self._round(x.detach(), self.scale), inside)
+
+    def _round(self, x: Tensor, scale: Tensor) -> Tensor:
+        half = self.levels // 2
+        above = (x / scale).round_().clamp_(0, half - 1)
+        below = (x / self.negative_scale).round_().clamp_(-half, 0)
+        return above.mul_(scale).add_(below.mul_(self.negative_scale))

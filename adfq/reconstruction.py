@@ -1,0 +1,422 @@
+"""Module-wise optimization after calibration: ADFQ-ViT's attention-score enhanced module-wise optimization (AMO).
+
+Module after module in the order of the forward pass, weights learn which way to round and activation quantizers their
+step size, so that the module's output is that of full precision. (ADFQ-ViT, section "attention-score enhanced
+module-wise optimization"; AdaRound, Nagel et al., 2020; learned step size, Esser et al., 2020; mixed inputs, QDrop,
+Wei et al., 2022.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adfq.calibration import calibrating, progress_bar
+from adfq.errors import AdfqError
+from adfq.layers import QuantWeightLayer
+from adfq.quantizers import LogQuantizer, UniformQuantizer
+from adfq.quantizers.adaround import AdaRoundQuantizer
+from adfq.sites import Network
+
+_WARM_UP = 0.2  # share of the iterations before rounding is regularized
+_BETA = (20.0, 2.0)  # the regularizer's exponent, from and to
+_MIN_STEP = 1e-2  # a learned step size never falls below this share of the calibrated one
+_CHECKS = 20  # how often at most the held-back images are looked at
+_PATIENCE = 4  # after how many checks in a row without improvement optimization stops
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How modules are optimized; the defaults are the paper's.
+
+    Attributes:
+        iterations: per module; 0 leaves it calibrated.
+        optimize_batch_size: images per iteration.
+        mix_probability: with which an element of a module's input comes from the quantized network before it, and not
+            from full precision.
+        attention_weight: of the divergence between attention scores, in the loss of modules that have a softmax.
+        temperature: of that divergence.
+        rounding_weight: of the regularizer that drives roundings to a decision.
+        rounding_learning_rate: of AdaRound's α (Adam); 0 keeps weights rounded to nearest.
+        step_learning_rate: of activation step sizes (Adam, cosine to 0); 0 keeps the calibrated ones.
+        held_back: share of the images that is not optimized on but decides when to stop, and which state is kept.
+        autocast: run modules in bfloat16.
+        released: the released code's oddities: attention scores are compared by a softmax over heads of
+            probabilities, and logarithmic quantizers pass no gradient to their input.
+    """
+
+    iterations: int = 3000
+    optimize_batch_size: int = 32
+    mix_probability: float = 0.5
+    attention_weight: float = 10.0
+    temperature: float = 4.0
+    rounding_weight: float = 0.01
+    rounding_learning_rate: float = 3e-3
+    step_learning_rate: float = 4e-5
+    held_back: float = 0.0
+    autocast: bool = False
+    released: bool = False
+
+    def __post_init__(self) -> None:
+        for name, lowest in (("iterations", 0), ("optimize_batch_size", 1)):
+            if not isinstance(value := getattr(self, name), int) or value < lowest:
+                raise AdfqError(f"{name} must be a whole number of at least {lowest}, got {value!r}")
+        for name, highest in (
+            ("mix_probability", 1.0),
+            ("held_back", 0.5),
+            ("attention_weight", math.inf),
+            ("rounding_weight", math.inf),
+            ("rounding_learning_rate", math.inf),
+            ("step_learning_rate", math.inf),
+        ):
+            if not isinstance(value := getattr(self, name), (int, float)) or not 0 <= value <= highest:
+                raise AdfqError(f"{name} must be a number from 0 to {highest}, got {value!r}")
+        if not isinstance(self.temperature, (int, float)) or not self.temperature > 0:
+            raise AdfqError(f"temperature must be above 0, got {self.temperature!r}")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a module.
+
+    Attributes:
+        before, after: reconstruction error, calibrated and optimized: squared, summed over dimension 1 (tokens), mean
+            over the rest. On the held-back images where there are any.
+        kept: whether the optimized state is what the module has now; False where it was no better.
+    """
+
+    before: float
+    after: float
+    kept: bool
+
+
+def optimize_modules(network: Network, images: Tensor, settings: Settings) -> dict[str, Result]:
+    """Calibrates and optimizes module after module of a network whose weights are quantized.
+
+    One forward pass serves full precision and the quantized network side by side: every module finds its inputs in
+    both, is calibrated and optimized, and hands on its outputs in both. Where the network has a folder to resume from,
+    finished modules are left there, and not optimized again.
+
+    Args:
+        network: with quantizers attached and weights quantized; its parameters get no gradients any more.
+        images: B×C×H×W; moved to the model's device and dtype.
+        settings: how.
+
+    Returns:
+        What became of each module, by name, in the order of the forward pass.
+
+    Raises:
+        AdfqError: naming the site, for activations that are not finite; for a folder that cannot be written.
+    """
+    parameter = next(network.model.parameters())
+    images = images.to(parameter.device, parameter.dtype)
+    network.model.requires_grad_(False)
+    # A seed for each module, so that what one draws does not depend on those before it.
+    seeds = torch.randint(2**62, (len(network.modules),)).tolist()
+    finished = _Finished(network, images, f"{settings} {seeds}")
+    results: dict[str, Result] = {}
+    outputs: list[Tensor] = []
+    hooks = []
+
+    with progress_bar("optimizing modules", len(network.modules) * settings.iterations) as progress:
+
+        def optimize(name: str, seed: int, module: nn.Module, arguments: tuple[Any, ...], keywords: Any) -> Any:
+            progress.set_description(f"optimizing {name}")
+            torch.manual_seed(seed)
+            reconstruction = _Reconstruction(network, name, len(images), settings, arguments, keywords)
+            result = finished.restore(name, reconstruction)
+            if result is None:
+                result = reconstruction.run(progress.update)
+                finished.keep(name, reconstruction, result)
+            results[name] = result
+            progress.set_postfix_str(f"error {result.before:.3g} → {result.after:.3g}")
+            outputs.append(torch.cat([reconstruction.targets, reconstruction.quantized_outputs()]).flatten(0, 1))
+            # The module itself runs on one image only, for its output is known.
+            return (arguments[0][: len(arguments[0]) // (2 * len(images))], *arguments[1:]), keywords
+
+        for name, seed in zip(network.modules, seeds, strict=True):
+            module = network.model.get_submodule(name)
+            hooks.append(module.register_forward_pre_hook(partial(optimize, name, seed), with_kwargs=True))
+            hooks.append(module.register_forward_hook(lambda *_: outputs.pop()))
+        try:
+            with torch.no_grad():
+                network.model(torch.cat([images, images]))
+        finally:
+            for hook in hooks:
+                hook.remove()
+    worse = [name for name, result in results.items() if not result.kept]
+    if worse:
+        warnings.warn(
+            f"optimization made these modules no better, they stay as calibrated: {', '.join(worse)}", stacklevel=2
+        )
+    return results
+
+
+class _Finished:
+    """The modules that an earlier run, of the same network, images and settings, has optimized."""
+
+    def __init__(self, network: Network, images: Tensor, settings: str) -> None:
+        self.folder = network.resume
+        if self.folder is None:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise AdfqError(f"cannot write to {self.folder}: {error.strerror}") from None
+        digest = hashlib.sha256(f"{torch.__version__} {settings} {network.model}".encode())
+        for tensor in (images, *network.model.state_dict().values()):
+            digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        self.fingerprint = digest.hexdigest()
+
+    def restore(self, name: str, reconstruction: _Reconstruction) -> Result | None:
+        """Puts the module into the state that it was left in; None where there is none for it."""
+        if self.folder is None:
+            return None
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.folder / f"{name}.safetensors", "pt") as file:
+                found = json.loads(file.metadata()["adfq"])
+                if found.pop("fingerprint") != self.fingerprint:
+                    return None
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError):  # none, or a damaged one
+            return None
+        reconstruction.load_state(tensors)
+        return Result(**found)
+
+    def keep(self, name: str, reconstruction: _Reconstruction, result: Result) -> None:
+        if self.folder is None:
+            return
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        path = self.folder / f"{name}.safetensors"
+        header = json.dumps({"fingerprint": self.fingerprint, **asdict(result)})
+        try:
+            save_file(reconstruction.state(), path.with_suffix(".part"), {"adfq": header})
+            os.replace(path.with_suffix(".part"), path)
+        except (OSError, SafetensorError) as error:
+            raise AdfqError(f"cannot write {path}: {error}") from None
+
+
+class _Reconstruction:
+    """One module with everything that its optimization needs.
+
+    Inputs, targets and scores are B×k×…, with k rows of the module's input for each image (Swin's windows).
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        name: str,
+        images: int,
+        settings: Settings,
+        arguments: tuple[Any, ...],
+        keywords: Mapping[str, Any],
+    ) -> None:
+        self.settings = settings
+        self.module = network.model.get_submodule(name)
+        self.further_arguments = arguments[1:], keywords
+        modules = self.module.named_modules()
+        self.layers = {key: layer for key, layer in modules if isinstance(layer, QuantWeightLayer)}
+        self.quantizers = {site: quantizer for site, _, quantizer in network.activation_quantizers(name)}
+        self.softmaxes = [module for module in self.module.modules() if isinstance(module, nn.Softmax)]
+        self.inputs, self.quantized_inputs = arguments[0].unflatten(0, (2 * images, -1)).chunk(2)
+        with network.full_precision():
+            self.targets, self.scores = self._targets()
+        held_back = round(settings.held_back * images)
+        self.trained_on, self.judged_on = torch.arange(images).tensor_split([images - held_back])
+        if not held_back:
+            self.judged_on = self.trained_on
+
+    def _targets(self) -> tuple[Tensor, list[Tensor]]:
+        outputs, scores = [], []
+        for batch in self.inputs.split(self.settings.optimize_batch_size):
+            with self._scores() as found:
+                outputs.append(self._forward(batch).unflatten(0, (len(batch), -1)))
+            scores.append([self._distribution(score).unflatten(0, (len(batch), -1)) for score in found])
+        return torch.cat(outputs), [torch.cat(parts) for parts in zip(*scores, strict=True)]
+
+    def quantized_outputs(self) -> Tensor:
+        batches = self.quantized_inputs.split(self.settings.optimize_batch_size)
+        return torch.cat([self._forward(batch).unflatten(0, (len(batch), -1)) for batch in batches])
+
+    def _forward(self, inputs: Tensor) -> Tensor:
+        positional, keywords = self.further_arguments
+        output: Tensor = self.module.forward(inputs.flatten(0, 1), *positional, **keywords)
+        return output
+
+    @contextmanager
+    def _scores(self) -> Iterator[list[Tensor]]:
+        """Within it, the list receives the input of every softmax of the module."""
+        found: list[Tensor] = []
+        wanted = self.softmaxes if self.settings.attention_weight else []
+        hooks = [softmax.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0])) for softmax in wanted]
+        try:
+            yield found
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _distribution(self, scores: Tensor) -> Tensor:
+        if self.settings.released:
+            return (scores.float().softmax(-1) / self.settings.temperature).softmax(1)
+        return (scores.float() / self.settings.temperature).softmax(-1)
+
+    def run(self, done: Callable[[], object]) -> Result:
+        """Calibrates and optimizes the module."""
+        with calibrating(self.quantizers.items()):
+            self._forward(self.quantized_inputs)
+        calibrated, before = self.state(), self._error()
+        self._optimize(done)
+        after = self._error()
+        kept = after < before
+        if not kept:
+            self.load_state(calibrated)
+        return Result(before, after, kept)
+
+    def _optimize(self, done: Callable[[], object]) -> None:
+        settings = self.settings
+        self.roundings: list[tuple[QuantWeightLayer, AdaRoundQuantizer]] = []
+        if settings.rounding_learning_rate:
+            for layer in self.layers.values():
+                if isinstance(layer.weight_quantizer, UniformQuantizer):
+                    self.roundings.append((layer, AdaRoundQuantizer(layer.weight, layer.weight_quantizer)))
+        steps = [quantizer.scale for quantizer in self.quantizers.values()] if settings.step_learning_rate else []
+        smallest = [_MIN_STEP * step for step in steps]
+        optimizers: list[torch.optim.Optimizer] = []
+        if self.roundings:
+            alphas = [rounding.alpha for _, rounding in self.roundings]
+            optimizers.append(torch.optim.Adam(alphas, settings.rounding_learning_rate, fused=True))
+        if steps:
+            optimizers.append(torch.optim.Adam(steps, settings.step_learning_rate, fused=True))
+        if not optimizers:
+            return
+        decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizers[-1], settings.iterations) if steps else None
+
+        best, best_error, worse = None, math.inf, 0
+        with self._differentiable(steps):
+            for iteration in range(settings.iterations):
+                for optimizer in optimizers:
+                    optimizer.zero_grad()
+                with torch.enable_grad():
+                    loss = self._loss(iteration / settings.iterations)
+                loss.backward()
+                for optimizer in optimizers:
+                    optimizer.step()
+                if decay:
+                    decay.step()
+                for step, limit in zip(steps, smallest, strict=True):
+                    step.clamp_(min=limit)
+                done()
+                if settings.held_back and self._is_check(iteration):
+                    self._round()
+                    error = self._error()
+                    if error < best_error:
+                        best, best_error, worse = self.state(), error, 0
+                    elif (worse := worse + 1) == _PATIENCE:
+                        break
+        self._round()
+        if best is not None:
+            self.load_state(best)
+
+    def _loss(self, progress: float) -> Tensor:
+        """The loss of a batch drawn at random, `progress` through the iterations."""
+        settings = self.settings
+        chosen = self.trained_on[torch.randperm(len(self.trained_on))[: settings.optimize_batch_size]]
+        inputs, quantized_inputs = self.inputs[chosen], self.quantized_inputs[chosen]
+        mixed = torch.where(torch.rand_like(inputs) < settings.mix_probability, quantized_inputs, inputs)
+        for layer, rounding in self.roundings:
+            layer.quantized_weight = rounding.soft().to(layer.weight.dtype)
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=settings.autocast), self._scores() as scores:
+            output = self._forward(mixed)
+        loss = _squared_error(output, self.targets[chosen].flatten(0, 1))
+        for score, target in zip(scores, self.scores, strict=True):
+            loss = loss + settings.attention_weight * self._divergence(score, target[chosen].flatten(0, 1))
+        if progress >= _WARM_UP:
+            start, end = _BETA
+            beta = start + (end - start) * (progress - _WARM_UP) / (1 - _WARM_UP)
+            for _, rounding in self.roundings:
+                loss = loss + settings.rounding_weight * rounding.regularizer(beta)
+        return loss
+
+    def _divergence(self, scores: Tensor, target: Tensor) -> Tensor:
+        """KL(full precision ‖ quantized) of attention scores but for a constant: summed over queries, mean over heads
+        and rows.
+        """
+        if self.settings.released:
+            logarithm = (scores.float().softmax(-1) / self.settings.temperature).log_softmax(1)
+            return -(target * logarithm).sum() / len(scores)
+        logarithm = (scores.float() / self.settings.temperature).log_softmax(-1)
+        return -(target * logarithm).sum() / math.prod(scores.shape[:2])
+
+    def _is_check(self, iteration: int) -> bool:
+        passed = iteration + 1
+        every = max(1, self.settings.iterations // _CHECKS)
+        return passed >= _WARM_UP * self.settings.iterations and (
+            passed % every == 0 or passed == self.settings.iterations
+        )
+
+    @contextmanager
+    def _differentiable(self, steps: list[Tensor]) -> Iterator[None]:
+        hooks = []
+        if self.settings.released:
+            hooks = [
+                quantizer.register_forward_pre_hook(lambda _, inputs: (inputs[0].detach(),))
+                for quantizer in self.quantizers.values()
+                if isinstance(quantizer, LogQuantizer)
+            ]
+        for step in steps:
+            step.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for step in steps:
+                step.requires_grad_(False)
+            for hook in hooks:
+                hook.remove()
+
+    def _round(self) -> None:
+        for layer, rounding in self.roundings:
+            layer.quantized_weight = rounding.hard().to(layer.weight.dtype)
+
+    def _error(self) -> float:
+        """The reconstruction error with the inputs that the quantized network gives, on the images that judge."""
+        total = 0.0
+        for chosen in self.judged_on.split(self.settings.optimize_batch_size):
+            output = self._forward(self.quantized_inputs[chosen])
+            total += float(_squared_error(output, self.targets[chosen].flatten(0, 1))) * len(chosen)
+        return total / len(self.judged_on)
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies of everything that calibration and optimization change."""
+        buffers = {
+            f"{name}.{key}": buffer.clone()
+            for name, quantizer in self.quantizers.items()
+            for key, buffer in quantizer.state_dict().items()
+        }
+        weights = {name: layer.quantized_weight for name, layer in self.layers.items()}
+        return buffers | {name: weight.clone() for name, weight in weights.items() if weight is not None}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        for name, quantizer in self.quantizers.items():
+            quantizer.load_state_dict({key: state[f"{name}.{key}"] for key in quantizer.state_dict()})
+        for name, layer in self.layers.items():
+            if name in state:
+                layer.quantized_weight = state[name].to(layer.weight.device)
+
+
+def _squared_error(output: Tensor, target: Tensor) -> Tensor:
+    return (output.float() - target.float()).square().sum(1).mean()

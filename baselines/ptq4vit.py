@@ -1,0 +1,330 @@
+"""PTQ4ViT (ECCV 2022, arXiv 2111.12293): twin uniform quantization, scales found by a Hessian-guided search."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from adfq.calibration import progress_bar
+from adfq.errors import AdfqError
+from adfq.layers import QuantConv2d, QuantMatMul, QuantWeightLayer
+from adfq.methods import Bits
+from adfq.quantizers import Quantizer, TwinGeluQuantizer, TwinSoftmaxQuantizer, UniformQuantizer
+from adfq.quantizers.twin import SPLITS
+from adfq.sites import Network, Recipe
+
+SEARCHES = ("hessian", "mse")
+FACTORS = tuple(0.01 + 0.0119 * i for i in range(100))  # candidate scales, in parts of the one that holds every value
+
+# What a layer is searched on: of a batched product so many matrices and so many rows of each; of a layer with a weight
+# as many rows in all. Every candidate is tried on the coarse sample and the best on the fine one. The scale found is
+# the best on everything for most layers, and within a few percent of its score for the others.
+_COARSE = (16, 8)
+_FINE = (64, 32)
+_SHORTLIST = 8
+
+_LOSS_SCALE = 256.0  # scores do not depend on it; in half precision, small gradients would vanish without it
+
+
+def ptq4vit(
+    network: Network,
+    images: Tensor,
+    bits: Bits,
+    *,
+    search: str = "hessian",
+    rounds: int = 3,
+    gradient_batch_size: int = 4,
+) -> None:
+    """Symmetric uniform quantization, twin uniform after softmax and GELU; the input image stays in full precision.
+
+    Each layer's two scales are searched in turn for the smallest error of its output, all other layers being in full
+    precision, weighted by the squared gradient of the loss (section "Hessian guided metric" of the paper). A weight
+    has one scale, but `qkv` one for each of query, key and value, and the patch embedding one per output channel; an
+    activation has one.
+
+    The gradient is that of the empirical Fisher information: of the cross-entropy against a label drawn from the
+    model's own prediction. (The released code differentiates a distance between the prediction and itself, which is
+    0 but for rounding.) Errors are taken on a sample of the output's rows: see `sample_rows`.
+
+    Options:
+        search: ``"hessian"``, or ``"mse"`` for errors that all weigh the same.
+        rounds: how many times the search goes over both scales of a layer.
+        gradient_batch_size: images in one pass forwards and backwards; bounds the memory.
+
+    Raises:
+        AdfqError: for unusable options, for a model whose output is not images × classes (``"hessian"``), for layers
+            that do not contribute to it, and for weights, activations and gradients that are not finite.
+    """
+    if search not in SEARCHES:
+        raise AdfqError(f"unknown search {search!r}; there are {', '.join(SEARCHES)}")
+    if rounds < 1 or gradient_batch_size < 1:
+        raise AdfqError("rounds and gradient_batch_size must be at least 1")
+    for name, layer in network.weight_layers():
+        _check_finite(f"{name}.weight", layer.weight)
+    layers: list[tuple[str, QuantWeightLayer | QuantMatMul]] = [*network.weight_layers(), *network.matmuls()]
+    batches = images.split(gradient_batch_size)
+    observers = [_Observer(name, layer, len(batches), search == "hessian") for name, layer in layers]
+    with progress_bar("searching scales", len(batches) + len(observers)) as progress:
+        hooks = [observer.layer.register_forward_hook(observer.observe) for observer in observers]
+        try:
+            for batch in batches:
+                _run(network.model, batch, search == "hessian")
+                progress.update()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        network.attach(_recipe(bits))
+        for observer in observers:
+            search_scales(observer.product(_COARSE), observer.product(_FINE), rounds)
+            if isinstance(observer.layer, QuantWeightLayer):
+                with torch.no_grad():
+                    observer.layer.quantized_weight = observer.layer.weight_quantizer(observer.layer.weight)
+            progress.update()
+
+
+def _recipe(bits: Bits) -> Recipe:
+    return Recipe(
+        activation=lambda: UniformQuantizer(bits.activation),
+        weight=lambda: UniformQuantizer(bits.weight),
+        activations={
+            "patch_embed": lambda: None,
+            "probs": lambda: TwinSoftmaxQuantizer(bits.activation),
+            "fc2": lambda: TwinGeluQuantizer(bits.activation),
+        },
+        weights=dict.fromkeys(("patch_embed", "qkv"), lambda: UniformQuantizer(bits.weight, "row")),
+    )
+
+
+def _run(model: nn.Module, images: Tensor, backward: bool) -> None:
+    """One pass of the model, and one backwards to the images: it meets every layer and gives no weight a gradient."""
+    parameter = next(model.parameters())
+    images = images.to(parameter.device, parameter.dtype, copy=True).requires_grad_(backward)
+    with torch.set_grad_enabled(backward):
+        logits = model(images)
+        if backward:
+            if logits.dim() != 2:
+                raise AdfqError(f"a gradient needs logits, images × classes; the model gives {tuple(logits.shape)}")
+            _check_finite("logits", logits)
+            labels = logits.detach().float().softmax(-1).multinomial(1)[:, 0]
+            loss = F.cross_entropy(logits.float(), labels, reduction="sum")
+            torch.autograd.grad(_LOSS_SCALE * loss, images)
+
+
+def _check_finite(name: str, values: Tensor) -> None:
+    if not torch.isfinite(values).all():
+        raise AdfqError(f"{name}: values are not finite (NaN or infinity)")
+
+
+# --- what is searched on --------------------------------------------------------------------------------------------
+
+
+class _Observer:
+    """Keeps what the search needs to know of a layer while the model runs.
+
+    A layer is seen as products left @ rightᵀ of P×M×inner and P×N×inner: P is 1, left the weight and right the tokens,
+    or P is images × heads (Swin: windows × heads), left the queries or probabilities, right the keys or values.
+    """
+
+    def __init__(self, name: str, layer: QuantWeightLayer | QuantMatMul, batches: int, weighted: bool) -> None:
+        self.name, self.layer, self.batches, self.weighted = name, layer, batches, weighted
+        self.largest: list[list[Tensor]] = []
+        self.kept: dict[tuple[int, int], list[tuple[Tensor, ...]]] = {_COARSE: [], _FINE: []}
+
+    def observe(self, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """A forward hook."""
+        for operand in inputs:
+            _check_finite(self.name, operand)
+        if not self.weighted:
+            self.keep(inputs, torch.ones_like(output))
+        elif output.requires_grad:
+            output.register_hook(partial(self.keep, inputs))
+
+    @torch.no_grad()
+    def keep(self, inputs: tuple[Tensor, ...], gradient: Tensor) -> None:
+        """Keeps a sample of the rows of the first input and of the gradient, weighted, and all of the second."""
+        _check_finite(f"gradient at {self.name}", gradient)
+        self.largest.append([operand.abs().max().float() for operand in inputs])
+        x, gradient = (rows.float() for rows in _as_rows(self.layer, inputs[0], gradient))
+        for (matrices, rows), kept in self.kept.items():
+            if isinstance(self.layer, QuantWeightLayer):
+                matrices, rows = self.batches, math.ceil(matrices * rows / self.batches)
+            which, chosen, weights = sample_rows(x, gradient, math.ceil(matrices / self.batches), rows)
+            others = [operand.flatten(0, -3)[which].float() for operand in inputs[1:]]
+            which = which[:, None]
+            kept.append((x[which, chosen], gradient[which, chosen] * weights.sqrt()[..., None], *others))
+
+    def product(self, size: tuple[int, int]) -> Product:
+        """What was kept of that size."""
+        if not self.kept[size]:
+            raise AdfqError(f"{self.name} saw no calibration data: the model does not use this layer")
+        layer = self.layer
+        dimension = 1 if isinstance(layer, QuantWeightLayer) else 0
+        x, gradient, *others = (torch.cat(parts, dimension) for parts in zip(*self.kept.pop(size), strict=True))
+        largest = [torch.stack(maxima).amax(0, keepdim=True) for maxima in zip(*self.largest, strict=True)]
+        if isinstance(layer, QuantMatMul):
+            left = Operand(x, layer.left_quantizer, largest[0])
+            as_rows = None if layer.transpose_right else partial(torch.transpose, dim0=-2, dim1=-1)
+            return Product(left, Operand(others[0], layer.right_quantizer, largest[1], as_rows), gradient)
+        weight = layer.weight.detach().float()
+        groups = {"qkv": 3, "patch_embed": len(weight)}.get(layer.role, 1)
+        maxima = weight.reshape(groups, -1).abs().amax(1)
+        left = Operand(weight, layer.weight_quantizer, maxima, lambda values: values.flatten(1)[None])
+        return Product(left, Operand(x, layer.input_quantizer, largest[0]), gradient.mT.contiguous())
+
+
+def _as_rows(layer: QuantWeightLayer | QuantMatMul, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """A layer's (first) input as P×rows×inner and the gradient at its output as P×rows×columns."""
+    if isinstance(layer, QuantMatMul):
+        return x.flatten(0, -3), gradient.flatten(0, -3)
+    if isinstance(layer, QuantConv2d):
+        # A convolution with the unit matrix lays out the patches, whatever stride and padding.
+        inner = layer.weight[0].numel()
+        unit = torch.eye(inner, dtype=x.dtype, device=x.device).reshape(inner, *layer.weight.shape[1:])
+        x = F.conv2d(x, unit, None, layer.stride, layer.padding, layer.dilation).movedim(1, -1)
+        gradient = gradient.movedim(1, -1)
+    return x.reshape(1, -1, x.shape[-1]), gradient.reshape(1, -1, gradient.shape[-1])
+
+
+def sample_rows(x: Tensor, gradient: Tensor, products: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Draws rows of a layer's output on which the sum of weighted squared errors has an unbiased, close estimate.
+
+    Full scores are sums over thousands of rows; a few hundred, the same for all candidates, tell these apart as well.
+    A row is drawn in proportion to the error it can contribute: its squared gradient, times what is alike for all
+    rows (rounding) plus what grows with its values (clipping). Behind the last attention, say, only class tokens have a
+    gradient, and only they are drawn.
+
+    Args:
+        x: P×M×inner.
+        gradient: P×M×N.
+        products, rows: how many of the P matrices and of the M rows of each; all, where there are no more.
+
+    Returns:
+        which matrices (products), which rows of each (products×rows), and the weights of their squared errors.
+    """
+    # Relative to the largest, so that nothing underflows; the floor is for images without any gradient.
+    gradient = gradient / gradient.abs().max().clamp(min=torch.finfo(gradient.dtype).tiny)
+    size = x.square().sum(-1).double()
+    mass = gradient.square().sum(-1) * (1 + size / size.mean().clamp(min=1e-300)) + 1e-12
+    which, product_weights = _draw(mass.sum(1), products)
+    chosen, row_weights = _draw(mass[which], rows)
+    return which, chosen, (product_weights[:, None] * row_weights).to(x.dtype)
+
+
+def _draw(mass: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Systematic sampling along the last dimension: indices, and the inverse of how often each is expected."""
+    total = mass.shape[-1]
+    if total <= count:
+        return torch.arange(total, device=mass.device).expand(mass.shape), torch.ones_like(mass)
+    share = mass / mass.sum(-1, keepdim=True)
+    offset = torch.rand(*mass.shape[:-1], 1, dtype=mass.dtype, device=mass.device)
+    points = (torch.arange(count, device=mass.device) + offset) / count
+    indices = torch.searchsorted(share.cumsum(-1), points).clamp_(max=total - 1)
+    return indices, 1 / (count * share.gather(-1, indices))
+
+
+# --- the search -----------------------------------------------------------------------------------------------------
+
+
+class Operand:
+    """One side of a product, its quantizer, and the scales that this may get.
+
+    Args:
+        values: in the shape that the quantizer meets.
+        quantizer: a `Quantizer`, which is given the scale that holds every value, or nn.Identity.
+        largest: (G) the largest absolute value of each group of rows that shares a scale.
+        as_rows: brings `values` to P×rows×inner, where they are not.
+
+    Attributes:
+        candidates: C×G scales.
+    """
+
+    def __init__(
+        self,
+        values: Tensor,
+        quantizer: nn.Module,
+        largest: Tensor,
+        as_rows: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.values, self.quantizer, self.as_rows = values, quantizer, as_rows or (lambda values: values)
+        whole, factors = torch.where(largest > 0, largest, 1.0), FACTORS
+        if isinstance(quantizer, TwinSoftmaxQuantizer):
+            whole, factors = torch.full_like(largest, 1 / quantizer.steps), SPLITS
+        elif isinstance(quantizer, Quantizer):
+            whole = whole / (quantizer.levels / 2 - 0.5)
+        self.candidates = torch.tensor(factors, device=whole.device)[:, None] * whole
+        self.set_scale(whole)
+
+    def set_scale(self, scale: Tensor) -> None:
+        """Gives the quantizer a scale for each group (G)."""
+        if not isinstance(self.quantizer, Quantizer):
+            return
+        if len(scale) == 1:
+            scale = scale[0]
+        else:
+            rows = len(self.values)
+            scale = scale.repeat_interleave(rows // len(scale)).reshape(rows, *[1] * (self.values.dim() - 1))
+        self.quantizer.scale = scale
+        if isinstance(self.quantizer, UniformQuantizer):
+            self.quantizer.zero_point = torch.full_like(scale, self.quantizer.levels // 2)
+
+    def rows(self, quantized: bool) -> Tensor:
+        return self.as_rows(self.quantizer(self.values) if quantized else self.values)
+
+
+class Product:
+    """left @ rightᵀ in full precision, against which the two quantized operands are held.
+
+    Args:
+        left, right: P×M×inner and P×N×inner as rows.
+        gradient: P×M×N, what errors are multiplied with before they are squared.
+    """
+
+    def __init__(self, left: Operand, right: Operand, gradient: Tensor) -> None:
+        self.operands = (left, right)
+        self.target = left.rows(quantized=False) @ right.rows(quantized=False).mT
+        largest = gradient.abs().max()
+        self.gradient = gradient / largest if largest > 0 else torch.ones_like(gradient)
+
+    def scores(self, index: int, candidates: Tensor) -> Tensor:
+        """The sums of weighted squared errors (C×G) for C×G scales of one operand.
+
+        The product is linear in that operand: the other is quantized once, and a candidate costs one matrix product.
+        """
+        searched = self.operands[index]
+        quantized = [operand.rows(quantized=True) for operand in self.operands]
+        scores = []
+        for scale in candidates:
+            searched.set_scale(scale)
+            quantized[index] = searched.rows(quantized=True)
+            error = torch.baddbmm(self.target, quantized[0], quantized[1].mT, alpha=-1).mul_(self.gradient)
+            # Groups are of rows of a weight, which is the left operand; else there is one.
+            scores.append(error.square_().sum((0, 2)).reshape(len(scale), -1).sum(1))
+        return torch.stack(scores)
+
+
+@torch.no_grad()
+def search_scales(coarse: Product, fine: Product, rounds: int) -> None:
+    """Sets the scales of a layer's quantizers, the left one's first, to the candidates with the smallest errors.
+
+    Args:
+        coarse, fine: a small and a large sample of the layer's product, with the same quantizers.
+        rounds: how many times the two operands are searched, in turn.
+    """
+    searched = [index for index in (0, 1) if isinstance(fine.operands[index].quantizer, Quantizer)]
+    chosen: list[Tensor] = []
+    for _ in range(rounds if len(searched) > 1 else 1):
+        before, chosen = chosen, []
+        for index in searched:
+            operand = fine.operands[index]
+            best = coarse.scores(index, operand.candidates).topk(_SHORTLIST, dim=0, largest=False).indices
+            shortlist = operand.candidates.gather(0, best)
+            best = fine.scores(index, shortlist).argmin(0, keepdim=True)
+            chosen.append(shortlist.gather(0, best)[0])
+            operand.set_scale(chosen[-1])
+        if before and all(map(torch.equal, before, chosen)):  # as would be all further rounds
+            break

@@ -1,0 +1,139 @@
+"""Quantizing to a file and measuring the file, from end to end on embedded data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import adfq
+from benchmarks.cli import main
+
+METHOD = [
+    *("--model", "embedded_vit", "--method", "adfq_vit", "--method-arg", "iterations=0", "qkv_threshold=4.0"),
+    *("--bits", "W4A5", "--calibration-size", "4", "--seed", "3"),
+]
+QUANTIZE = ["quantize", "classification", "--data", "embedded"]
+RUN = ["run", "classification", "--data", "embedded"]
+
+
+def measure(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    assert main([*arguments, "--json"]) == 0
+    record: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return record
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("quantized") / "vit.safetensors"
+    assert main([*QUANTIZE, *METHOD, "--out", str(path)]) == 0
+    return path
+
+
+def test_a_file_measures_like_the_run_that_quantizes(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = ["--limit", "50", "--batch-size", "20"]
+    direct = measure([*RUN, *METHOD, *few], capsys)
+    saved = measure([*RUN, "--quantized", str(file), *few], capsys)
+    assert saved["metrics"] == direct["metrics"]
+    assert saved.keys() == direct.keys()
+    assert saved["config"].keys() == direct["config"].keys()
+    assert saved["timing"].keys() == direct["timing"].keys()
+    for name in ("task", "model", "data", "method", "bits", "calibration_size", "seed", "limit", "batch_size"):
+        assert saved["config"][name] == direct["config"][name]
+    assert saved["config"]["checkpoint"] == str(file)
+    assert ["qkv_threshold", 4.0] in saved["config"]["method_arguments"]
+    assert ["fc1_threshold", 10.0] in saved["config"]["method_arguments"]
+    assert ["mean", [0.5, 0.5, 0.5]] in saved["config"]["preprocessing"]
+
+
+def test_quantize_prints_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "swin"
+    small = ["--model", "embedded_swin", "--method", "base_ptq", "--calibration-size", "2"]
+    assert main([*QUANTIZE, *small, "--out", str(path)]) == 0
+    line = capsys.readouterr().out
+    size = path.stat().st_size
+    assert line.startswith(f"{path}: {size / 1e6:.2f} MB, ")
+    assert "% of float32's size, in " in line
+    assert line.count("\n") == 1
+    assert 0.1 < size / 4 / 1_360_000 < 0.2
+    assert main([*RUN, "--quantized", str(path), "--limit", "10"]) == 0
+    assert capsys.readouterr().out.startswith("embedded_swin, base_ptq, W4/A4: top-1 ")
+
+
+def test_preprocessing_is_the_files_unless_given(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [*RUN, "--quantized", str(file), "--limit", "20"]
+    usual = measure(command, capsys)
+    other = measure([*command, "--mean", "0.1", "--crop-pct", "0.5"], capsys)
+    assert ["mean", [0.1]] in other["config"]["preprocessing"]
+    assert ["crop_pct", 0.5] in other["config"]["preprocessing"]
+    assert ["std", [0.5, 0.5, 0.5]] in other["config"]["preprocessing"]
+    assert other["metrics"] != usual["metrics"]
+
+
+def test_files_saved_in_python_are_measured_as_timm_would(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in ("cat", "dog"):
+        (tmp_path / "val" / folder).mkdir(parents=True)
+        Image.effect_noise((40, 40), 80).convert("RGB").save(tmp_path / "val" / folder / "picture.png")
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=2)
+    adfq.save(adfq.quantize(model, "base_ptq", calibration=torch.randn(2, 3, 32, 32)), tmp_path / "model")
+    command = ["run", "classification", "--quantized", str(tmp_path / "model"), "--data", f"folder:{tmp_path}"]
+    record = measure(command, capsys)
+    assert record["config"]["model"] == "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+    assert record["metrics"]["images"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*QUANTIZE, *METHOD], "required: --out"),
+        ([*QUANTIZE, "--out", "x"], "required: --model, --method"),
+        ([*QUANTIZE, "--model", "embedded_vit", "--method", "magic", "--out", "x"], "unknown method 'magic'"),
+        ([*QUANTIZE, "--model", "embedded_vit", "--method", "full_precision", "--out", "x"], "nothing that could be"),
+        ([*QUANTIZE, *METHOD, "--out", "no/x"], "cannot write no/x: there is no directory no"),
+        ([*QUANTIZE, *METHOD, "--out", "."], "cannot write .: "),
+        ([*QUANTIZE, *METHOD, "--limit", "3", "--out", "x"], "unrecognized arguments: --limit"),
+        ([*RUN, "--quantized", "no"], "cannot read no: No such file"),
+        ([*RUN, "--quantized", "{broken}"], "not a safetensors file"),
+        ([*RUN, "--quantized", "{file}", "--model", "embedded_vit"], "what --model would say is in the file"),
+        (
+            [*RUN, "--quantized", "{file}", "--model-arg", "a=1", "--pretrained", "--checkpoint", "x"],
+            "what --model-arg, --checkpoint, --pretrained would say",
+        ),
+        (
+            [*RUN, "--quantized", "{file}", "--method", "x", "--bits", "W4A5", "--seed", "0"],
+            "what --method, --bits, --seed would say",
+        ),
+        (
+            [*RUN, "--quantized", "{file}", "--calibration-size", "0", "--method-arg", "a=1"],
+            "what --method-arg, --calibration-size would say",
+        ),
+        ([*RUN, "--quantized", "{file}", "--mean", "0.5,0.5"], "one value, or one for each input channel"),
+        ([*RUN[:2], "--data", "folder:no", "--quantized", "{file}"], "there is no no"),
+        ([*RUN, "--quantized", "{odd}"], "its preprocessing is not timm's"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(
+    arguments: list[str],
+    message: str,
+    file: Path,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    broken, odd = tmp_path / "broken", tmp_path / "odd"
+    broken.write_bytes(file.read_bytes()[:1000])
+    adfq.save(adfq.load(file), odd, notes={"preprocessing": {"mean": 3}})
+    capsys.readouterr()
+    assert main([argument.format(file=file, broken=broken, odd=odd) for argument in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("adfq: error: ")
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+    assert {path.name for path in tmp_path.iterdir()} == {"broken", "odd"}
