@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from adfq.adapters import Architecture, adapt, create, qualified_name
 from adfq.errors import AdfqError
 from adfq.layers import QuantMatMul, QuantWeightLayer
-from adfq.methods import Bits, Quantization, load_method, methods
+from adfq.methods import Bits, Quantization, load_method
 from adfq.quantizers import Quantizer
 
 FORMAT = 1
@@ -102,6 +102,17 @@ def load(file: str | os.PathLike[str]) -> nn.Module:
         raise AdfqError(f"cannot read {file}: {error.strerror}") from None
     except AdfqError as error:
         raise AdfqError(f"{file}: {error}") from None
+
+
+def packed_size(model: nn.Module) -> int:
+    """Bytes of a model's parameters, weights that have integer codes at as many bits each, scales included."""
+    size = 0
+    dtype = _dtype(model)
+    codes = {f"{name}.weight": _codes(layer, dtype) for name, layer in _layers(model)}
+    for name, tensor in model.state_dict().items():
+        packed = codes.get(name)
+        size += (tensor if packed is None else packed).nbytes
+    return size
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -289,8 +300,8 @@ def _to_tuple(value: Any) -> Any:
 
 
 def _attach(model: nn.Module, specified: Mapping[str, Any], method: str) -> None:
-    if method in methods():
-        load_method(method)  # its module may define quantizers
+    with suppress(AdfqError):  # one that is not installed may have used nothing but adfq's quantizers
+        load_method(method)  # its module may define others
     classes = {qualified_name(cls): cls for cls in _subclasses(Quantizer)}
     sites = {site: (owner, child) for site, owner, child in _sites(model, empty=True)}
     for site, spec in specified.items():

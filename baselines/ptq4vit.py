@@ -39,6 +39,7 @@ def ptq4vit(
     search: str = "hessian",
     rounds: int = 3,
     gradient_batch_size: int = 4,
+    released: bool = False,
 ) -> None:
     """Symmetric uniform quantization, twin uniform after softmax and GELU; the input image stays in full precision.
 
@@ -55,6 +56,7 @@ def ptq4vit(
         search: ``"hessian"``, or ``"mse"`` for errors that all weigh the same.
         rounds: how many times the search goes over both scales of a layer.
         gradient_batch_size: images in one pass forwards and backwards; bounds the memory.
+        released: after softmax, the sum of both grids, as the released code computes it.
 
     Raises:
         AdfqError: for unusable options, for a model whose output is not images × classes (``"hessian"``), for layers
@@ -78,7 +80,7 @@ def ptq4vit(
         finally:
             for hook in hooks:
                 hook.remove()
-        network.attach(_recipe(bits))
+        network.attach(_recipe(bits, released))
         for observer in observers:
             search_scales(observer.product(_COARSE), observer.product(_FINE), rounds)
             if isinstance(observer.layer, QuantWeightLayer):
@@ -87,13 +89,13 @@ def ptq4vit(
             progress.update()
 
 
-def _recipe(bits: Bits) -> Recipe:
+def _recipe(bits: Bits, released: bool) -> Recipe:
     return Recipe(
         activation=lambda: UniformQuantizer(bits.activation),
         weight=lambda: UniformQuantizer(bits.weight),
         activations={
             "patch_embed": lambda: None,
-            "probs": lambda: TwinSoftmaxQuantizer(bits.activation),
+            "probs": lambda: TwinSoftmaxQuantizer(bits.activation, released),
             "fc2": lambda: TwinGeluQuantizer(bits.activation),
         },
         weights=dict.fromkeys(("patch_embed", "qkv"), lambda: UniformQuantizer(bits.weight, "row")),

@@ -6,6 +6,7 @@ import argparse
 import ast
 import json
 import logging
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from adfq.errors import AdfqError
 from adfq.methods import FULL_PRECISION
 from benchmarks.cells import Cell
 from benchmarks.console import warn
-from benchmarks.reports.spec import Model, load_table, table_names
+from benchmarks.reports.spec import Model, Row, Table, load_table, table_names
 from benchmarks.reports.tables import STYLES, render, tabulate_results
 from benchmarks.results import ResultStore
 from benchmarks.runner import evaluate_model, quantize_model, resolve_device, run_cell, run_cells
@@ -94,14 +95,17 @@ def _parser() -> argparse.ArgumentParser:
     table.add_argument("--data", metavar="SPEC", help="in the full profile, folder:/path/to/imagenet")
     table.add_argument("--checkpoints", type=Path, metavar="DIR", help="files MODEL.safetensors, .pth, .bin or .npz")
     table.add_argument("--models", nargs="+", metavar="MODEL")
-    table.add_argument("--methods", nargs="+", metavar="METHOD")
+    table.add_argument("--methods", nargs="+", metavar="METHOD", help="methods, or rows by their key in tables/*.toml")
     table.add_argument("--bits", nargs="+", metavar="W4A4")
     table.add_argument("--format", choices=STYLES, default="md")
     table.add_argument(
         "--out", type=Path, default=Path("runs"), metavar="DIR", help="records and the table (default: runs)"
     )
+    table.add_argument(
+        "--jobs", type=_positive, metavar="N", help="cells at once (default: 1; one a core where models are small)"
+    )
+    table.add_argument("--seeds", type=int, nargs="+", metavar="N", help="of calibration images and methods")
     _add_common(table)
-    table.set_defaults(seed=0)
 
     listing = commands.add_parser("list", help="list what there is")
     listing.set_defaults(action=_list)
@@ -132,6 +136,7 @@ def _add_experiment(parser: argparse.ArgumentParser, required: bool) -> None:
     parser.add_argument("--method", required=required, help="'adfq list methods'")
     parser.add_argument("--method-arg", dest="method_arguments", type=_pair, nargs="+", action="extend", metavar="K=V")
     parser.add_argument("--bits", help="weights and activations, 2 to 8 each (default: W4A4)")
+    parser.add_argument("--seed", type=int, help="of calibration images and method (default: 0)")
     parser.add_argument("--input-size", type=int, nargs=3, metavar=("C", "H", "W"))
     parser.add_argument("--mean", type=_floats, metavar="M,M,M")
     parser.add_argument("--std", type=_floats, metavar="S,S,S")
@@ -147,7 +152,6 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 def _add_calibration(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calibration-size", type=int, metavar="N", help="calibration images")
-    parser.add_argument("--seed", type=int, help="of their choice and of the method (default: 0)")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1 …")
 
 
@@ -187,9 +191,12 @@ def _quantize(options: argparse.Namespace) -> None:
         raise AdfqError(f"cannot write {file}: there is no directory {file.parent}")
     device = resolve_device(options.device)
     subject = load_subject(cell)
-    model, seconds = quantize_model(cell, subject, device)
+    unfinished = file.with_name(f"{file.name}.unfinished")
+    model, cost = quantize_model(cell, subject, device, unfinished)
     save_quantized(model, cell, subject, file)
+    shutil.rmtree(unfinished, ignore_errors=True)
     size, full = file.stat().st_size, 4 * sum(parameter.numel() for parameter in subject.model.parameters())
+    seconds = cost["calibration_seconds"]
     print(f"{file}: {size / 1e6:.2f} MB, {100 * size / full:.1f} % of float32's size, in {seconds:.1f} s")
 
 
@@ -210,26 +217,28 @@ def _table(options: argparse.Namespace) -> None:
         known = {name: model for model in table.models for name in (model.key, model.name)}
         table = replace(table, models=[_choose_model(name, known) for name in options.models])
     if options.methods:
-        # Full precision is what differences are taken to, and what tells whether a model is the published one.
-        quantized = [method for method in options.methods if method != FULL_PRECISION]
-        table = replace(table, methods=[FULL_PRECISION, *quantized])
+        table = replace(table, rows=_choose_rows(table, options.methods))
+    if options.calibration_size is not None:  # goes before what the methods of the table have
+        table = replace(table, rows=[replace(row, calibration_size=options.calibration_size) for row in table.rows])
     if options.bits:
         table = replace(table, bits=options.bits)
+    if options.seeds:
+        table = replace(table, seeds=list(dict.fromkeys(options.seeds)))
     data = options.data or table.data
     if data is None:
         raise AdfqError(f"the {table.profile} profile needs --data, folder:/path/to/imagenet for example")
     device = resolve_device(options.device)
-    cells = table.cells(
+    entries = table.entries(
         data=data,
         pretrained=table.data is None and options.checkpoints is None,
         checkpoint=(lambda name: _find_checkpoint(options.checkpoints, name)) if options.checkpoints else None,
-        calibration_size=table.calibration_size if options.calibration_size is None else options.calibration_size,
-        seed=options.seed,
         limit=options.limit,
         batch_size=options.batch_size,
     )
-    store = ResultStore(options.out)
-    frame = tabulate_results(table, run_cells(cells, store, device))
+    jobs = options.jobs or (1 if device.type == "cuda" else table.jobs)
+    results = run_cells([entry.cell for entry in entries], ResultStore(options.out), device, jobs)
+    records = (record for _, record in results)
+    frame = tabulate_results(table, zip(entries, records, strict=True))
     text = render(table, frame, options.format)
     path = options.out / f"table{table.name}-{table.profile}.{STYLES[options.format]}"
     try:
@@ -266,6 +275,13 @@ def _pair(text: str) -> tuple[str, Any]:
         return key, ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return key, value
+
+
+def _choose_rows(table: Table, names: Sequence[str]) -> list[Row]:
+    """The table's rows by their names; any other method makes a row of its own."""
+    known = {row.key: row for row in table.rows}
+    # Full precision is always there: differences are taken to it, and it tells whether a model is the published one.
+    return [known.get(name) or table.row(name) for name in names if name != FULL_PRECISION]
 
 
 def _floats(text: str) -> tuple[float, ...]:

@@ -23,6 +23,7 @@ class ResultStore:
     """
 
     def __init__(self, directory: Path) -> None:
+        self.directory = directory
         self.records = directory / "records"
         try:
             self.records.mkdir(parents=True, exist_ok=True)
@@ -64,6 +65,10 @@ class ResultStore:
             if temporary is not None:
                 Path(temporary).unlink(missing_ok=True)
             raise AdfqError(f"cannot write a record to {self.records}: {error.strerror}") from None
+
+    def unfinished(self, cell: Cell) -> Path:
+        """Where a cell's method may keep what it has finished, until the cell has a record."""
+        return self.directory / "unfinished" / cell.id
 
     def _path(self, cell: Cell) -> Path:
         return self.records / f"{cell.id}.json"

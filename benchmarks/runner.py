@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
+import shutil
 import time
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import joblib
 import numpy
 import timm
 import torch
@@ -22,8 +26,12 @@ import adfq
 from adfq.errors import AdfqError
 from adfq.methods import FULL_PRECISION, Bits
 from benchmarks.cells import Cell
+from benchmarks.console import warn
+from benchmarks.cost import measure_cost, peak_memory
 from benchmarks.results import Record, ResultStore
 from benchmarks.tasks import Subject, load_subject
+
+_COST_IMAGES = 32
 
 
 def resolve_device(name: str) -> torch.device:
@@ -42,14 +50,22 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def run_cell(cell: Cell, subject: Subject, device: torch.device) -> Record:
-    """Quantizes and evaluates; the record is that of `evaluate_model`."""
-    model, seconds = quantize_model(cell, subject, device)
-    return evaluate_model(cell, subject, model, device, seconds)
+def run_cell(cell: Cell, subject: Subject, device: torch.device, resume: Path | None = None) -> Record:
+    """Quantizes and evaluates; the record is that of `evaluate_model`, with what quantizing has cost.
+
+    Args:
+        resume: `adfq.quantize`.
+    """
+    model, cost = quantize_model(cell, subject, device, resume)
+    return evaluate_model(cell, subject, model, device, cost)
 
 
-def quantize_model(cell: Cell, subject: Subject, device: torch.device) -> tuple[nn.Module, float]:
-    """The subject's model, quantized as the cell has it, and the seconds that it took without reading images."""
+def quantize_model(
+    cell: Cell, subject: Subject, device: torch.device, resume: Path | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The subject's model, quantized as the cell has it, and what that took, without reading images:
+    ``calibration_seconds``, and ``calibration_memory`` in MB.
+    """
     model = subject.model.to(device)
     arguments: dict[str, Any] = {"seed": cell.seed, **dict(cell.method_arguments)}
     if cell.method != FULL_PRECISION:
@@ -57,61 +73,109 @@ def quantize_model(cell: Cell, subject: Subject, device: torch.device) -> tuple[
         arguments |= {"weight_bits": bits.weight, "activation_bits": bits.activation}
         arguments["calibration"] = subject.calibration_images(cell.calibration_size, cell.seed)
     start = time.perf_counter()
-    quantized = adfq.quantize(model, cell.method, **arguments)
-    return quantized, time.perf_counter() - start
+    with peak_memory(device) as peak:
+        quantized = adfq.quantize(model, cell.method, resume=resume, **arguments)
+    return quantized, {
+        "calibration_seconds": time.perf_counter() - start,
+        "calibration_memory": peak.megabytes,
+    }
 
 
 def evaluate_model(
-    cell: Cell, subject: Subject, model: nn.Module, device: torch.device, calibration_seconds: float = 0.0
+    cell: Cell, subject: Subject, model: nn.Module, device: torch.device, cost: Mapping[str, Any] | None = None
 ) -> Record:
     """Evaluates a cell's model.
 
     Args:
-        calibration_seconds: that quantizing the model has taken; 0 for one that was saved.
+        cost: of quantizing the model; None for one that was saved.
 
     Returns:
-        The record: ``config``, ``metrics``, ``timing`` (seconds), ``environment``, ``provenance``, ``finished``.
+        The record: ``config``, ``metrics``, ``timing`` (seconds), ``cost`` (`benchmarks.cost`), ``report`` of the
+        method, ``environment``, ``provenance``, ``finished``.
     """
+    cost = {"calibration_seconds": 0.0} if cost is None else cost
     start = time.perf_counter()
     metrics = subject.evaluate(model, device, cell.limit, cell.batch_size)
+    seconds = time.perf_counter() - start
+    quantization = getattr(model, "quantization", None)
     return {
         "config": cell.config,
         "metrics": metrics,
-        "timing": {"calibration": calibration_seconds, "evaluation": time.perf_counter() - start},
+        "timing": {"calibration": cost["calibration_seconds"], "evaluation": seconds},
+        "cost": {**cost, **measure_cost(model, subject.evaluation_images(_COST_IMAGES), device)},
+        "report": {} if quantization is None else quantization.report,
         "environment": environment(device),
         "provenance": provenance(subject),
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
 
-def run_cells(cells: Sequence[Cell], store: ResultStore, device: torch.device) -> Iterator[tuple[Cell, Record]]:
+def run_cells(
+    cells: Sequence[Cell], store: ResultStore, device: torch.device, jobs: int = 1
+) -> Iterator[tuple[Cell, Record]]:
     """Runs what the store does not have yet, and yields every cell's record in the order given.
 
-    Each record is in the store before the next cell starts. Consecutive cells on the same model and data share
-    them in memory.
+    Each record is in the store as soon as its cell is done.
+
+    Args:
+        jobs: so many cells at once, each in a process of its own with its share of the cores.
     """
-    subject: Subject | None = None
-    loaded: tuple[Any, ...] | None = None
-    with tqdm(cells, desc="cells", unit="cell", delay=2, disable=None) as progress:
-        for cell in progress:
+    with tqdm(total=len(cells), desc="cells", unit="cell", delay=2, disable=None) as progress:
+        for cell, record in zip(cells, _run_all(cells, store, device, jobs), strict=True):
             progress.set_postfix_str(f"{cell.model} {cell.method} {cell.bits}")
-            # Everything but method, bits and how they are measured.
-            wanted = (
-                cell.task,
-                cell.model,
-                cell.model_arguments,
-                cell.checkpoint,
-                cell.pretrained,
-                cell.data,
-                cell.preprocessing,
-            )
-            if subject is None or loaded != wanted:
-                subject, loaded = load_subject(cell), wanted
-            record = store.get(cell, provenance(subject))
-            if record is None:
-                record = run_cell(cell, subject, device)
-                store.put(cell, record)
+            progress.update()
             yield cell, record
+
+
+def _run_all(cells: Sequence[Cell], store: ResultStore, device: torch.device, jobs: int) -> Iterator[Record]:
+    if jobs == 1:
+        yield from map(_Worker(store, device).run, cells)
+        return
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    with joblib.parallel_config("loky", n_jobs=jobs, inner_max_num_threads=threads):
+        # One by one, for a cell can take hours.
+        parallel = joblib.Parallel(return_as="generator", batch_size=1, pre_dispatch=jobs)
+        yield from parallel(joblib.delayed(_run_in_process)(cell, store.directory, str(device)) for cell in cells)
+
+
+def _run_in_process(cell: Cell, directory: Path, device: str) -> Record:
+    warnings.showwarning = lambda message, *_: warn(str(message))
+    return _process_worker(directory, device).run(cell)
+
+
+@cache
+def _process_worker(directory: Path, device: str) -> _Worker:
+    return _Worker(ResultStore(directory), torch.device(device))
+
+
+class _Worker:
+    """Runs cells one after the other; those on the same model and data share them in memory."""
+
+    def __init__(self, store: ResultStore, device: torch.device) -> None:
+        self.store, self.device = store, device
+        self.subject: Subject | None = None
+        self.loaded: tuple[Any, ...] | None = None
+
+    def run(self, cell: Cell) -> Record:
+        # Everything but method, bits and how they are measured.
+        wanted = (
+            cell.task,
+            cell.model,
+            cell.model_arguments,
+            cell.checkpoint,
+            cell.pretrained,
+            cell.data,
+            cell.preprocessing,
+        )
+        if self.subject is None or self.loaded != wanted:
+            self.subject, self.loaded = load_subject(cell), wanted
+        record = self.store.get(cell, provenance(self.subject))
+        if record is None:
+            unfinished = self.store.unfinished(cell)
+            record = run_cell(cell, self.subject, self.device, unfinished)
+            self.store.put(cell, record)
+            shutil.rmtree(unfinished, ignore_errors=True)
+        return record
 
 
 def environment(device: torch.device) -> dict[str, Any]:

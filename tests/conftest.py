@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +70,14 @@ def quick() -> Mapping[str, dict[str, Any]]:
 
 @pytest.fixture
 def calibration_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ADFQ-ViT does not optimize by default, for commands that cannot be given a method's options."""
-    for name, value in CALIBRATION_ALONE.items():
-        monkeypatch.setitem(adfq_vit.__kwdefaults__, name, value)
+    """ADFQ-ViT does not optimize, for commands that cannot be told so: tables bring the options of their methods."""
+
+    @wraps(adfq_vit)
+    def calibrate(*arguments: Any, **options: Any) -> None:
+        adfq_vit(*arguments, **options | CALIBRATION_ALONE)
+
+    # The module by its full name: the attribute adfq.methods is the function.
+    monkeypatch.setattr(importlib.import_module("adfq.methods"), "adfq_vit", calibrate)
 
 
 @pytest.fixture(scope="session")

@@ -19,13 +19,14 @@ _WIDTHS = 100  # positive scales tried alone: 1/100 … 100/100 of the largest v
 class TwinSoftmaxQuantizer(Quantizer):
     """A fine grid from 0 to a split point and a coarse grid to 1, for post-softmax attention.
 
-    x̂ is the sum of x.clamp(0, split) on the fine grid and x.clamp(split, 1) on the coarse one (PTQ4ViT, section "twin
-    uniform quantization", as its released code computes it). Each grid has 2^(bits-1) codes from 0. With splits that
-    are powers of two, the steps are too: fine = coarse·split. A level above the split is too high by the split, which
-    the choice of the split takes into account.
+    Values up to the split are on the fine grid, values above it on the coarse one, none of them below the split
+    (PTQ4ViT, section "twin uniform quantization"). Each grid has 2^(bits-1) codes from 0. With splits that are powers
+    of two, the steps are too: fine = coarse·split.
 
     Args:
         bits: 2 to 8.
+        released: the sum of x.clamp(0, split) on the fine grid and x.clamp(split, 1) on the coarse one, as the released
+            code computes it: every value above the split comes out too high by the split.
 
     Attributes:
         scale: float32 scalar, the fine step, split / (2^(bits-1) - 1); alone, `calibrate` takes the split of `SPLITS`
@@ -34,6 +35,10 @@ class TwinSoftmaxQuantizer(Quantizer):
     Raises:
         AdfqError: for another bit-width, and on calibration with values outside [0, 1].
     """
+
+    def __init__(self, bits: int, released: bool = False) -> None:
+        super().__init__(bits)
+        self.released = released
 
     @property
     def steps(self) -> int:
@@ -57,9 +62,12 @@ class TwinSoftmaxQuantizer(Quantizer):
 
     def _round(self, x: Tensor, scale: Tensor) -> Tensor:
         # In this order nothing leaves [0, steps]: rounding keeps the order, and the limits are whole numbers.
-        fine = (x / scale).clamp_(0, self.steps).round_()
-        coarse = torch.maximum(x, scale * self.steps).clamp_(max=1).mul_(self.steps).round_()
-        return fine.mul_(scale).add_(coarse.div_(self.steps))
+        split = scale * self.steps
+        fine = (x / scale).clamp_(0, self.steps).round_().mul_(scale)
+        coarse = torch.maximum(x, split).clamp_(max=1).mul_(self.steps).round_().div_(self.steps)
+        if self.released:
+            return fine.add_(coarse)
+        return torch.where(x <= split, fine, torch.maximum(coarse, split))
 
 
 class TwinGeluQuantizer(Quantizer):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,15 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+
+METHOD_LABELS = {
+    FULL_PRECISION: "Full precision",
+    "base_ptq": "Base PTQ",
+    "ptq4vit": "PTQ4ViT",
+    "repq_vit": "RepQ-ViT",
+    "adfq_vit": "ADFQ-ViT",
+}
 
 
 def _find_tables() -> Path:
@@ -43,6 +53,31 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Row:
+    """A method with its options, at every bit-width of the table: its name among the rows, and its heading.
+
+    Attributes:
+        arguments: the method's options.
+        calibration_size: number of calibration images.
+    """
+
+    key: str
+    label: str
+    method: str
+    arguments: Mapping[str, Any]
+    calibration_size: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a cell belongs in a table."""
+
+    row: Row
+    model: Model
+    cell: Cell
+
+
+@dataclass(frozen=True)
 class Table:
     """One profile of one table.
 
@@ -50,6 +85,12 @@ class Table:
         name: ``"1"`` to ``"5"``.
         caption: what was measured on what, for the reader of the table.
         metric: the key in a record's metrics.
+        bits: that rows are measured at.
+        seeds: that each quantized cell is measured with.
+        parallel: whether models are so small that one core is enough for each.
+        cost: whether what each row costs stands beside its accuracy.
+        settings: by method, what all its rows share: ``calibration_size`` and options.
+        calibration_size: where the settings have none.
         data: the task's data spec; None where the user gives it.
         published: the ``task`` in published.csv whose numbers stand beside ours, or None.
         full_precision_tolerance: by how much full precision may differ from the published value, or None.
@@ -61,22 +102,50 @@ class Table:
     caption: str
     task: str
     metric: str
-    methods: Sequence[str]
+    rows: Sequence[Row]
     bits: Sequence[str]
     models: Sequence[Model]
     calibration_size: int
+    seeds: Sequence[int] = (0,)
+    parallel: bool = False
+    cost: bool = False
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     data: str | None = None
     published: str | None = None
     full_precision_tolerance: float | None = None
 
-    def cells(self, **common: Any) -> list[Cell]:
+    @property
+    def jobs(self) -> int:
+        """How many cells to measure at once on a CPU."""
+        return os.cpu_count() or 1 if self.parallel else 1
+
+    def row(
+        self,
+        method: str,
+        key: str | None = None,
+        label: str | None = None,
+        calibration_size: int | None = None,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> Row:
+        """A row of this table; what is not given comes from the method's settings."""
+        shared = dict(self.settings.get(method, {}))
+        size = shared.pop("calibration_size", self.calibration_size)
+        return Row(
+            key or method,
+            label or METHOD_LABELS.get(method, method),
+            method,
+            {**shared, **(arguments or {})},
+            size if calibration_size is None else calibration_size,
+        )
+
+    def entries(self, **common: Any) -> list[Entry]:
         """The table's cells, model after model, full precision first.
 
         Args:
             **common: fields that all cells share; ``checkpoint`` may be a function of the model's name.
         """
         checkpoint = common.pop("checkpoint", None)
-        cells = []
+        entries = []
         for model in self.models:
             fields = {
                 "task": self.task,
@@ -85,15 +154,26 @@ class Table:
                 "checkpoint": checkpoint(model.name) if checkpoint else None,
                 **common,
             }
-            if FULL_PRECISION in self.methods:
-                cells.append(Cell.create(method=FULL_PRECISION, **fields))
-            cells += [
-                Cell.create(method=method, bits=bits, **fields)
+            reference = Cell.create(method=FULL_PRECISION, **fields)
+            entries.append(Entry(self.row(FULL_PRECISION), model, reference))
+            entries += [
+                Entry(
+                    row,
+                    model,
+                    Cell.create(
+                        method=row.method,
+                        method_arguments=tuple(sorted(row.arguments.items())),
+                        calibration_size=row.calibration_size,
+                        bits=bits,
+                        seed=seed,
+                        **fields,
+                    ),
+                )
                 for bits in self.bits
-                for method in self.methods
-                if method != FULL_PRECISION
+                for row in self.rows
+                for seed in self.seeds
             ]
-        return cells
+        return entries
 
 
 def table_names() -> list[str]:
@@ -110,8 +190,10 @@ def load_table(name: str, profile: str) -> Table:
     if profile not in profiles:
         raise AdfqError(f"table {name} has no profile {profile!r}; there are {', '.join(profiles)}")
     fields = {**spec, **profiles[profile]}
+    rows = [*({"method": method} for method in fields.pop("methods", ())), *fields.pop("rows", ())]
     models = [Model(**{"preprocessing": {}, **model}) for model in fields.pop("models")]
-    return Table(name=name, profile=profile, models=models, **fields)
+    table = Table(name=name, profile=profile, models=models, rows=(), **fields)
+    return replace(table, rows=[table.row(**row) for row in rows])
 
 
 def published_numbers(table: Table) -> pd.DataFrame:

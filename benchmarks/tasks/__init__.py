@@ -34,6 +34,9 @@ class Subject(Protocol):
     def calibration_images(self, count: int, seed: int) -> Tensor:
         """`count` images of the training split, preprocessed, B×C×H×W."""
 
+    def evaluation_images(self, count: int) -> Tensor:
+        """The first images of the evaluation split, at most `count`, preprocessed, B×C×H×W."""
+
     def evaluate(self, model: nn.Module, device: torch.device, limit: int | None, batch_size: int) -> dict[str, float]:
         """Metrics of a model on the evaluation split, and ``images``, their number."""
 

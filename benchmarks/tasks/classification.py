@@ -65,6 +65,10 @@ class Classification:
         bar = tqdm(chosen, desc="reading calibration images", unit="image", delay=2, leave=False, disable=None)
         return torch.stack([self.train[index][0] for index in bar])
 
+    def evaluation_images(self, count: int) -> Tensor:
+        available = len(self.validation)  # type: ignore[arg-type]
+        return torch.stack([self.validation[index][0] for index in range(min(count, available))])
+
     @torch.inference_mode()
     def evaluate(self, model: nn.Module, device: torch.device, limit: int | None, batch_size: int) -> dict[str, float]:
         """Top-1 and top-5 in percent.

@@ -137,7 +137,7 @@ def test_optimization_lowers_every_modules_error(model: nn.Module, make_images: 
     images = make_images(16)
     optimized = optimize(model, images, iterations=40)
     modules = report(optimized)
-    assert list(modules)[0] == "patch_embed"
+    assert next(iter(modules)) == "patch_embed"
     assert set(modules) == set(adapt(copy.deepcopy(model)).modules)
     assert all(module["after"] < module["before"] for module in modules.values() if module["kept"])
     assert sum(module["kept"] for module in modules.values()) >= len(modules) - 1
@@ -188,9 +188,7 @@ def test_learning_rates_of_zero_switch_parts_off(model: nn.Module, make_images: 
     first = "patch_embed.proj"
     assert all(torch.equal(code, codes(calibrated)[name]) for name, code in codes(steps_alone).items())
     assert any(not torch.equal(code, codes(calibrated)[name]) for name, code in codes(rounding_alone).items())
-    assert torch.equal(
-        steps(rounding_alone)[f"{first}.input_quantizer"], steps(calibrated)[f"{first}.input_quantizer"]
-    )
+    assert torch.equal(steps(rounding_alone)[f"{first}.input_quantizer"], steps(calibrated)[f"{first}.input_quantizer"])
     assert any(not torch.equal(scale, steps(calibrated)[name]) for name, scale in steps(steps_alone).items())
 
 
@@ -416,7 +414,7 @@ def test_a_damaged_rest_is_done_again(
 
 def test_a_folder_that_cannot_be_written_is_one_clear_line(make_vit: Any, make_images: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(AdfqError, match="cannot write to .*file"):
+    with pytest.raises(AdfqError, match=r"cannot write to .*file"):
         optimize(make_vit(), make_images(4), resume=tmp_path / "file")
 
 

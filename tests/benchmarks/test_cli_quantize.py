@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,13 @@ METHOD = [
 ]
 QUANTIZE = ["quantize", "classification", "--data", "embedded"]
 RUN = ["run", "classification", "--data", "embedded"]
+FEW = ["--limit", "30", "--batch-size", "20"]
 
 
-def measure(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    assert main([*arguments, "--json"]) == 0
-    record: dict[str, Any] = json.loads(capsys.readouterr().out)
+def measure(arguments: list[str]) -> dict[str, Any]:
+    with redirect_stdout(StringIO()) as output:
+        assert main([*arguments, "--json"]) == 0
+    record: dict[str, Any] = json.loads(output.getvalue())
     return record
 
 
@@ -35,10 +39,25 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_file_measures_like_the_run_that_quantizes(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    few = ["--limit", "50", "--batch-size", "20"]
-    direct = measure([*RUN, *METHOD, *few], capsys)
-    saved = measure([*RUN, "--quantized", str(file), *few], capsys)
+@pytest.fixture(scope="module")
+def saved(file: Path) -> dict[str, Any]:
+    """The record of the file."""
+    return measure([*RUN, "--quantized", str(file), *FEW])
+
+
+@pytest.fixture(scope="module")
+def unusable(file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Files of a quantized model that cannot be measured."""
+    folder = tmp_path_factory.mktemp("unusable")
+    (folder / "broken").write_bytes(file.read_bytes()[:1000])
+    model = adfq.load(file)
+    adfq.save(model, folder / "odd", notes={"preprocessing": {"mean": 3}})
+    adfq.save(model, folder / "odder", notes={"preprocessing": "none"})
+    return {path.name: path for path in folder.iterdir()}
+
+
+def test_a_file_measures_like_the_run_that_quantizes(file: Path, saved: dict[str, Any]) -> None:
+    direct = measure([*RUN, *METHOD, *FEW])
     assert saved["metrics"] == direct["metrics"]
     assert saved.keys() == direct.keys()
     assert saved["config"].keys() == direct["config"].keys()
@@ -65,24 +84,22 @@ def test_quantize_prints_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().out.startswith("embedded_swin, base_ptq, W4/A4: top-1 ")
 
 
-def test_preprocessing_is_the_files_unless_given(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = [*RUN, "--quantized", str(file), "--limit", "20"]
-    usual = measure(command, capsys)
-    other = measure([*command, "--mean", "0.1", "--crop-pct", "0.5"], capsys)
+def test_preprocessing_is_the_files_unless_given(file: Path, saved: dict[str, Any]) -> None:
+    other = measure([*RUN, "--quantized", str(file), *FEW, "--mean", "0.1", "--crop-pct", "0.5"])
     assert ["mean", [0.1]] in other["config"]["preprocessing"]
     assert ["crop_pct", 0.5] in other["config"]["preprocessing"]
     assert ["std", [0.5, 0.5, 0.5]] in other["config"]["preprocessing"]
-    assert other["metrics"] != usual["metrics"]
+    assert other["metrics"] != saved["metrics"]
 
 
-def test_files_saved_in_python_are_measured_as_timm_would(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_saved_in_python_are_measured_as_timm_would(tmp_path: Path) -> None:
     for folder in ("cat", "dog"):
         (tmp_path / "val" / folder).mkdir(parents=True)
         Image.effect_noise((40, 40), 80).convert("RGB").save(tmp_path / "val" / folder / "picture.png")
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=2)
     adfq.save(adfq.quantize(model, "base_ptq", calibration=torch.randn(2, 3, 32, 32)), tmp_path / "model")
     command = ["run", "classification", "--quantized", str(tmp_path / "model"), "--data", f"folder:{tmp_path}"]
-    record = measure(command, capsys)
+    record = measure(command)
     assert record["config"]["model"] == "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
     assert record["metrics"]["images"] == 2
 
@@ -95,7 +112,7 @@ def test_files_saved_in_python_are_measured_as_timm_would(tmp_path: Path, capsys
         ([*QUANTIZE, "--model", "embedded_vit", "--method", "magic", "--out", "x"], "unknown method 'magic'"),
         ([*QUANTIZE, "--model", "embedded_vit", "--method", "full_precision", "--out", "x"], "nothing that could be"),
         ([*QUANTIZE, *METHOD, "--out", "no/x"], "cannot write no/x: there is no directory no"),
-        ([*QUANTIZE, *METHOD, "--out", "."], "cannot write .: "),
+        ([*QUANTIZE, *METHOD, "--out", "."], "cannot write .: it is a directory"),
         ([*QUANTIZE, *METHOD, "--limit", "3", "--out", "x"], "unrecognized arguments: --limit"),
         ([*RUN, "--quantized", "no"], "cannot read no: No such file"),
         ([*RUN, "--quantized", "{broken}"], "not a safetensors file"),
@@ -115,25 +132,24 @@ def test_files_saved_in_python_are_measured_as_timm_would(tmp_path: Path, capsys
         ([*RUN, "--quantized", "{file}", "--mean", "0.5,0.5"], "one value, or one for each input channel"),
         ([*RUN[:2], "--data", "folder:no", "--quantized", "{file}"], "there is no no"),
         ([*RUN, "--quantized", "{odd}"], "its preprocessing is not timm's"),
+        ([*RUN, "--quantized", "{odder}"], "its notes have no usable 'preprocessing'"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(
     arguments: list[str],
     message: str,
     file: Path,
+    unusable: dict[str, Path],
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    broken, odd = tmp_path / "broken", tmp_path / "odd"
-    broken.write_bytes(file.read_bytes()[:1000])
-    adfq.save(adfq.load(file), odd, notes={"preprocessing": {"mean": 3}})
     capsys.readouterr()
-    assert main([argument.format(file=file, broken=broken, odd=odd) for argument in arguments]) == 2
+    assert main([argument.format(file=file, **unusable) for argument in arguments]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("adfq: error: ")
     assert captured.err.count("\n") == 1
     assert message in captured.err
-    assert {path.name for path in tmp_path.iterdir()} == {"broken", "odd"}
+    assert list(tmp_path.iterdir()) == []

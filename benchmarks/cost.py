@@ -1,0 +1,91 @@
+"""What a quantized model costs: seconds, memory, bytes, kept outliers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adfq.checkpoint import packed_size
+from adfq.quantizers import PerPatchOutlierQuantizer
+
+_REPEATS = 3
+_MB = 1e6
+
+
+@dataclass
+class Peak:
+    """Memory in use at most, in MB above what was in use before; None where the system does not tell."""
+
+    megabytes: float | None = None
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[Peak]:
+    """Measures the memory that is used within it: the GPU's, or the process's (Linux)."""
+    peak = Peak()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield peak
+        peak.megabytes = (torch.cuda.max_memory_allocated(device) - before) / _MB
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        before = _resident("VmRSS")
+    except (OSError, StopIteration):
+        yield peak
+        return
+    yield peak
+    peak.megabytes = (_resident("VmHWM") - before) / _MB
+
+
+def _resident(kind: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{kind}:"))
+
+
+def measure_cost(model: nn.Module, images: Tensor, device: torch.device) -> dict[str, float]:
+    """Of a model as it evaluates.
+
+    Args:
+        images: B×C×H×W, preprocessed.
+
+    Returns:
+        ``forward_seconds`` for these images, the shortest of three times; ``size`` in MB as `adfq.save` would pack
+        it, parameters alone in full precision; ``outliers``, in % of the values that per-patch quantizers see, where
+        there are any.
+    """
+    model, images = model.to(device).eval(), images.to(device)
+    cost = {"size": packed_size(model) / _MB}
+    seen: list[tuple[int, int]] = []
+    quantizers = [module for module in model.modules() if isinstance(module, PerPatchOutlierQuantizer)]
+    hooks = [quantizer.register_forward_pre_hook(partial(_count, seen)) for quantizer in quantizers]
+    with torch.inference_mode():
+        model(images)
+        for hook in hooks:
+            hook.remove()
+        cost["forward_seconds"] = min(_time(model, images, device) for _ in range(_REPEATS))
+    if seen:
+        kept, values = map(sum, zip(*seen, strict=True))
+        cost["outliers"] = 100 * kept / values
+    return cost
+
+
+def _count(seen: list[tuple[int, int]], quantizer: PerPatchOutlierQuantizer, inputs: tuple[Any, ...]) -> None:
+    seen.append((int(quantizer.outliers(inputs[0]).sum()), inputs[0].numel()))
+
+
+def _time(model: nn.Module, images: Tensor, device: torch.device) -> float:
+    start = time.perf_counter()
+    model(images)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
