@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +15,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from adfq.methods import adfq_vit
-
 MakeModel = Callable[..., nn.Module]
-
-# Optimizing takes minutes, and tests/adfq/test_reconstruction.py is about it. Other tests do without.
-CALIBRATION_ALONE = {"iterations": 0}
 
 
 def _folder(variable: str) -> Path:
@@ -64,20 +57,11 @@ def _seeded() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def quick() -> Mapping[str, dict[str, Any]]:
-    """Options, by method, with which quantizing a small model takes no time."""
-    return defaultdict(dict, adfq_vit=CALIBRATION_ALONE, ptq4vit={"rounds": 1})
+    """Options, by method, with which quantizing a small model takes no time.
 
-
-@pytest.fixture
-def calibration_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ADFQ-ViT does not optimize, for commands that cannot be told so: tables bring the options of their methods."""
-
-    @wraps(adfq_vit)
-    def calibrate(*arguments: Any, **options: Any) -> None:
-        adfq_vit(*arguments, **options | CALIBRATION_ALONE)
-
-    # The module by its full name: the attribute adfq.methods is the function.
-    monkeypatch.setattr(importlib.import_module("adfq.methods"), "adfq_vit", calibrate)
+    ADFQ-ViT's optimization takes minutes; test_reconstruction.py is about it, other tests do without.
+    """
+    return defaultdict(dict, adfq_vit={"iterations": 0}, ptq4vit={"rounds": 1})
 
 
 @pytest.fixture(scope="session")

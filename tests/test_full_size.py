@@ -56,7 +56,6 @@ def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("calibration_alone")
 @pytest.mark.parametrize("key", ["deit_tiny", "swin_tiny"])
 def test_the_full_profile_reads_imagenets_layout_and_local_weights(
     key: str, imagenet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -64,8 +63,8 @@ def test_the_full_profile_reads_imagenets_layout_and_local_weights(
     name = next(model.name for model in load_table("1", "full").models if model.key == key)
     torch.save({"model": timm.create_model(name).state_dict()}, tmp_path / f"{name}.pth")
     command = ["table", "1", "--profile", "full", "--data", f"folder:{imagenet}", "--checkpoints", str(tmp_path)]
-    small = ["--models", key, "--bits", "W4A4", "--limit", "4", "--calibration-size", "2", "--out", str(tmp_path)]
-    assert main([*command, *small]) == 0
+    small = ["--models", key, "--methods", "base_ptq", "repq_vit", "--bits", "W4A4", "--limit", "4"]
+    assert main([*command, *small, "--calibration-size", "2", "--out", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert "Measured on 4 images" in text
     assert "‡ Does not count" in text  # random weights are not the published model

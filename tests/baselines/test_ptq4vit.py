@@ -392,16 +392,19 @@ def test_a_gradient_needs_logits(make_vit: MakeModel, make_images: MakeImages) -
     quantize(model, "ptq4vit", 4, 4, make_images(), search="mse", rounds=1)
 
 
+@pytest.mark.parametrize("released", [False, True])
 @pytest.mark.parametrize("bits", [4, 6, 8])
 @torch.no_grad()
-def test_golden_ptq4vit(bits: int, released: bool, make_vit: MakeModel, load_golden: Callable[[str], dict[str, Tensor]]) -> None:
+def test_golden_ptq4vit(
+    bits: int, released: bool, make_vit: MakeModel, load_golden: Callable[[str], dict[str, Tensor]]
+) -> None:
     """In quality, not value: the released code's gradient is rounding noise."""
     vectors = load_golden("repq_e2e_vit_21.npz")
     reference = load_golden("ptq4vit_e2e_vit_21.npz")[f"logits_w{bits}a{bits}"]
     model = make_vit()
     model.load_state_dict({key.removeprefix("state/"): v for key, v in vectors.items() if key.startswith("state/")})
     expected = vectors["fp_logits"]
-    logits = quantize(model, "ptq4vit", bits, bits, vectors["calib"])(vectors["test"])
+    logits = quantize(model, "ptq4vit", bits, bits, vectors["calib"], released=released)(vectors["test"])
     assert (logits - expected).norm() <= 1.25 * (reference - expected).norm()
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adfq import AdfqError
+from adfq import AdfqError, reconstruction
 from benchmarks import runner
 from benchmarks.cells import Cell
 from benchmarks.results import ResultStore
@@ -29,6 +29,9 @@ class CountingSubject:
 
     def calibration_images(self, count: int, seed: int) -> Tensor:
         return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+    def evaluation_images(self, count: int) -> Tensor:
+        return self.calibration_images(2, 0)
 
     def evaluate(self, model: nn.Module, device: torch.device, limit: int | None, batch_size: int) -> dict[str, float]:
         if self.interrupt_at == len(self.evaluated):
@@ -83,6 +86,61 @@ def test_a_record_says_what_was_measured_with_what(subject: CountingSubject, cel
     assert record["environment"]["torch"] == torch.__version__
     assert record["provenance"] == runner.provenance(subject)
     assert set(record["timing"]) == {"calibration", "evaluation"}
+    assert record["cost"]["calibration_seconds"] == record["timing"]["calibration"] > 0
+    assert record["cost"]["forward_seconds"] > 0
+    assert "outliers" not in record["cost"]  # of per-patch quantizers alone
+
+
+def test_a_record_of_an_optimized_model_has_its_modules_errors(subject: CountingSubject, tmp_path: Path) -> None:
+    cell = adfq_cell()
+    ((_, record),) = runner.run_cells([cell], ResultStore(tmp_path), CPU)
+    assert set(record["report"]["modules"]) >= {"patch_embed", "blocks.0.attn", "blocks.0.mlp", "head"}
+    assert record["cost"]["outliers"] >= 0
+    assert record["cost"]["size"] < sum(parameter.nbytes for parameter in subject.model.parameters()) / 1e6
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["records", "unfinished"]
+    assert not list((tmp_path / "unfinished").iterdir())
+
+
+def adfq_cell() -> Cell:
+    options = (("iterations", 2), ("optimize_batch_size", 2))
+    fields = {"task": "classification", "model": "any", "data": "any", "calibration_size": 2}
+    return Cell.create(method="adfq_vit", method_arguments=options, **fields)
+
+
+def test_an_interrupted_optimization_goes_on_within_its_cell(
+    subject: CountingSubject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+    original = reconstruction._Reconstruction.run
+
+    def run(self: Any, done: Any) -> Any:
+        if len(ran) == 2:
+            raise KeyboardInterrupt
+        ran.append(type(self.module).__name__)
+        return original(self, done)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reconstruction._Reconstruction, "run", run)
+        with pytest.raises(KeyboardInterrupt):
+            list(runner.run_cells([adfq_cell()], ResultStore(tmp_path), CPU))
+        (unfinished,) = (tmp_path / "unfinished").iterdir()
+        assert len(list(unfinished.iterdir())) == 2
+        ran[:] = [""] * 3  # does not stop any more
+        list(runner.run_cells([adfq_cell()], ResultStore(tmp_path), CPU))
+    assert len(ran) - 3 == 4  # of six modules
+    assert not unfinished.exists()
+
+
+def test_processes_give_what_one_process_gives(tmp_path: Path) -> None:
+    fields = {"task": "classification", "model": "embedded_vit", "data": "embedded", "calibration_size": 2, "limit": 4}
+    cells = [Cell.create(method="base_ptq", bits=bits, **fields) for bits in ("W8/A8", "W2/A2")]
+    alone, together = (list(runner.run_cells(cells, ResultStore(tmp_path / str(jobs)), CPU, jobs)) for jobs in (1, 2))
+    assert [cell for cell, _ in together] == cells
+    assert [record["metrics"] for _, record in alone] == [record["metrics"] for _, record in together]
+    assert len(list((tmp_path / "2" / "records").iterdir())) == 2
+    mistake = [Cell.create(method="base_ptq", method_arguments=(("range", "huge"),), **fields)]
+    with pytest.raises(AdfqError, match="unknown range 'huge'"):
+        list(runner.run_cells(mistake, ResultStore(tmp_path), CPU, 2))
 
 
 def test_unknown_devices_are_one_clear_line() -> None:

@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from typing import Any
 
+import pandas as pd
 import pytest
 import timm
 
 from adfq import AdfqError, methods
-from benchmarks.cells import Cell
 from benchmarks.embedded.classifiers import CLASSIFIERS
-from benchmarks.reports.spec import Table, load_table, published_numbers, table_names
-from benchmarks.reports.tables import render, tabulate_results
+from benchmarks.reports.spec import Entry, Table, load_table, published_numbers, table_names
+from benchmarks.reports.tables import render, summarize, tabulate_results
 from benchmarks.results import Record
 
-Results = list[tuple[Cell, Record]]
+Results = list[tuple[Entry, Record]]
 
 
-def measure(table: Table, top1: dict[tuple[str, str, str], float]) -> Results:
-    """Results as if measured; model keys, methods and bits name them."""
-    keys = {model.name: model.key for model in table.models}
+def measure(table: Table, top1: dict[tuple[str, str, str], float | list[float]]) -> Results:
+    """Results as if measured; model keys, rows' keys and bits name them. Of several values, each seed has its own."""
     results: Results = []
-    for cell in table.cells(data="somewhere"):
-        value = top1.get((keys[cell.model], cell.method, cell.bits), 50.0)
+    for entry in table.entries(data="somewhere"):
+        cell = entry.cell
+        value = top1.get((entry.model.key, entry.row.key, cell.bits), 50.0)
+        value = value[list(table.seeds).index(cell.seed)] if isinstance(value, list) else value
         metrics: dict[str, Any] = {"top1": value, "top5": 99.0, "images": 123}
-        results.append((cell, {"config": cell.config, "metrics": metrics}))
+        cost = {"calibration_seconds": 2.0, "size": 1.5, "forward_seconds": 3.0 if cell.calibration_size else 2.0}
+        if cell.method == "adfq_vit":
+            cost["outliers"] = 0.25
+        results.append((entry, {"config": cell.config, "metrics": metrics, "cost": cost}))
     return results
 
 
 @pytest.fixture
 def embedded() -> Table:
-    return replace(load_table("1", "embedded"), bits=["W4/A4"])
+    return replace(load_table("1", "embedded"), bits=["W4/A4"], seeds=[0])
 
 
 @pytest.fixture
@@ -44,10 +49,11 @@ def full() -> Table:
 def test_specifications_name_things_that_exist(profile: str) -> None:
     for name in table_names():
         table = load_table(name, profile)
-        assert set(table.methods) <= set(methods())
-        assert len({cell.id for cell in table.cells(data="x")}) == len(table.models) * (
-            1 + len(table.bits) * (len(table.methods) - 1)
-        )
+        assert {row.method for row in table.rows} <= set(methods())
+        entries = table.entries(data="x")
+        cells = len(table.models) * (1 + len(table.bits) * len(table.rows) * len(table.seeds))
+        assert len({entry.cell.id for entry in entries}) == len(entries) == cells
+        assert len({row.key for row in table.rows}) == len({row.label for row in table.rows}) == len(table.rows)
         for model in table.models:
             assert model.name in CLASSIFIERS or timm.models.is_model(model.name)
             assert model.name in CLASSIFIERS or timm.get_pretrained_cfg(model.name, allow_unregistered=False)
@@ -80,7 +86,8 @@ def test_embedded_cells_show_the_difference_to_full_precision(embedded: Table) -
     assert "88.50 (-2.50)" in text
     assert "91.25 (+0.25)" in text
     assert "embedded profile" in text
-    assert "Measured on 123 images of somewhere, calibrated on 32, seed 0." in text
+    sizes = "32 (Base PTQ, PTQ4ViT, RepQ-ViT) and 128 (ADFQ-ViT)"
+    assert f"Measured on 123 images of somewhere, calibrated on {sizes}, seed 0." in text
     assert "ImageNet" not in text.replace("not ImageNet", "")
 
 
@@ -109,8 +116,83 @@ def test_a_model_that_is_not_the_published_one_does_not_count(full: Table) -> No
 def test_numbers_in_csv_are_numbers(embedded: Table) -> None:
     frame = tabulate_results(embedded, measure(embedded, {("embedded_vit", "full_precision", "W32/A32"): 91.0}))
     text = render(embedded, frame, "csv")
-    assert text.splitlines()[0] == "model,method,bits,top1,top5,images,calibration_size,seed,data,delta"
-    assert text.splitlines()[2] == "embedded_vit,base_ptq,W4/A4,50.0000,99.0000,123,32,0,somewhere,-41.0000"
+    numbers = pd.read_csv(io.StringIO(text))
+    assert list(numbers["row"][:2]) == ["full_precision", "base_ptq"]
+    assert numbers["delta"][1] == -41.0
+    assert numbers["relative_forward"][1] == 1.5
+    assert (numbers["calibration_size"][1], numbers["seed"][1], numbers["data"][1]) == (32, 0, "somewhere")
+
+
+def test_seeds_become_mean_and_standard_deviation(embedded: Table) -> None:
+    table = replace(embedded, seeds=[0, 1, 2])
+    top1 = {("embedded_vit", "full_precision", "W32/A32"): 91.0, ("embedded_vit", "base_ptq", "W4/A4"): [80.0, 82, 84]}
+    text = render(table, tabulate_results(table, measure(table, top1)), "md")
+    assert "82.00 ± 2.00 (-9.00)" in text
+    assert "| 91.00 |" in " ".join(text.split())
+    assert "Mean ± standard deviation over seeds 0, 1, 2" in text
+    assert ", seed " not in text
+
+
+@pytest.mark.parametrize(
+    ("values", "bold"),
+    [
+        ([70.0, 71.0, 72.0], True),  # ahead by 21, spread 1
+        ([52.0, 52.0, 52.0], True),
+        ([48.0, 51.0, 54.0], False),  # ahead by 1, spread 3
+        ([50.0, 50.0, 50.0], False),  # level
+    ],
+)
+def test_bold_is_what_is_ahead_by_more_than_the_spread(embedded: Table, values: list[float], bold: bool) -> None:
+    table = replace(embedded, seeds=[0, 1, 2])
+    top1: dict[Any, Any] = {("embedded_vit", "repq_vit", "W4/A4"): values}
+    frame = tabulate_results(table, measure(table, top1))
+    best = summarize(table, frame).query("best")
+    assert list(zip(best["row"], best["model"], strict=True)) == [("repq_vit", "embedded_vit")] * bold
+    mean = f"{sum(values) / 3:.2f} ±"
+    assert (f"**{mean}" in render(table, frame, "md")) == bold
+    assert (rf"\textbf{{{mean[:-1]}$\pm$" in render(table, frame, "latex")) == bold
+
+
+def test_a_single_seed_has_no_spread_and_no_bold(embedded: Table) -> None:
+    top1: dict[Any, Any] = {("embedded_vit", "repq_vit", "W4/A4"): 90.0}
+    text = render(embedded, tabulate_results(embedded, measure(embedded, top1)), "md")
+    assert "90.00 (+40.00)" in text
+    assert "±" not in text
+    assert "**90" not in text
+
+
+def test_rows_of_one_method_differ_by_their_options() -> None:
+    table = load_table("4", "embedded")
+    by_key = {row.key: row for row in table.rows}
+    components = {
+        key: (row.arguments.get("ppoq", True), row.arguments.get("slq", True), row.arguments["iterations"] > 0)
+        for key, row in by_key.items()
+    }
+    subsets = [components[key] for key in list(components)[:8]]
+    assert len(set(subsets)) == 8  # every subset of the three components
+    assert set(list(components.values())[8:]) == {(True, True, True)}
+    top1 = {("embedded_vit", "slq_amo", "W3/A3"): [90.0, 90.0, 91.0]}
+    text = render(table, tabulate_results(table, measure(table, top1)), "md")
+    assert "| SLQ + AMO |" in " ".join(text.split())
+
+
+def test_shared_settings_go_into_every_table_alike() -> None:
+    cells = [
+        {entry.cell.id for entry in load_table(name, "embedded").entries(data="embedded") if entry.row.key == key}
+        for name, key in (("1", "adfq_vit"), ("4", "ppoq_slq_amo"), ("5", "adfq_vit"))
+    ]
+    assert cells[1] == cells[2]
+    assert cells[1] < cells[0]
+
+
+def test_costs_stand_beside_the_accuracy() -> None:
+    table = replace(load_table("5", "embedded"), seeds=[0, 1])
+    text = render(table, tabulate_results(table, measure(table, {})), "md")
+    header, _, _, base, *_ = [line for line in text.splitlines() if line.startswith("|")]
+    assert "Forward, × full precision" in header
+    assert [cell.strip() for cell in base.split("|")[4:-1]] == ["2.0", "1.50", "", "1.50", ""]
+    adfq = next(line for line in text.splitlines() if line.startswith("| ADFQ-ViT "))
+    assert "0.250" in adfq
 
 
 def test_latex_is_escaped_booktabs(full: Table) -> None:
