@@ -32,6 +32,7 @@ from adfq.sites import Network
 _WARM_UP = 0.2  # share of the iterations before rounding is regularized
 _BETA = (20.0, 2.0)  # the regularizer's exponent, from and to
 _MIN_STEP = 1e-2  # a learned step size never falls below this share of the calibrated one
+_MAX_RATE = 1e-2  # nor is its learning rate above this share of it: steps at 8 bits are small
 _CHECKS = 20  # how often at most the held-back images are looked at
 _PATIENCE = 4  # after how many checks in a row without improvement optimization stops
 
@@ -49,7 +50,8 @@ class Settings:
         temperature: of that divergence.
         rounding_weight: of the regularizer that drives roundings to a decision.
         rounding_learning_rate: of AdaRound's α (Adam); 0 keeps weights rounded to nearest.
-        step_learning_rate: of activation step sizes (Adam, cosine to 0); 0 keeps the calibrated ones.
+        step_learning_rate: of activation step sizes (Adam, cosine to 0), or a hundredth of the step size where that
+            is less; 0 keeps the calibrated ones.
         held_back: share of the images that is not optimized on but decides when to stop, and which state is kept.
         autocast: run modules in bfloat16.
         released: the released code's oddities: attention scores are compared by a softmax over heads of
@@ -301,7 +303,9 @@ class _Reconstruction:
             alphas = [rounding.alpha for _, rounding in self.roundings]
             optimizers.append(torch.optim.Adam(alphas, settings.rounding_learning_rate, fused=True))
         if steps:
-            optimizers.append(torch.optim.Adam(steps, settings.step_learning_rate, fused=True))
+            rates = [min(settings.step_learning_rate, _MAX_RATE * step.mean().item()) for step in steps]
+            groups = [{"params": [step], "lr": rate} for step, rate in zip(steps, rates, strict=True)]
+            optimizers.append(torch.optim.Adam(groups, fused=True))
         if not optimizers:
             return
         decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizers[-1], settings.iterations) if steps else None

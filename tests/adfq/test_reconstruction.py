@@ -231,6 +231,16 @@ def test_the_attention_term_compares_distributions_over_keys(make_vit: Any, make
     torch.testing.assert_close(measured, (divergence + entropy) / heads, rtol=1e-5, atol=1e-6)
 
 
+def test_no_step_size_is_learned_faster_than_a_hundredth_of_itself(make_vit: Any, make_images: Any) -> None:
+    parts = reconstruct(make_vit(), make_images(4), "blocks.0.mlp", iterations=1, step_learning_rate=1.0)
+    before = {name: quantizer.scale.clone() for name, quantizer in parts.quantizers.items()}
+    with torch.no_grad():
+        parts._optimize(lambda: None)
+    for name, quantizer in parts.quantizers.items():
+        change = (quantizer.scale - before[name]).abs() / before[name].mean()
+        assert 0 < change.max() <= 0.0101, name
+
+
 def test_inputs_are_mixed_element_by_element(make_vit: Any, make_images: Any) -> None:
     seen: list[Tensor] = []
     for probability, expected in ((0.0, [1.0]), (1.0, [1.1]), (0.5, [1.0, 1.1])):
