@@ -53,7 +53,8 @@ def render(table: Table, frame: pd.DataFrame, style: str) -> str:
     notes = _notes(table, frame)
     if style == "md":
         wide = _wide(table, frame, "**{}**".format)
-        body = wide.to_markdown(index=False, disable_numparse=True, colalign=["left", "left", *["right"] * (wide.shape[1] - 2)])
+        alignment = ["left", "left", *["right"] * (wide.shape[1] - 2)]
+        body = wide.to_markdown(index=False, disable_numparse=True, colalign=alignment)
         heading = f"**Table {table.name}. {table.title}** ({table.profile} profile)"
         return "\n\n".join([heading, table.caption, body, *notes]) + "\n"
     wide = _wide(table, frame, r"\textbf{{{}}}".format)

