@@ -42,6 +42,20 @@ def test_every_method_quantizes_and_runs(name: str, quick: Mapping[str, dict[str
             assert torch.isfinite(adfq.quantize(model, method, 4, 4, images, **quick[method])(images)).all()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+def test_optimization_at_full_size(name: str) -> None:
+    model = timm.create_model(name).eval()
+    images = torch.randn(8, 3, 224, 224)
+    options = {"iterations": 8, "optimize_batch_size": 4, "rounding_learning_rate": 0.1, "step_learning_rate": 1e-2}
+    with torch.no_grad():
+        optimized = adfq.quantize(model, "adfq_vit", 4, 4, images, **options)
+        assert torch.isfinite(optimized(images)).all()
+    modules = optimized.quantization.report["modules"].values()  # type: ignore[union-attr]
+    assert sum(module["kept"] for module in modules) > len(modules) / 2
+    assert all(module["after"] < module["before"] for module in modules if module["kept"])
+
+
 @pytest.fixture(scope="module")
 def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """ImageNet's layout with one picture a class."""
