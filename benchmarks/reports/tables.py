@@ -76,8 +76,8 @@ def summarize(table: Table, frame: pd.DataFrame) -> pd.DataFrame:
     """Over seeds: one row for each row, bit-width and model, in the order of the table.
 
     Columns: mean, std (of the sample; NaN for a single seed), delta and costs (means), published, verified, and
-    ``best``: whether the mean is ahead of all others at that bit-width and model by more than the spread, which is
-    √(s₁² + s₂²) of it and of the next.
+    ``best``: whether the mean is ahead of each other one at that bit-width and model by more than the spread, which is
+    √(s₁² + s₂²) of the two.
     """
     costs = {key: (key, "mean") for key, _, _ in COSTS if key in frame}
     firsts = {name: (name, "first") for name in ("label", "method", "published", "verified") if name in frame}
@@ -87,11 +87,10 @@ def summarize(table: Table, frame: pd.DataFrame) -> pd.DataFrame:
     summary["best"] = False
     quantized = summary[summary["method"] != FULL_PRECISION]
     for _, group in quantized.groupby(["bits", "model"]):
-        ahead = group.nlargest(2, "mean")
-        if len(ahead) == 2:
-            difference = ahead["mean"].iloc[0] - ahead["mean"].iloc[1]
-            # False for single seeds, whose spread is not known.
-            summary.loc[ahead.index[0], "best"] = bool(difference > math.hypot(*ahead["std"]))
+        best, *others = group.sort_values("mean", ascending=False)[["mean", "std"]].itertuples(name=None)
+        # False for single seeds, whose spread is not known.
+        ahead = [best[1] - mean > math.hypot(best[2], std) for _, mean, std in others]
+        summary.loc[best[0], "best"] = bool(ahead) and all(ahead)
     return summary
 
 
@@ -163,7 +162,7 @@ def _notes(table: Table, frame: pd.DataFrame) -> list[str]:
     if not quantized.empty and len(seeds) > 1:
         notes.append(
             f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))} (choice of calibration images, and "
-            "random numbers of the method). Bold: ahead of all others at that bit-width by more than the spread, "
+            "random numbers of the method). Bold: ahead of each other one at that bit-width by more than the spread, "
             "√(s₁² + s₂²) of the two."
         )
     if table.published and not frame.loc[frame["published"].notna(), "verified"].all():

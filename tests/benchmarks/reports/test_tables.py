@@ -153,6 +153,16 @@ def test_bold_is_what_is_ahead_by_more_than_the_spread(embedded: Table, values: 
     assert (rf"\textbf{{{mean[:-1]}$\pm$" in render(table, frame, "latex")) == bold
 
 
+def test_bold_is_not_what_another_one_may_be_ahead_of(embedded: Table) -> None:
+    table = replace(embedded, seeds=[0, 1, 2])
+    top1: dict[Any, Any] = {
+        ("embedded_vit", "repq_vit", "W4/A4"): [60.0, 60.0, 60.0],
+        ("embedded_vit", "base_ptq", "W4/A4"): [59.0, 59.0, 59.0],  # the next one, without any spread
+        ("embedded_vit", "ptq4vit", "W4/A4"): [54.0, 58.0, 62.0],  # behind it, but with a large one
+    }
+    assert not summarize(table, tabulate_results(table, measure(table, top1)))["best"].any()
+
+
 def test_a_single_seed_has_no_spread_and_no_bold(embedded: Table) -> None:
     top1: dict[Any, Any] = {("embedded_vit", "repq_vit", "W4/A4"): 90.0}
     text = render(embedded, tabulate_results(embedded, measure(embedded, top1)), "md")
