@@ -23,6 +23,7 @@ from adfq.errors import AdfqError
 from adfq.layers import QuantMatMul, QuantWeightLayer
 from adfq.methods import Bits, Quantization, load_method
 from adfq.quantizers import Quantizer
+from adfq.sites import Network
 
 FORMAT = 1
 
@@ -108,7 +109,7 @@ def packed_size(model: nn.Module) -> int:
     """Bytes of a model's parameters, weights that have integer codes at as many bits each, scales included."""
     size = 0
     dtype = _dtype(model)
-    codes = {f"{name}.weight": _codes(layer, dtype) for name, layer in _layers(model)}
+    codes = {f"{name}.weight": _codes(layer, dtype) for name, layer in Network(model, {}).weight_layers()}
     for name, tensor in model.state_dict().items():
         packed = codes.get(name)
         size += (tensor if packed is None else packed).nbytes
@@ -148,7 +149,7 @@ def _write(model: nn.Module, quantization: Quantization, notes: Mapping[str, Any
 
     dtype = _dtype(model)
     tensors: dict[str, Tensor] = model.state_dict()
-    for name, layer in _layers(model):
+    for name, layer in Network(model, {}).weight_layers():
         codes = _codes(layer, dtype)
         if codes is not None:
             del tensors[f"{name}.weight"]
@@ -322,7 +323,7 @@ def _attach(model: nn.Module, specified: Mapping[str, Any], method: str) -> None
 
 
 def _load_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    layers = dict(_layers(model))
+    layers = dict(Network(model, {}).weight_layers())
     codes = {name: tensors.pop(f"{name}.codes") for name in layers if f"{name}.codes" in tensors}
     for name, layer in layers.items():
         if layer.bias is None and f"{name}.bias" in tensors:  # a method has given it one
@@ -369,12 +370,6 @@ def _set_weight(name: str, layer: QuantWeightLayer, packed: Tensor) -> None:
     if weight is None or weight.shape != shape:
         raise AdfqError(f"{name}.codes cannot be decoded by its quantizer")
     layer.weight = nn.Parameter(weight.to(layer.weight.dtype), requires_grad=False)
-
-
-def _layers(model: nn.Module) -> Iterator[tuple[str, QuantWeightLayer]]:
-    for name, module in model.named_modules():
-        if isinstance(module, QuantWeightLayer):
-            yield name, module
 
 
 def _sites(model: nn.Module, empty: bool = False) -> Iterator[tuple[str, nn.Module, str]]:

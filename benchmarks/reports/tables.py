@@ -50,14 +50,15 @@ def render(table: Table, frame: pd.DataFrame, style: str) -> str:
     """The table as ``"md"``, ``"csv"`` or ``"latex"`` text, ending in a newline."""
     if style == "csv":
         return str(frame.to_csv(index=False, float_format="%.4f"))
-    notes = _notes(table, frame)
+    summary = summarize(table, frame)
+    notes = _notes(table, frame, summary)
     if style == "md":
-        wide = _wide(table, frame, "**{}**".format)
+        wide = _wide(table, summary, "**{}**".format)
         alignment = ["left", "left", *["right"] * (wide.shape[1] - 2)]
         body = wide.to_markdown(index=False, disable_numparse=True, colalign=alignment)
         heading = f"**Table {table.name}. {table.title}** ({table.profile} profile)"
         return "\n\n".join([heading, table.caption, body, *notes]) + "\n"
-    wide = _wide(table, frame, r"\textbf{{{}}}".format)
+    wide = _wide(table, summary, r"\textbf{{{}}}".format)
     latex = (
         wide.rename(columns=_escape)
         .map(_escape)
@@ -94,8 +95,7 @@ def summarize(table: Table, frame: pd.DataFrame) -> pd.DataFrame:
     return summary
 
 
-def _wide(table: Table, frame: pd.DataFrame, emphasize: Callable[[str], str]) -> pd.DataFrame:
-    summary = summarize(table, frame)
+def _wide(table: Table, summary: pd.DataFrame, emphasize: Callable[[str], str]) -> pd.DataFrame:
     lines = []
     for (_, bits), group in summary.groupby(["row", "bits"], sort=False):
         by_model = {row["model"]: row for row in _rows(group)}
@@ -143,7 +143,7 @@ def _counts(table: Table, summary: pd.DataFrame, row: Mapping[str, Any]) -> bool
     return bool((difference <= table.full_precision_tolerance).any())
 
 
-def _notes(table: Table, frame: pd.DataFrame) -> list[str]:
+def _notes(table: Table, frame: pd.DataFrame, summary: pd.DataFrame) -> list[str]:
     images = _any_of(frame["images"])
     measured = f"Measured on {images} images of {', '.join(sorted(set(frame['data'])))}"
     quantized = frame[frame["method"] != FULL_PRECISION]
@@ -167,7 +167,6 @@ def _notes(table: Table, frame: pd.DataFrame) -> list[str]:
         )
     if table.published and not frame.loc[frame["published"].notna(), "verified"].all():
         notes.append("† Quoted from the literature without a source at hand.")
-    summary = summarize(table, frame)
     if not all(_counts(table, summary, row) for row in _rows(summary)):
         notes.append(
             f"‡ Does not count: full precision of this model is missing or differs from the published number by more "
