@@ -59,7 +59,7 @@ def quantize_weights(network: Network) -> None:
 
 
 def calibrate_activations(network: Network, images: Tensor) -> None:
-    """Calibrates every activation quantizer in one forward pass.
+    """Calibrates every activation quantizer that is not yet calibrated, in one forward pass.
 
     A quantizer sees its site's input as computed by the already quantized layers before it, as in the methods'
     released code.
@@ -71,11 +71,12 @@ def calibrate_activations(network: Network, images: Tensor) -> None:
     Raises:
         AdfqError: naming the site, for activations that are not finite.
     """
-    parameter = next(network.model.parameters())
-    sites = [(name, quantizer) for name, _, quantizer in network.activation_quantizers()]
+    sites = [(name, found) for name, _, found in network.activation_quantizers() if not found.is_calibrated]
+    if not sites:
+        return
     progress = progress_bar("calibrating activations", len(sites))
     with progress, calibrating(sites, progress.update), torch.no_grad():
-        network.model(images.to(parameter.device, parameter.dtype))
+        network.run(images)
     for name, quantizer in sites:
         if not quantizer.is_calibrated:
             raise AdfqError(f"{name} saw no calibration data: the model does not use this layer")
@@ -83,7 +84,11 @@ def calibrate_activations(network: Network, images: Tensor) -> None:
 
 @contextmanager
 def calibrating(sites: Iterable[tuple[str, Quantizer]], done: Callable[[], object] = lambda: None) -> Iterator[None]:
-    """Within it, each of the named quantizers is calibrated on its input right before it quantizes it."""
+    """Within it, each of the named quantizers is calibrated on its input right before it quantizes it.
+
+    A layer that is used several times, as heads are on each level of a feature pyramid, is calibrated on the first (as
+    in RepQ-ViT's code): the level with the most positions.
+    """
     hooks = [quantizer.register_forward_pre_hook(partial(_calibrate, name, done)) for name, quantizer in sites]
     try:
         yield
@@ -94,8 +99,9 @@ def calibrating(sites: Iterable[tuple[str, Quantizer]], done: Callable[[], objec
 
 def _calibrate(name: str, done: Callable[[], object], quantizer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     assert isinstance(quantizer, Quantizer)
-    _naming(name, partial(quantizer.calibrate, inputs[0]))
-    done()
+    if not quantizer.is_calibrated:
+        _naming(name, partial(quantizer.calibrate, inputs[0]))
+        done()
 
 
 def progress_bar(what: str, steps: int) -> tqdm[Any]:

@@ -18,6 +18,7 @@ class QuantWeightLayer(nn.Module, ABC):
 
     Attributes:
         role: the site role (`adfq.sites.ROLES`) of input and weight.
+        fixed_positions: whether all inputs have the same token positions; False where the size of the image decides.
         weight, bias: as in the layer that it replaces, in full precision until `freeze`.
         input_quantizer, weight_quantizer: a `Quantizer`, or nn.Identity for full precision.
         quantized_weight: the weight's quantized values between `quantize_weight` and `freeze`, else None.
@@ -27,9 +28,10 @@ class QuantWeightLayer(nn.Module, ABC):
     bias: nn.Parameter | None
     quantized_weight: Tensor | None
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d, role: str) -> None:
+    def __init__(self, layer: nn.Linear | nn.Conv2d, role: str, fixed_positions: bool = True) -> None:
         super().__init__()
         self.role = role
+        self.fixed_positions = fixed_positions
         self.weight = cast(nn.Parameter, layer.weight)
         self.bias = cast("nn.Parameter | None", layer.bias)
         self.input_quantizer: nn.Module = nn.Identity()
@@ -76,8 +78,8 @@ class QuantConv2d(QuantWeightLayer):
         AdfqError: for another padding mode.
     """
 
-    def __init__(self, layer: nn.Conv2d, role: str) -> None:
-        super().__init__(layer, role)
+    def __init__(self, layer: nn.Conv2d, role: str, fixed_positions: bool = True) -> None:
+        super().__init__(layer, role, fixed_positions)
         if layer.padding_mode != "zeros":
             raise AdfqError(f"cannot quantize a convolution with padding mode {layer.padding_mode!r}")
         self.stride, self.padding, self.dilation, self.groups = (

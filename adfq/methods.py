@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -18,7 +19,13 @@ from torch import Tensor, nn
 from adfq.adapters import Architecture, adapt, describe
 from adfq.calibration import calibrate_activations, gather_batches, quantize_weights
 from adfq.errors import AdfqError
-from adfq.quantizers import LogQuantizer, PerPatchOutlierQuantizer, ShiftLogQuantizer, UniformQuantizer
+from adfq.quantizers import (
+    LogQuantizer,
+    PerPatchOutlierQuantizer,
+    RunTimePatchOutlierQuantizer,
+    ShiftLogQuantizer,
+    UniformQuantizer,
+)
 from adfq.quantizers.base import check_bits
 from adfq.reconstruction import Settings, optimize_modules
 from adfq.sites import MakeQuantizer, Network, Recipe
@@ -235,12 +242,11 @@ def adfq_vit(
         "probs": lambda: LogQuantizer(activation),
         "value": lambda: UniformQuantizer(activation, range="mse"),
     }
+    run_time: dict[str, MakeQuantizer] = {}
     if ppoq:
-        activations |= {
-            "qkv": lambda: PerPatchOutlierQuantizer(activation, qkv_threshold),
-            "fc1": lambda: PerPatchOutlierQuantizer(activation, fc1_threshold),
-            "reduction": lambda: PerPatchOutlierQuantizer(activation, qkv_threshold),
-        }
+        for role, threshold in (("qkv", qkv_threshold), ("fc1", fc1_threshold), ("reduction", qkv_threshold)):
+            activations[role] = partial(PerPatchOutlierQuantizer, activation, threshold)
+            run_time[role] = partial(RunTimePatchOutlierQuantizer, activation, threshold)
     if slq:
         activations["fc2"] = lambda: ShiftLogQuantizer(activation, log_base, shift)
     network.attach(
@@ -248,11 +254,11 @@ def adfq_vit(
             activation=lambda: UniformQuantizer(activation, range="percentile"),
             weight=lambda: UniformQuantizer(bits.weight, "row", "percentile"),
             activations=activations,
+            run_time=run_time,
         )
     )
     quantize_weights(network)
     if iterations:
         results = optimize_modules(network, images, settings)
         network.report["modules"] = {name: asdict(result) for name, result in results.items()}
-    else:
-        calibrate_activations(network, images)
+    calibrate_activations(network, images)  # all, or what is in no module

@@ -121,8 +121,7 @@ def optimize_modules(network: Network, images: Tensor, settings: Settings) -> di
     Raises:
         AdfqError: naming the site, for activations that are not finite; for a folder that cannot be written.
     """
-    parameter = next(network.model.parameters())
-    images = images.to(parameter.device, parameter.dtype)
+    images = network.place(images)
     network.model.requires_grad_(False)
     # A seed for each module, so that what one draws does not depend on those before it.
     seeds = torch.randint(2**62, (len(network.modules),)).tolist()
@@ -153,7 +152,7 @@ def optimize_modules(network: Network, images: Tensor, settings: Settings) -> di
             hooks.append(module.register_forward_hook(lambda *_: outputs.pop()))
         try:
             with torch.no_grad():
-                network.model(torch.cat([images, images]))
+                network.model.get_submodule(network.trunk)(torch.cat([images, images]))
         finally:
             for hook in hooks:
                 hook.remove()

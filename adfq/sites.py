@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from adfq.errors import AdfqError
 from adfq.layers import QuantMatMul, QuantWeightLayer
@@ -27,7 +27,8 @@ ROLES = (
     "fc1",  # post-LayerNorm
     "fc2",  # post-GELU
     "reduction",  # Swin's patch merging, post-LayerNorm
-    "head",
+    "neck",  # a detector's feature pyramid
+    "head",  # of a classifier; every layer of a detector's heads
 )
 
 POST_NORM_ROLES = ("qkv", "fc1", "reduction")
@@ -42,20 +43,23 @@ class Recipe:
     Attributes:
         activation, weight: make the quantizer of every site that is not named below.
         activations, weights: by site role.
+        run_time: by site role, for activations without fixed token positions; goes before `activations`.
     """
 
     activation: MakeQuantizer
     weight: MakeQuantizer
     activations: Mapping[str, MakeQuantizer] = field(default_factory=dict)
     weights: Mapping[str, MakeQuantizer] = field(default_factory=dict)
+    run_time: Mapping[str, MakeQuantizer] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        unknown = sorted({*self.activations, *self.weights} - set(ROLES))
+        unknown = sorted({*self.activations, *self.weights, *self.run_time} - set(ROLES))
         if unknown:
             raise AdfqError(f"unknown site role {unknown[0]!r}; there are {', '.join(ROLES)}")
 
-    def for_activation(self, role: str) -> nn.Module:
-        return self.activations.get(role, self.activation)() or nn.Identity()
+    def for_activation(self, role: str, fixed_positions: bool = True) -> nn.Module:
+        make = self.activations.get(role, self.activation)
+        return (make if fixed_positions else self.run_time.get(role, make))() or nn.Identity()
 
     def for_weight(self, role: str) -> nn.Module:
         return self.weights.get(role, self.weight)() or nn.Identity()
@@ -69,11 +73,14 @@ class Network:
         model: computes what the original did, until quantizers are attached.
         norms: for the name of a linear layer, the LayerNorm whose output nothing else reads: the pairs whose
             scales can be exchanged (RepQ-ViT).
+        paddings: for the name of such a layer, what stands for 0 (C) where its input is padded behind the norm.
         modules: names of the parts that are optimized together (`adfq.reconstruction`): patch embedding, attentions,
             MLPs, patch mergings, heads. Each maps one tensor to one; an nn.Softmax in it tells its attention scores.
         resume: a folder in which a long optimization leaves finished modules, and finds them again; None for none.
         report: what a method has to say of its work, by subject; JSON's types.
         floating_point: names of linear and convolution layers that the adapter has no rule for.
+        trunk: name of the part that images go into and that has all the `modules`; "" for the whole model.
+        forward: takes images through every layer of the model, where the model itself wants more than images.
     """
 
     model: nn.Module
@@ -82,6 +89,18 @@ class Network:
     floating_point: tuple[str, ...] = ()
     resume: Path | None = None
     report: dict[str, Any] = field(default_factory=dict)
+    paddings: Mapping[str, Tensor] = field(default_factory=dict)
+    trunk: str = ""
+    forward: Callable[[Tensor], Any] | None = None
+
+    def run(self, images: Tensor) -> Any:
+        """What the model makes of images B×C×H×W, which are moved to its device and dtype."""
+        return (self.forward or self.model)(self.place(images))
+
+    def place(self, images: Tensor) -> Tensor:
+        """The images on the model's device and in its dtype."""
+        parameter = next(self.model.parameters())
+        return images.to(parameter.device, parameter.dtype)
 
     def weight_layers(self) -> Iterator[tuple[str, QuantWeightLayer]]:
         """Every quantizable linear and convolution layer by name, in the order of registration."""
@@ -98,7 +117,7 @@ class Network:
     def attach(self, recipe: Recipe) -> None:
         """Gives every site the quantizers that the recipe has for its role, not yet calibrated."""
         for _, layer in self.weight_layers():
-            layer.input_quantizer = recipe.for_activation(layer.role)
+            layer.input_quantizer = recipe.for_activation(layer.role, layer.fixed_positions)
             layer.weight_quantizer = recipe.for_weight(layer.role)
         for _, matmul in self.matmuls():
             matmul.left_quantizer, matmul.right_quantizer = map(recipe.for_activation, matmul.roles)

@@ -49,8 +49,9 @@ def ptq4vit(
     activation has one.
 
     The gradient is that of the empirical Fisher information: of the cross-entropy against a label drawn from the
-    model's own prediction. (The released code differentiates a distance between the prediction and itself, which is
-    0 but for rounding.) Errors are taken on a sample of the output's rows: see `sample_rows`.
+    model's own prediction, or of its like for a detector's outputs (`_fisher_loss`). (The released code differentiates
+    a distance between the prediction and itself, which is 0 but for rounding.) Errors are taken on a sample of the
+    output's rows: see `sample_rows`.
 
     Options:
         search: ``"hessian"``, or ``"mse"`` for errors that all weigh the same.
@@ -59,8 +60,9 @@ def ptq4vit(
         released: after softmax, the sum of both grids, as the released code computes it.
 
     Raises:
-        AdfqError: for unusable options, for a model whose output is not images × classes (``"hessian"``), for layers
-            that do not contribute to it, and for weights, activations and gradients that are not finite.
+        AdfqError: for unusable options, for a model whose output is neither images × classes nor a list
+            (``"hessian"``), for layers that do not contribute to it, and for weights, activations and gradients that
+            are not finite.
     """
     if search not in SEARCHES:
         raise AdfqError(f"unknown search {search!r}; there are {', '.join(SEARCHES)}")
@@ -75,7 +77,7 @@ def ptq4vit(
         hooks = [observer.layer.register_forward_hook(observer.observe) for observer in observers]
         try:
             for batch in batches:
-                _run(network.model, batch, search == "hessian")
+                _run(network, batch, search == "hessian")
                 progress.update()
         finally:
             for hook in hooks:
@@ -102,19 +104,34 @@ def _recipe(bits: Bits, released: bool) -> Recipe:
     )
 
 
-def _run(model: nn.Module, images: Tensor, backward: bool) -> None:
+def _run(network: Network, images: Tensor, backward: bool) -> None:
     """One pass of the model, and one backwards to the images: it meets every layer and gives no weight a gradient."""
-    parameter = next(model.parameters())
-    images = images.to(parameter.device, parameter.dtype, copy=True).requires_grad_(backward)
+    images = network.place(images).clone().requires_grad_(backward)
     with torch.set_grad_enabled(backward):
-        logits = model(images)
+        outputs = network.run(images)
         if backward:
-            if logits.dim() != 2:
-                raise AdfqError(f"a gradient needs logits, images × classes; the model gives {tuple(logits.shape)}")
-            _check_finite("logits", logits)
-            labels = logits.detach().float().softmax(-1).multinomial(1)[:, 0]
-            loss = F.cross_entropy(logits.float(), labels, reduction="sum")
-            torch.autograd.grad(_LOSS_SCALE * loss, images)
+            torch.autograd.grad(_LOSS_SCALE * _fisher_loss(outputs), images)
+
+
+def _fisher_loss(outputs: Tensor | list[Tensor]) -> Tensor:
+    """A loss whose squared gradients are the empirical Fisher information of what the model gives.
+
+    Of logits (B×classes), the cross-entropy against a label drawn from the prediction. Several outputs, as a detector
+    has, count as means of Gaussians, each with the variance of its tensor: the distance to a value drawn from these.
+    """
+    if isinstance(outputs, Tensor):
+        if outputs.dim() != 2:
+            raise AdfqError(f"a gradient needs logits, images × classes; the model gives {tuple(outputs.shape)}")
+        outputs = outputs.float()
+        _check_finite("logits", outputs)
+        labels = outputs.detach().softmax(-1).multinomial(1)[:, 0]
+        return F.cross_entropy(outputs, labels, reduction="sum")
+    losses = []
+    for output in outputs:
+        _check_finite("outputs", output)
+        spread = output.detach().float().std(correction=0).clamp(min=1e-6)
+        losses.append((output.float() / spread * torch.randn_like(output, dtype=torch.float32)).sum())
+    return torch.stack(losses).sum()
 
 
 def _check_finite(name: str, values: Tensor) -> None:

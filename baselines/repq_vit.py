@@ -29,21 +29,21 @@ def repq_vit(network: Network, images: Tensor, bits: Bits) -> None:
         )
     )
     pairs = [
-        (network.norms[name], layer)
+        (network.norms[name], layer, network.paddings.get(name))
         for name, layer in network.weight_layers()
         if layer.role in POST_NORM_ROLES and name in network.norms and network.norms[name].bias is not None
     ]
-    for _, layer in pairs:
+    for _, layer, _ in pairs:
         layer.input_quantizer = UniformQuantizer(bits.activation, "channel", "percentile")
     quantize_weights(network)
     calibrate_activations(network, images)
-    for norm, layer in pairs:
-        reparameterize(norm, layer)
+    for norm, layer, padding in pairs:
+        reparameterize(norm, layer, padding)
         layer.quantize_weight()
 
 
 @torch.no_grad()
-def reparameterize(norm: nn.LayerNorm, layer: QuantWeightLayer) -> None:
+def reparameterize(norm: nn.LayerNorm, layer: QuantWeightLayer, padding: Tensor | None = None) -> None:
     """Moves the differences between channel scales from the quantizer into LayerNorm and weight (equations 8 to 13).
 
     The function that the two compute in full precision stays the same.
@@ -51,6 +51,8 @@ def reparameterize(norm: nn.LayerNorm, layer: QuantWeightLayer) -> None:
     Args:
         norm: the LayerNorm before the layer, which nothing else reads.
         layer: with a per-channel input quantizer, which becomes per-tensor.
+        padding: what pads the norm's output (C), if something does; in the released code it stays 0, which is no
+            longer what it was.
     """
     quantizer = layer.input_quantizer
     assert isinstance(quantizer, UniformQuantizer)
@@ -61,6 +63,8 @@ def reparameterize(norm: nn.LayerNorm, layer: QuantWeightLayer) -> None:
 
     norm.weight.copy_(norm.weight / ratio)
     norm.bias.copy_(norm.bias / ratio - offset)
+    if padding is not None:
+        padding.copy_(padding / ratio - offset)
     weight = layer.weight.float() * ratio
     bias = weight @ offset if layer.bias is None else layer.bias + weight @ offset
     layer.weight, layer.bias = (nn.Parameter(tensor.to(layer.weight.dtype)) for tensor in (weight, bias))

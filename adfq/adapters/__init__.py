@@ -19,6 +19,8 @@ from adfq.sites import Network
 _ADAPTERS = {
     "timm.models.vision_transformer.VisionTransformer": "adfq.adapters.timm_vit",
     "timm.models.swin_transformer.SwinTransformer": "adfq.adapters.timm_swin",
+    "mmdet.models.backbones.swin.SwinTransformer": "adfq.adapters.mmdet_swin",
+    "mmdet.models.detectors.base.BaseDetector": "adfq.adapters.mmdet_swin",
 }
 
 
@@ -92,8 +94,8 @@ def _family(model: nn.Module) -> str:
     for name in map(qualified_name, type(model).__mro__):
         if name in _ADAPTERS:
             return name
-    families = ", ".join(name.rsplit(".", 1)[1] for name in _ADAPTERS)
-    raise AdfqError(f"cannot quantize a {type(model).__name__}; supported are {families} of timm")
+    families = ", ".join(f"{name.split('.')[0]}'s {name.rsplit('.', 1)[1]}" for name in _ADAPTERS)
+    raise AdfqError(f"cannot quantize a {type(model).__name__}; supported are {families}")
 
 
 def _adapter(family: str) -> ModuleType:
@@ -110,12 +112,12 @@ def pair(norms: dict[str, nn.LayerNorm], linear: str, norm: nn.Module | None) ->
         norms[linear] = norm
 
 
-def replace(model: nn.Module, name: str, role: str) -> None:
-    """Replaces the linear or convolution layer `name` of `model` by its quantizable twin."""
+def replace(model: nn.Module, name: str, role: str, fixed_positions: bool = True) -> None:
+    """Replaces the linear or convolution layer `name` of `model` by its quantizable twin (`adfq.layers`)."""
     layer = model.get_submodule(name)
     if isinstance(layer, nn.Linear):
-        model.set_submodule(name, QuantLinear(layer, role))
+        model.set_submodule(name, QuantLinear(layer, role, fixed_positions))
     elif isinstance(layer, nn.Conv2d):
-        model.set_submodule(name, QuantConv2d(layer, role))
+        model.set_submodule(name, QuantConv2d(layer, role, fixed_positions))
     else:
         raise AdfqError(f"{name}: cannot quantize a {type(layer).__name__}")

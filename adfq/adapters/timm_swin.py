@@ -2,53 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from timm.layers import to_2tuple
-from timm.models.swin_transformer import PatchMerging, SwinTransformer, SwinTransformerBlock, WindowAttention
-from torch import Tensor, nn
+from timm.models.swin_transformer import PatchMerging, SwinTransformer, SwinTransformerBlock
+from torch import nn
 
 from adfq.adapters import Architecture, pair, replace
 from adfq.adapters.timm_factory import create_timm, describe_timm
-from adfq.layers import QuantLinear, QuantMatMul
+from adfq.adapters.window_attention import QuantWindowAttention
 from adfq.sites import Network
-
-
-class QuantWindowAttention(nn.Module):
-    """timm's WindowAttention with its two matrix products made explicit.
-
-    Input and output (windows·B)×N×C, N tokens a window; the mask windows×N×N keeps shifted windows apart.
-    """
-
-    relative_position_index: Tensor
-
-    def __init__(self, attention: WindowAttention) -> None:
-        super().__init__()
-        self.num_heads, self.scale = attention.num_heads, attention.scale
-        self.relative_position_bias_table = attention.relative_position_bias_table
-        self.register_buffer(
-            "relative_position_index", cast(Tensor, attention.relative_position_index), persistent=False
-        )
-        self.qkv = QuantLinear(attention.qkv, "qkv")
-        self.scores = QuantMatMul(("query", "key"), transpose_right=True)
-        self.softmax = nn.Softmax(dim=-1)
-        self.attn_drop = attention.attn_drop
-        self.context = QuantMatMul(("probs", "value"))
-        self.proj = QuantLinear(attention.proj, "proj")
-        self.proj_drop = attention.proj_drop
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        batch, tokens, _ = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        query, key, value = qkv.unbind(0)
-        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
-        scores = self.scores(query * self.scale, key) + bias
-        if mask is not None:
-            windows = scores.view(-1, len(mask), self.num_heads, tokens, tokens) + mask[:, None]
-            scores = windows.view(-1, self.num_heads, tokens, tokens)
-        context = self.context(self.attn_drop(self.softmax(scores)), value)
-        output: Tensor = self.proj_drop(self.proj(context.transpose(1, 2).reshape(batch, tokens, -1)))
-        return output
 
 
 def adapt(model: nn.Module) -> Network:

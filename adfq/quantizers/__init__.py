@@ -2,15 +2,17 @@
 
 from adfq.quantizers.base import Quantizer
 from adfq.quantizers.log import LogQuantizer
-from adfq.quantizers.per_patch import PerPatchOutlierQuantizer
+from adfq.quantizers.per_patch import OutlierQuantizer, PerPatchOutlierQuantizer, RunTimePatchOutlierQuantizer
 from adfq.quantizers.shift_log import ShiftLogQuantizer
 from adfq.quantizers.twin import TwinGeluQuantizer, TwinSoftmaxQuantizer
 from adfq.quantizers.uniform import UniformQuantizer
 
 __all__ = [
     "LogQuantizer",
+    "OutlierQuantizer",
     "PerPatchOutlierQuantizer",
     "Quantizer",
+    "RunTimePatchOutlierQuantizer",
     "ShiftLogQuantizer",
     "TwinGeluQuantizer",
     "TwinSoftmaxQuantizer",

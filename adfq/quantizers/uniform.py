@@ -14,6 +14,18 @@ from adfq.ranges import RANGES, fake_quantize
 GRANULARITIES = ("tensor", "channel", "row", "patch")
 
 
+def quantize_uniformly(x: Tensor, scale: Tensor, zero_point: Tensor, levels: int) -> Tensor:
+    """`fake_quantize` with the gradients of `rescale`; `scale` and `zero_point` broadcast against `x`."""
+    if not torch.is_grad_enabled():
+        return fake_quantize(x, scale, zero_point, levels)
+    with torch.no_grad():
+        ratio = x / scale
+        unlimited = ratio.round().add_(zero_point)
+        codes = unlimited.clamp(0, levels - 1)
+        inside = unlimited.eq_(codes)
+    return rescale(x, scale, ratio, codes.sub_(zero_point), inside)
+
+
 class UniformQuantizer(Quantizer):
     """q = clamp(round(x/scale) + zero_point, 0, 2^bits - 1), x̂ = scale·(q - zero_point).
 
@@ -67,14 +79,7 @@ class UniformQuantizer(Quantizer):
             raise AdfqError(
                 f"calibrated for {tuple(self.scale.shape[1:-1])} token positions, got {tuple(x.shape[1:-1])}"
             )
-        if not torch.is_grad_enabled():
-            return fake_quantize(x, self.scale, self.zero_point, self.levels)
-        with torch.no_grad():
-            ratio = x / self.scale
-            unlimited = ratio.round().add_(self.zero_point)
-            codes = unlimited.clamp(0, self.levels - 1)
-            inside = unlimited.eq_(codes)
-        return rescale(x, self.scale, ratio, codes.sub_(self.zero_point), inside)
+        return quantize_uniformly(x, self.scale, self.zero_point, self.levels)
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:

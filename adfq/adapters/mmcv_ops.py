@@ -1,0 +1,114 @@
+"""mmcv's compiled operators on top of torchvision, where no compiled ones are installed.
+
+MMDetection imports ``mmcv._ext``, a C++ extension that has to be compiled for each version of torch. Of its operators
+Swin detectors need three, and torchvision has these.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from importlib.machinery import ModuleSpec
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torchvision.ops import nms as box_nms
+from torchvision.ops import roi_align
+
+_EXTENSION = "mmcv._ext"
+
+
+def provide_mmcv_ops() -> None:
+    """Makes ``import mmdet`` work without compiled operators; to be called before it.
+
+    Does nothing where compiled operators are installed.
+    """
+    if _EXTENSION in sys.modules or importlib.util.find_spec(_EXTENSION) is not None:
+        return
+    module: Any = importlib.util.module_from_spec(ModuleSpec(_EXTENSION, None))
+    for operator in (nms, roi_align_forward, roi_align_backward):
+        setattr(module, operator.__name__, operator)
+    module.__getattr__ = _missing
+    sys.modules[_EXTENSION] = module
+
+
+def _missing(name: str) -> Any:
+    if name.startswith("__"):
+        raise AttributeError(name)
+
+    def operator(*_: Any, **__: Any) -> NoReturn:
+        raise NotImplementedError(
+            f"mmcv's operator {name!r} is not covered without compiled operators; install mmcv with them, "
+            "or onedl-mmcv, in place of mmcv-lite"
+        )
+
+    return operator
+
+
+def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
+    """Indices of the boxes (N×4: x0, y0, x1, y1) that stay, highest score first.
+
+    Args:
+        offset: 1 where a box ends after its last pixel's left edge, so that its width is x1 - x0 + 1; 0 otherwise.
+    """
+    return box_nms(boxes + boxes.new_tensor([0, 0, offset, offset]), scores, iou_threshold)
+
+
+def roi_align_forward(
+    input: Tensor,
+    rois: Tensor,
+    output: Tensor,
+    argmax_y: Tensor,
+    argmax_x: Tensor,
+    *,
+    aligned_height: int,
+    aligned_width: int,
+    spatial_scale: float,
+    sampling_ratio: int,
+    pool_mode: int,
+    aligned: bool,
+) -> None:
+    """Writes the features under each RoI into `output` (K×C×height×width).
+
+    Args:
+        input: N×C×H×W.
+        rois: K×5: index into N, x0, y0, x1, y1.
+        pool_mode: 1 for the mean of the samples; nothing else is covered.
+        sampling_ratio: samples along each side of a bin; 0 for as many as it has pixels.
+    """
+    if pool_mode != 1:
+        _missing("roi_align_forward with pool_mode='max'")()
+    size = (aligned_height, aligned_width)
+    # In float32, since torchvision has no kernels for half precision on a CPU.
+    output.copy_(roi_align(input.float(), rois.float(), size, spatial_scale, sampling_ratio, aligned))
+
+
+def roi_align_backward(
+    grad_output: Tensor,
+    rois: Tensor,
+    argmax_y: Tensor,
+    argmax_x: Tensor,
+    grad_input: Tensor,
+    *,
+    aligned_height: int,
+    aligned_width: int,
+    spatial_scale: float,
+    sampling_ratio: int,
+    pool_mode: int,
+    aligned: bool,
+) -> None:
+    """Writes the gradient of `roi_align_forward` to its input into `grad_input`; arguments as there."""
+    if pool_mode != 1:
+        _missing("roi_align_backward with pool_mode='max'")()
+    gradient = torch.ops.torchvision._roi_align_backward(
+        grad_output.float(),
+        rois.float(),
+        spatial_scale,
+        aligned_height,
+        aligned_width,
+        *grad_input.shape,
+        sampling_ratio,
+        aligned,
+    )
+    grad_input.copy_(gradient)

@@ -1,0 +1,161 @@
+"""MMDetection's SwinTransformer, and any of its detectors that has one as backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from adfq.adapters import Architecture, pair, qualified_name, replace
+from adfq.adapters.mmcv_ops import provide_mmcv_ops
+from adfq.adapters.window_attention import QuantWindowAttention
+from adfq.errors import AdfqError
+from adfq.sites import Network
+
+provide_mmcv_ops()
+
+from mmdet.models.backbones.swin import ShiftWindowMSA, SwinBlock, SwinTransformer  # noqa: E402
+from mmdet.models.dense_heads.base_dense_head import BaseDenseHead  # noqa: E402
+from mmdet.models.detectors.base import BaseDetector  # noqa: E402
+from mmdet.models.layers import PatchMerging  # noqa: E402
+from mmdet.models.roi_heads.bbox_heads.bbox_head import BBoxHead  # noqa: E402
+from mmdet.models.roi_heads.mask_heads.fcn_mask_head import FCNMaskHead  # noqa: E402
+from mmdet.structures import DetDataSample  # noqa: E402
+
+
+class QuantShiftWindowAttention(ShiftWindowMSA):
+    """MMDetection's ShiftWindowMSA with a quantizable attention, and its own value for padding.
+
+    Input and output B×(H·W)×C. Windows that the feature map does not fill are padded.
+
+    Attributes:
+        padding: (C) the padding's tokens; 0 until somebody transforms the input.
+    """
+
+    padding: Tensor
+
+    def __init__(self, attention: ShiftWindowMSA) -> None:
+        BaseModule.__init__(self)
+        self.window_size, self.shift_size, self.drop = attention.window_size, attention.shift_size, attention.drop
+        self.w_msa = QuantWindowAttention(attention.w_msa)
+        self.register_buffer("padding", attention.w_msa.qkv.weight.new_zeros(attention.w_msa.embed_dims))
+
+    def forward(self, query: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        batch, _, channels = query.shape
+        height, width = hw_shape
+        size, shift = self.window_size, self.shift_size
+        margins = (0, 0, 0, -width % size, 0, -height % size)
+        padded = F.pad(query.view(batch, height, width, channels), margins)
+        inside = padded.new_ones(height, width, 1)
+        padded = padded + (1 - F.pad(inside, margins)) * self.padding
+        shifted = padded.roll((-shift, -shift), (1, 2))
+        windows = self.window_partition(shifted).flatten(1, 2)
+        windows = self.w_msa(windows, self._mask(padded) if shift else None)
+        merged = self.window_reverse(windows.unflatten(1, (size, size)), *padded.shape[1:3])
+        output = merged.roll((shift, shift), (1, 2))[:, :height, :width]
+        dropped: Tensor = self.drop(output.reshape(batch, height * width, channels))
+        return dropped
+
+    def _mask(self, padded: Tensor) -> Tensor:
+        """Windows×N×N, added to scores: keeps apart what only the shift has brought into one window."""
+        regions = padded.new_zeros(1, *padded.shape[1:3], 1)
+        for start in (-self.window_size, -self.shift_size):
+            regions[:, start:] += 3
+            regions[:, :, start:] += 1
+        regions = self.window_partition(regions).flatten(1)
+        return (regions[:, None] != regions[:, :, None]).to(padded.dtype) * -100.0
+
+
+def adapt(model: nn.Module) -> Network:
+    """See `adfq.adapters.adapt`; of a detector, every linear and convolution layer of neck and heads is quantized too.
+
+    So does RepQ-ViT's code. Transposed convolutions stay in floating point, there and here.
+    """
+    if not isinstance(model, BaseDetector):
+        return _adapt_backbone(model, "")
+    if not isinstance(model.backbone, SwinTransformer):
+        raise AdfqError(f"cannot quantize a detector whose backbone is a {type(model.backbone).__name__}, not Swin")
+    network = _adapt_backbone(model, "backbone.")
+    for name, module in list(model.named_modules()):
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            replace(model, name, "neck" if name.startswith("neck.") else "head", fixed_positions=False)
+    return Network(
+        model,
+        network.norms,
+        network.modules,
+        paddings=network.paddings,
+        trunk="backbone",
+        forward=lambda images: detect_densely(model, images),
+    )
+
+
+def _adapt_backbone(model: nn.Module, prefix: str) -> Network:
+    replace(model, f"{prefix}patch_embed.projection", "patch_embed", fixed_positions=False)
+    norms: dict[str, nn.LayerNorm] = {}
+    paddings: dict[str, Tensor] = {}
+    modules = [f"{prefix}patch_embed.projection"]
+    for name, module in list(model.named_modules()):
+        if not name.startswith(prefix):
+            continue
+        if isinstance(module, PatchMerging):
+            replace(model, f"{name}.reduction", "reduction", fixed_positions=False)
+            modules.append(f"{name}.reduction")
+            pair(norms, f"{name}.reduction", module.norm)
+        elif isinstance(module, SwinBlock):
+            attention = QuantShiftWindowAttention(module.attn)
+            model.set_submodule(f"{name}.attn", attention)
+            if len(module.ffn.layers) != 3:
+                raise AdfqError(f"{name}.ffn: cannot quantize an FFN with other than two layers")
+            replace(model, f"{name}.ffn.layers.0.0", "fc1", fixed_positions=False)
+            replace(model, f"{name}.ffn.layers.1", "fc2", fixed_positions=False)
+            modules += [f"{name}.attn", f"{name}.ffn.layers"]
+            pair(norms, f"{name}.attn.w_msa.qkv", module.norm1)
+            pair(norms, f"{name}.ffn.layers.0.0", module.norm2)
+            paddings[f"{name}.attn.w_msa.qkv"] = attention.padding
+    return Network(model, norms, tuple(modules), paddings=paddings)
+
+
+def detect_densely(model: Any, images: Tensor) -> list[Tensor]:
+    """Takes images through every layer of a detector, whether or not it detects anything.
+
+    Args:
+        model: a detector; of two stages, its second works on the proposals of the first.
+        images: B×3×H×W, preprocessed.
+
+    Returns:
+        What the layers before any decision give: class logits, box deltas, mask logits.
+    """
+    size = tuple(images.shape[-2:])
+    shapes = {"img_shape": size, "ori_shape": size, "pad_shape": size, "batch_input_shape": size}
+    samples = [DetDataSample(metainfo={**shapes, "scale_factor": (1.0, 1.0), "img_id": 0}) for _ in images]
+    outputs: list[Any] = []
+    # What the detector gives out of itself lacks region proposals and the stages of a cascade.
+    heads = [module for module in model.modules() if isinstance(module, (BaseDenseHead, BBoxHead, FCNMaskHead))]
+    hooks = [head.register_forward_hook(lambda _, __, output: outputs.append(output)) for head in heads]
+    try:
+        result = model(images, samples, mode="tensor")
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(_tensors(outputs or result))
+
+
+def _tensors(outputs: Any) -> Iterator[Tensor]:
+    if isinstance(outputs, Tensor):
+        yield outputs
+    elif isinstance(outputs, (list, tuple)):
+        for part in outputs:
+            yield from _tensors(part)
+
+
+def describe(model: nn.Module, family: str) -> Architecture:
+    """See `adfq.adapters.describe`; a model of MMDetection does not tell how it was made."""
+    return Architecture(family, qualified_name(type(model)), None, {}, (3, 0, 0))
+
+
+def create(architecture: Architecture) -> nn.Module:
+    """See `adfq.adapters.create`."""
+    raise AdfqError("models of MMDetection cannot be built from a file yet")
