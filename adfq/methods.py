@@ -160,12 +160,14 @@ def quantize(
             calibration images, and activations or weights that are not finite (naming the layer).
     """
     check_method(method, options)
+    model = copy.deepcopy(model)
+    model.eval()  # which not every model gives back
     if method == FULL_PRECISION:
-        return copy.deepcopy(model).eval()
+        return model
     bits = Bits(weight_bits, activation_bits)
     images = gather_batches(calibration)
     architecture = describe(model)
-    network = replace(adapt(copy.deepcopy(model).eval()), resume=None if resume is None else Path(resume))
+    network = replace(adapt(model), resume=None if resume is None else Path(resume))
     if network.floating_point:
         warnings.warn(
             f"no rule for these layers, left in full precision: {', '.join(network.floating_point)}", stacklevel=2
@@ -180,7 +182,8 @@ def quantize(
     cast(Any, network.model).quantization = Quantization(
         method, bits, options, seed, len(images), architecture, report=network.report
     )
-    return network.model.eval()
+    network.model.eval()
+    return network.model
 
 
 def adfq_vit(

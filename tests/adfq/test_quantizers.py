@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from adfq import AdfqError
-from adfq.quantizers import LogQuantizer, PerPatchOutlierQuantizer, Quantizer, ShiftLogQuantizer, UniformQuantizer
+from adfq.quantizers import (
+    LogQuantizer,
+    PerPatchOutlierQuantizer,
+    Quantizer,
+    RunTimePatchOutlierQuantizer,
+    ShiftLogQuantizer,
+    UniformQuantizer,
+)
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 
@@ -25,6 +32,7 @@ MAKE: dict[str, MakeQuantizer] = {
     "uniform patch percentile": lambda bits: UniformQuantizer(bits, "patch", "percentile"),
     "uniform tensor mse": lambda bits: UniformQuantizer(bits, range="mse"),
     "per patch": lambda bits: PerPatchOutlierQuantizer(bits, 1.5),
+    "per patch at run time": lambda bits: RunTimePatchOutlierQuantizer(bits, 1.5),
     "log": lambda bits: LogQuantizer(bits),
     "log base 2": lambda bits: LogQuantizer(bits, 2.0),
     "shift log dynamic": lambda bits: ShiftLogQuantizer(bits),
@@ -308,6 +316,22 @@ def test_outliers_do_not_widen_the_range() -> None:
     torch.testing.assert_close(ours.scale, plain.scale, rtol=0, atol=0)
 
 
+@quick
+@given(seed=st.integers(0, 10**6), bits=st.integers(2, 4), tokens=st.integers(1, 9))
+def test_a_range_taken_at_run_time_is_that_of_the_patch_alone(seed: int, bits: int, tokens: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(3, tokens, 40, generator=generator) * 10 ** torch.randn(3, tokens, 1, generator=generator)
+    x[0, 0, :3] = torch.tensor([20.0, -20.0, 500.0])  # the threshold itself is no outlier
+    quantizer = RunTimePatchOutlierQuantizer(bits, 20.0).calibrate(torch.randn(1, 2, 40))
+    y, kept = quantizer(x), quantizer.outliers(x)
+    assert torch.equal(y[kept], x[kept])
+    for image in range(3):
+        for token in range(tokens):
+            rest = x[image, token].masked_fill(kept[image, token], 0.0)
+            plain = UniformQuantizer(bits).calibrate(rest)
+            torch.testing.assert_close(y[image, token][~kept[image, token]], plain(rest)[~kept[image, token]])
+
+
 # --- all quantizers -------------------------------------------------------------------------------------------------
 
 
@@ -415,7 +439,8 @@ def test_calibrating_again_forgets_the_first_time(kind: str) -> None:
     again = calibrated(kind).calibrate(0.1 * x)
     fresh = MAKE[kind](4).calibrate(0.1 * x)
     assert torch.equal(again(x), fresh(x))
-    assert not torch.equal(again(x), calibrated(kind)(x))
+    if kind != "per patch at run time":  # which learns nothing in calibration
+        assert not torch.equal(again(x), calibrated(kind)(x))
 
 
 @every_quantizer

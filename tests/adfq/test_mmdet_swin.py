@@ -1,0 +1,268 @@
+"""MMDetection's Swin and detectors with it: adapted, they compute the same; every method quantizes them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import adfq
+from adfq import AdfqError
+from adfq.adapters import adapt
+from adfq.adapters.mmcv_ops import provide_mmcv_ops
+from adfq.calibration import calibrate_activations
+from adfq.layers import QuantMatMul, QuantWeightLayer
+from adfq.methods import Bits, load_method, methods
+from adfq.quantizers import PerPatchOutlierQuantizer, RunTimePatchOutlierQuantizer
+from adfq.sites import Network
+
+pytest.importorskip("mmdet")
+provide_mmcv_ops()
+
+from mmdet.registry import MODELS  # noqa: E402
+from mmdet.utils import register_all_modules  # noqa: E402
+from mmengine.config import ConfigDict  # noqa: E402
+
+from adfq.adapters.mmdet_swin import QuantShiftWindowAttention, detect_densely  # noqa: E402
+
+Randomize = Callable[[nn.Module], nn.Module]
+
+SWIN = {
+    "type": "SwinTransformer",
+    "embed_dims": 24,
+    "depths": [2, 2],
+    "num_heads": [2, 4],
+    "window_size": 4,
+    "strides": (4, 2),
+    "out_indices": (0, 1),
+}
+HEADS = {"in_channels": 16, "num_classes": 3, "norm_cfg": None}
+SIZE = (40, 56)  # 10×14 and 5×7 tokens, which windows of 4×4 do not fill
+
+
+@pytest.fixture
+def swin(randomize: Randomize) -> nn.Module:
+    register_all_modules(init_default_scope=True)
+    return randomize(MODELS.build(SWIN))
+
+
+@pytest.fixture
+def detectors(randomize: Randomize) -> Mapping[str, nn.Module]:
+    register_all_modules(init_default_scope=True)
+    return {kind: randomize(build(config)) for kind, config in _configs().items()}
+
+
+def build(config: dict[str, Any]) -> nn.Module:
+    detector: nn.Module = MODELS.build(ConfigDict(config))
+    return detector
+
+
+def _configs() -> dict[str, Any]:
+    coder = {"type": "DeltaXYWHBBoxCoder", "target_means": [0.0] * 4, "target_stds": [0.1] * 4}
+    anchors = {"type": "AnchorGenerator", "scales": [4], "ratios": [1.0], "strides": [4, 8, 16]}
+    shared = {
+        "data_preprocessor": {"type": "DetDataPreprocessor", "pad_size_divisor": 32},
+        "backbone": SWIN,
+        "neck": {"type": "FPN", "in_channels": [24, 48], "out_channels": 16, "num_outs": 3},
+    }
+    extractor = {"type": "SingleRoIExtractor", "out_channels": 16, "featmap_strides": [4, 8]}
+    bbox_head = {
+        "type": "Shared2FCBBoxHead",
+        "in_channels": 16,
+        "fc_out_channels": 20,
+        "num_classes": 3,
+        "bbox_coder": coder,
+    }
+    mask_head = {"type": "FCNMaskHead", "num_convs": 1, "in_channels": 16, "conv_out_channels": 8, "num_classes": 3}
+    roi_head = {
+        "type": "StandardRoIHead",
+        "bbox_roi_extractor": {**extractor, "roi_layer": {"type": "RoIAlign", "output_size": 7}},
+        "bbox_head": bbox_head,
+        "mask_roi_extractor": {**extractor, "roi_layer": {"type": "RoIAlign", "output_size": 14}},
+        "mask_head": mask_head,
+    }
+    two_stages = {
+        **shared,
+        "rpn_head": {
+            "type": "RPNHead",
+            "in_channels": 16,
+            "feat_channels": 16,
+            "anchor_generator": anchors,
+            "bbox_coder": coder,
+        },
+        "train_cfg": None,
+        "test_cfg": {
+            "rpn": {"nms_pre": 50, "max_per_img": 10, "nms": {"type": "nms", "iou_threshold": 0.7}, "min_bbox_size": 0},
+            "rcnn": {"score_thr": 0.05, "nms": {"type": "nms", "iou_threshold": 0.5}, "max_per_img": 5},
+        },
+    }
+    cascade = {**roi_head, "type": "CascadeRoIHead", "num_stages": 2, "stage_loss_weights": [1, 0.5]}
+    return {
+        "mask_rcnn": {**two_stages, "type": "MaskRCNN", "roi_head": roi_head},
+        "cascade": {**two_stages, "type": "CascadeRCNN", "roi_head": {**cascade, "bbox_head": [bbox_head] * 2}},
+        "retinanet": {
+            **shared,
+            "type": "RetinaNet",
+            "bbox_head": {
+                "type": "RetinaHead",
+                "in_channels": 16,
+                "feat_channels": 16,
+                "stacked_convs": 1,
+                "num_classes": 3,
+                "anchor_generator": anchors,
+                "bbox_coder": coder,
+            },
+        },
+    }
+
+
+KINDS = list(_configs())
+
+
+def draw(*size: int) -> Tensor:
+    return torch.randn(2, 3, *(size or SIZE), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("size", [(32, 32), SIZE, (13, 30)])
+def test_an_adapted_backbone_computes_the_same(swin: nn.Module, size: tuple[int, int]) -> None:
+    images = draw(*size)
+    adapted = adapt(copy.deepcopy(swin)).model
+    with torch.no_grad():
+        for expected, found in zip(swin(images), adapted(images), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapted_detector_computes_the_same(detectors: Mapping[str, nn.Module], kind: str) -> None:
+    detector, images = detectors[kind], draw()
+    network = adapt(copy.deepcopy(detector))
+    with torch.no_grad():
+        expected, found = detect_densely(detector, images), network.run(images)
+    assert len(found) == len(expected) >= 6
+    for one, other in zip(expected, found, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-4)
+
+
+def roles(network: Network) -> dict[str, str]:
+    return {name: layer.role for name, layer in network.weight_layers()}
+
+
+def test_the_sites_of_a_detector(detectors: Mapping[str, nn.Module]) -> None:
+    detector = detectors["mask_rcnn"]
+    wanted = [name for name, module in detector.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    network = adapt(detector)
+    found = roles(network)
+    assert sorted(found) == sorted(wanted)
+    assert network.floating_point == ()
+    assert {name.split(".")[0]: role for name, role in found.items() if not name.startswith("backbone.")} == {
+        "neck": "neck",
+        "rpn_head": "head",
+        "roi_head": "head",
+    }
+    block = "backbone.stages.0.blocks.1"
+    of_block = {name.removeprefix(f"{block}."): role for name, role in found.items() if name.startswith(block)}
+    assert of_block == {"attn.w_msa.qkv": "qkv", "attn.w_msa.proj": "proj", "ffn.layers.0.0": "fc1", "ffn.layers.1": "fc2"}
+    assert found["backbone.stages.0.downsample.reduction"] == "reduction"
+    assert found["backbone.patch_embed.projection"] == "patch_embed"
+    assert [matmul.roles for _, matmul in network.matmuls()] == [("query", "key"), ("probs", "value")] * 4
+    assert {name for name in network.norms} == {name for name, role in found.items() if role in ("qkv", "fc1", "reduction")}
+
+
+def test_modules_come_in_the_order_of_the_forward_pass(swin: nn.Module) -> None:
+    network, called = adapt(swin), []
+    for name in network.modules:
+        network.model.get_submodule(name).register_forward_hook(lambda *_, name=name: called.append(name))
+    network.run(draw())
+    assert tuple(called) == network.modules
+
+
+@torch.no_grad()
+def test_reparameterized_norms_and_padding_compute_the_same(swin: nn.Module) -> None:
+    images = draw()
+    network = adapt(copy.deepcopy(swin))
+    load_method("repq_vit")(network, images, Bits(8, 8))
+    paddings = [m.padding for m in network.model.modules() if isinstance(m, QuantShiftWindowAttention)]
+    assert all(padding.abs().max() > 0.01 for padding in paddings)
+    with network.full_precision():
+        found = network.run(images)
+    for expected, features in zip(swin(images), found, strict=True):
+        torch.testing.assert_close(features, expected, rtol=1e-3, atol=1e-4)
+    for padding in paddings:  # what the test above is able to see
+        padding.zero_()
+    with network.full_precision():
+        assert not torch.allclose(network.run(images)[0], swin(images)[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", [name for name in methods() if name != adfq.methods()[0]])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_method_quantizes_every_detector(
+    detectors: Mapping[str, nn.Module], kind: str, method: str, quick: Mapping[str, Any]
+) -> None:
+    detector, images = detectors[kind], draw()
+    quantized = adfq.quantize(detector, method, 8, 8, images, **quick[method])
+    with torch.no_grad():
+        for expected, found in zip(detector.backbone(images), quantized.backbone(images), strict=True):
+            assert (found - expected).norm() < 0.25 * expected.norm()
+        assert all(torch.isfinite(output).all() for output in detect_densely(quantized, draw(64, 32)))  # another size
+    left = [name for name, layer in quantized.named_modules() if isinstance(layer, QuantWeightLayer) and not _has(layer)]
+    assert left == (["backbone.patch_embed.projection"] if method == "ptq4vit" else [])
+
+
+def _has(layer: QuantWeightLayer) -> bool:
+    return not isinstance(layer.input_quantizer, nn.Identity) and not isinstance(layer.weight_quantizer, nn.Identity)
+
+
+def test_patches_have_positions_within_a_window_only(swin: nn.Module) -> None:
+    quantized = adfq.quantize(swin, "adfq_vit", 4, 4, draw(), iterations=0)
+    kinds = {
+        name: type(module.input_quantizer)
+        for name, module in quantized.named_modules()
+        if isinstance(module, QuantWeightLayer) and module.role in ("qkv", "fc1", "reduction")
+    }
+    assert len(kinds) == 9
+    for name, kind in kinds.items():
+        assert kind is (PerPatchOutlierQuantizer if name.endswith("qkv") else RunTimePatchOutlierQuantizer)
+
+
+def test_optimization_of_a_detector(detectors: Mapping[str, nn.Module], tmp_path: Path) -> None:
+    options: dict[str, Any] = {"iterations": 20, "optimize_batch_size": 2, "rounding_learning_rate": 4e-2}
+    detector, images = detectors["mask_rcnn"], draw()
+    quantized = adfq.quantize(detector, "adfq_vit", 3, 3, images, resume=tmp_path, **options)
+    results = quantized.quantization.report["modules"]
+    assert list(results) == list(adapt(copy.deepcopy(detector)).modules)
+    assert sum(result["after"] < result["before"] for result in results.values()) > len(results) / 2
+    matmuls = [module for module in quantized.modules() if isinstance(module, QuantMatMul)]
+    assert all(matmul.left_quantizer.is_calibrated for matmul in matmuls)
+    again = adfq.quantize(detector, "adfq_vit", 3, 3, images, resume=tmp_path, **options)
+    for one, other in zip(quantized.backbone(images), again.backbone(images), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_what_is_calibrated_stays_calibrated(swin: nn.Module) -> None:
+    network = adapt(swin)
+    load_method("base_ptq")(network, draw(), Bits(4, 4))
+    before = {name: quantizer.scale.clone() for name, _, quantizer in network.activation_quantizers()}
+    calibrate_activations(network, 10 * draw())
+    for name, _, quantizer in network.activation_quantizers():
+        assert torch.equal(quantizer.scale, before[name])
+
+
+def test_another_backbone() -> None:
+    register_all_modules(init_default_scope=True)
+    config = _configs()["mask_rcnn"]
+    resnet = {"type": "ResNet", "depth": 18, "out_indices": (0, 1)}
+    detector = build({**config, "backbone": resnet, "neck": {**config["neck"], "in_channels": [64, 128]}})
+    with pytest.raises(AdfqError, match="backbone is a ResNet, not Swin"):
+        adfq.quantize(detector, "base_ptq", calibration=draw())
+
+
+def test_a_detector_cannot_be_saved_yet(swin: nn.Module, tmp_path: Path) -> None:
+    quantized = adfq.quantize(swin, "base_ptq", calibration=draw())
+    with pytest.raises(AdfqError, match="MMDetection cannot be built from a file yet"):
+        adfq.save(quantized, tmp_path / "swin.safetensors")
+    assert not list(tmp_path.iterdir())
