@@ -20,7 +20,7 @@ class Cell:
     """Everything that decides a result, except the code, the data and the weights themselves.
 
     Attributes:
-        task: ``"classification"``.
+        task: ``"classification"`` or ``"detection"``.
         model: a name that the task knows.
         data: where images come from, in the task's terms.
         method: one of `adfq.methods()`.

@@ -19,12 +19,11 @@ from adfq.errors import AdfqError
 from adfq.methods import FULL_PRECISION
 from benchmarks.cells import Cell
 from benchmarks.console import warn
-from benchmarks.reports.spec import Model, Row, Table, load_table, table_names
+from benchmarks.reports.spec import Entry, Model, Row, Table, load_table, table_names
 from benchmarks.reports.tables import STYLES, render, tabulate_results
 from benchmarks.results import ResultStore
 from benchmarks.runner import evaluate_model, quantize_model, resolve_device, run_cell, run_cells
-from benchmarks.tasks import load_quantized, load_subject, save_quantized
-from benchmarks.tasks.classification import model_names
+from benchmarks.tasks import TASKS, check_saved, find_task, load_quantized, load_subject, save_quantized
 
 CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".npz")
 
@@ -71,32 +70,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="adfq", description="Post-training quantization of vision transformers, measured.")
     parser.add_argument("--version", action="version", version=f"adfq {adfq.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="run|quantize|table|list")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="run|quantize|table|figure|list")
 
     run = commands.add_parser("run", help="measure one method on one model")
     run.set_defaults(action=_run)
-    _add_experiment(run, required=False)
+    _add_experiment(run)
     run.add_argument(
         "--quantized", metavar="FILE", help="measure what 'adfq quantize' has saved, in place of --model …"
+    )
+    run.add_argument(
+        "--results",
+        metavar="PREFIX",
+        help="of detection: write PREFIX.bbox.json and PREFIX.segm.json, as COCO has them",
     )
     run.add_argument("--json", action="store_true", help="one JSON object on the last line of stdout")
     _add_common(run)
 
     quantize = commands.add_parser("quantize", help="quantize a model and save it")
     quantize.set_defaults(action=_quantize)
-    _add_experiment(quantize, required=True)
+    _add_experiment(quantize)
     quantize.add_argument("--out", type=Path, required=True, metavar="FILE", help="safetensors file to write")
     _add_calibration(quantize)
 
-    table = commands.add_parser("table", help="measure and print a table of the paper")
-    table.set_defaults(action=_table)
-    table.add_argument("name", help="'adfq list tables'")
-    table.add_argument("--profile", default="embedded", help="embedded (default), or full: the paper's data and models")
-    table.add_argument("--data", metavar="SPEC", help="in the full profile, folder:/path/to/imagenet")
-    table.add_argument("--checkpoints", type=Path, metavar="DIR", help="files MODEL.safetensors, .pth, .bin or .npz")
-    table.add_argument("--models", nargs="+", metavar="MODEL")
-    table.add_argument("--methods", nargs="+", metavar="METHOD", help="methods, or rows by their key in tables/*.toml")
-    table.add_argument("--bits", nargs="+", metavar="W4A4")
+    table = commands.add_parser("table", help="measure and print tables of the paper")
+    table.set_defaults(action=_tables)
+    table.add_argument("names", nargs="+", metavar="NAME", help="'adfq list tables'")
     table.add_argument("--format", choices=STYLES, default="md")
     table.add_argument(
         "--out", type=Path, default=Path("runs"), metavar="DIR", help="records and the table (default: runs)"
@@ -104,8 +102,16 @@ def _parser() -> argparse.ArgumentParser:
     table.add_argument(
         "--jobs", type=_positive, metavar="N", help="cells at once (default: 1; one a core where models are small)"
     )
-    table.add_argument("--seeds", type=int, nargs="+", metavar="N", help="of calibration images and methods")
+    _add_table(table)
     _add_common(table)
+
+    figure = commands.add_parser("figure", help="draw what a table's methods find, side by side")
+    figure.set_defaults(action=_figure)
+    figure.add_argument("kind", choices=["detections"])
+    figure.add_argument("--images", type=_positive, default=3, metavar="N", help="the first N (default: 3)")
+    figure.add_argument("--out", type=Path, required=True, metavar="FILE", help="PNG or SVG to write")
+    _add_table(figure)
+    _add_calibration(figure)
 
     listing = commands.add_parser("list", help="list what there is")
     listing.set_defaults(action=_list)
@@ -113,10 +119,25 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_experiment(parser: argparse.ArgumentParser, required: bool) -> None:
+def _add_table(parser: argparse.ArgumentParser) -> None:
+    """What chooses a table's cells."""
+    parser.add_argument(
+        "--profile", default="embedded", help="embedded (default), or full: the paper's data and models"
+    )
+    parser.add_argument("--data", metavar="SPEC", help="in the full profile, as for 'adfq run'")
+    parser.add_argument("--checkpoints", type=Path, metavar="DIR", help="files MODEL.safetensors, .pth, .bin or .npz")
+    parser.add_argument("--models", nargs="+", metavar="MODEL")
+    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="methods, or rows by their key in tables/*.toml")
+    parser.add_argument("--bits", nargs="+", metavar="W4A4")
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="of calibration images and methods")
+
+
+def _add_experiment(parser: argparse.ArgumentParser) -> None:
     """What decides a cell, named after its fields; what is not given is None."""
-    parser.add_argument("task", choices=["classification"])
-    parser.add_argument("--model", required=required, help="an embedded model or any of timm's; 'adfq list models'")
+    parser.add_argument("task", choices=TASKS)
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument("--model", help="an embedded model, any of timm's or MMDetection's; 'adfq list models'")
+    model.add_argument("--config", metavar="FILE", help="of detection: MMDetection's config of the model")
     parser.add_argument(
         "--model-arg",
         dest="model_arguments",
@@ -131,9 +152,12 @@ def _add_experiment(parser: argparse.ArgumentParser, required: bool) -> None:
         "--pretrained", action="store_true", default=None, help="download timm's weights where there is no checkpoint"
     )
     parser.add_argument(
-        "--data", required=True, metavar="SPEC", help="embedded, folder:ROOT or torch/NAME:ROOT, as timm names them"
+        "--data",
+        required=True,
+        metavar="SPEC",
+        help="embedded; folder:ROOT or torch/NAME:ROOT, as timm names them; of detection COCO's folder",
     )
-    parser.add_argument("--method", required=required, help="'adfq list methods'")
+    parser.add_argument("--method", help="'adfq list methods'")
     parser.add_argument("--method-arg", dest="method_arguments", type=_pair, nargs="+", action="extend", metavar="K=V")
     parser.add_argument("--bits", help="weights and activations, 2 to 8 each (default: W4A4)")
     parser.add_argument("--seed", type=int, help="of calibration images and method (default: 0)")
@@ -147,7 +171,9 @@ def _add_experiment(parser: argparse.ArgumentParser, required: bool) -> None:
 def _add_common(parser: argparse.ArgumentParser) -> None:
     _add_calibration(parser)
     parser.add_argument("--limit", type=_positive, metavar="N", help="evaluate on the first N images only")
-    parser.add_argument("--batch-size", type=_positive, default=100, metavar="N")
+    parser.add_argument(
+        "--batch-size", type=_positive, metavar="N", help="of evaluation (default: 100; of detection 1)"
+    )
 
 
 def _add_calibration(parser: argparse.ArgumentParser) -> None:
@@ -156,32 +182,32 @@ def _add_calibration(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    _check_options(options)
     device = resolve_device(options.device)
     if options.quantized:
+        check_saved(options.task)
         given = [option for option, name in _IN_QUANTIZED_FILE.items() if getattr(options, name) is not None]
         if given:
             raise AdfqError(f"what {', '.join(given)} would say is in the file given with --quantized; leave it out")
         cell, subject = load_quantized(options.quantized, **_cell_fields(options))
         record = evaluate_model(cell, subject, subject.model, device)
     else:
-        missing = [f"--{name}" for name in ("model", "method") if getattr(options, name) is None]
-        if missing:
-            raise AdfqError(f"the following arguments are required: {', '.join(missing)} (see adfq run --help)")
-        cell = Cell.create(**_cell_fields(options))
-        record = run_cell(cell, load_subject(cell), device)
+        cell = _create_cell(options)
+        record = run_cell(cell, load_subject(cell, options.results), device)
     if options.json:
         print(json.dumps(record))
         return
-    metrics, timing = record["metrics"], record["timing"]
+    said, timing = find_task(cell.task).describe(record["metrics"]), record["timing"]
     print(
-        f"{cell.model}, {cell.method}, {cell.bits}: top-1 {metrics['top1']:.2f} %, top-5 {metrics['top5']:.2f} % "
-        f"on {metrics['images']} images (calibration {timing['calibration']:.1f} s, "
-        f"evaluation {timing['evaluation']:.1f} s)"
+        f"{cell.model}, {cell.method}, {cell.bits}: {said} "
+        f"(calibration {timing['calibration']:.1f} s, evaluation {timing['evaluation']:.1f} s)"
     )
 
 
 def _quantize(options: argparse.Namespace) -> None:
-    cell, file = Cell.create(**_cell_fields(options)), options.out
+    check_saved(options.task)
+    _check_options(options)
+    cell, file = _create_cell(options), options.out
     if cell.method == FULL_PRECISION:
         raise AdfqError("full_precision quantizes nothing that could be saved")
     # Said before the work, not after it.
@@ -200,9 +226,26 @@ def _quantize(options: argparse.Namespace) -> None:
     print(f"{file}: {size / 1e6:.2f} MB, {100 * size / full:.1f} % of float32's size, in {seconds:.1f} s")
 
 
+def _check_options(options: argparse.Namespace) -> None:
+    """Raises AdfqError for options that another task than this one has."""
+    for name in sorted({name for task in TASKS.values() for name in task.options}):
+        if getattr(options, name, None) is not None and name not in find_task(options.task).options:
+            raise AdfqError(f"{options.task} has no --{name}")
+
+
+def _create_cell(options: argparse.Namespace) -> Cell:
+    options.model = options.config or options.model
+    missing = [f"--{name}" for name in ("model", "method") if getattr(options, name) is None]
+    if missing:
+        command = options.command
+        raise AdfqError(f"the following arguments are required: {', '.join(missing)} (see adfq {command} --help)")
+    return Cell.create(**_cell_fields(options))
+
+
 def _cell_fields(options: argparse.Namespace) -> dict[str, Any]:
     """The fields of a cell that the options give."""
     given: dict[str, Any] = {field.name: getattr(options, field.name, None) for field in fields(Cell)}
+    given["batch_size"] = given["batch_size"] or find_task(options.task).batch_size
     names = ("input_size", "mean", "std", "crop_pct", "interpolation")
     given["preprocessing"] = [(name, getattr(options, name)) for name in names if getattr(options, name) is not None]
     for name in ("model_arguments", "method_arguments", "preprocessing"):
@@ -211,8 +254,28 @@ def _cell_fields(options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _table(options: argparse.Namespace) -> None:
-    table = load_table(options.name, options.profile)
+def _tables(options: argparse.Namespace) -> None:
+    tables = [_choose(load_table(name, options.profile), options) for name in options.names]
+    if options.data and len({table.task for table in tables}) > 1:
+        raise AdfqError("tables of different tasks need different data: regenerate them one after the other")
+    device = resolve_device(options.device)
+    every = [(table, _entries(table, options)) for table in tables]
+    for table, entries in every:
+        jobs = options.jobs or (1 if device.type == "cuda" else table.jobs)
+        results = run_cells([entry.cell for entry in entries], ResultStore(options.out), device, jobs)
+        records = (record for _, record in results)
+        frame = tabulate_results(table, zip(entries, records, strict=True))
+        text = render(table, frame, options.format)
+        path = options.out / f"table{table.name}-{table.profile}.{STYLES[options.format]}"
+        try:
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise AdfqError(f"cannot write {path}: {error.strerror}") from None
+        print(text, end="" if table is tables[-1] else "\n")
+
+
+def _choose(table: Table, options: argparse.Namespace) -> Table:
+    """The part of a table that the options ask for."""
     if options.models:
         known = {name: model for model in table.models for name in (model.key, model.name)}
         table = replace(table, models=[_choose_model(name, known) for name in options.models])
@@ -224,33 +287,50 @@ def _table(options: argparse.Namespace) -> None:
         table = replace(table, bits=options.bits)
     if options.seeds:
         table = replace(table, seeds=list(dict.fromkeys(options.seeds)))
-    data = options.data or table.data
+    return table
+
+
+def _entries(table: Table, options: argparse.Namespace) -> list[Entry]:
+    task, data = find_task(table.task), options.data or table.data
     if data is None:
-        raise AdfqError(f"the {table.profile} profile needs --data, folder:/path/to/imagenet for example")
-    device = resolve_device(options.device)
-    entries = table.entries(
+        raise AdfqError(f"the {table.profile} profile needs --data, {task.data} for example")
+    given = vars(options)
+    return table.entries(
         data=data,
         pretrained=table.data is None and options.checkpoints is None,
         checkpoint=(lambda name: _find_checkpoint(options.checkpoints, name)) if options.checkpoints else None,
-        limit=options.limit,
-        batch_size=options.batch_size,
+        limit=given.get("limit"),
+        batch_size=given.get("batch_size") or table.batch_size or task.batch_size,
     )
-    jobs = options.jobs or (1 if device.type == "cuda" else table.jobs)
-    results = run_cells([entry.cell for entry in entries], ResultStore(options.out), device, jobs)
-    records = (record for _, record in results)
-    frame = tabulate_results(table, zip(entries, records, strict=True))
-    text = render(table, frame, options.format)
-    path = options.out / f"table{table.name}-{table.profile}.{STYLES[options.format]}"
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise AdfqError(f"cannot write {path}: {error.strerror}") from None
-    print(text, end="")
+
+
+def _figure(options: argparse.Namespace) -> None:
+    from benchmarks.reports.figures import check_file, draw_detections, read_coco  # matplotlib takes its time
+
+    check_file(options.out)
+    table = _choose(load_table("2", options.profile), options)
+    # One column a method: the first of whatever there are several of.
+    table = replace(table, models=table.models[:1], bits=(options.bits or ["W4/A4"])[:1], seeds=table.seeds[:1])
+    device = resolve_device(options.device)
+    columns: dict[str, Any] = {}
+    entries = _entries(table, options)
+    subject: Any = load_subject(entries[0].cell)
+    for entry in entries:
+        model, _ = quantize_model(entry.cell, subject, device)
+        found = subject.find(model, device, options.images)
+        sizes = [image.image.shape[:2] for image in found]
+        read = [read_coco(image.truth, image.ids, *size) for image, size in zip(found, sizes, strict=True)]
+        columns.setdefault("Ground truth", read)
+        heading = entry.row.label if entry.cell.method == FULL_PRECISION else f"{entry.row.label}, {entry.cell.bits}"
+        columns[heading] = [read_coco(image.found, image.ids, *size) for image, size in zip(found, sizes, strict=True)]
+    draw_detections([image.image for image in found], columns, found[0].classes, options.out)
+    print(options.out)
 
 
 def _list(options: argparse.Namespace) -> None:
-    lists = {"models": model_names, "methods": adfq.methods, "tables": table_names}
-    print("\n".join(lists[options.what]()))
+    models = [name for task in TASKS.values() for name in task.model_names()]
+    lists = {"models": models, "methods": adfq.methods(), "tables": table_names()}
+    print("\n".join(lists[options.what]))
 
 
 def _find_checkpoint(directory: Path, model: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from adfq.checkpoint import packed_size
-from adfq.quantizers import PerPatchOutlierQuantizer
+from adfq.quantizers import OutlierQuantizer
 
 _REPEATS = 3
 _MB = 1e6
@@ -54,11 +54,17 @@ def _resident(kind: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{kind}:"))
 
 
-def measure_cost(model: nn.Module, images: Tensor, device: torch.device) -> dict[str, float]:
+def measure_cost(
+    model: nn.Module,
+    images: Tensor,
+    device: torch.device,
+    forward: Callable[[nn.Module, Tensor], Any] = nn.Module.__call__,
+) -> dict[str, float]:
     """Of a model as it evaluates.
 
     Args:
         images: B×C×H×W, preprocessed.
+        forward: runs the model on images.
 
     Returns:
         ``forward_seconds`` for these images, the shortest of three times; ``size`` in MB as `adfq.save` would pack
@@ -68,26 +74,26 @@ def measure_cost(model: nn.Module, images: Tensor, device: torch.device) -> dict
     model, images = model.to(device).eval(), images.to(device)
     cost = {"size": packed_size(model) / _MB}
     seen: list[tuple[int, int]] = []
-    quantizers = [module for module in model.modules() if isinstance(module, PerPatchOutlierQuantizer)]
+    quantizers = [module for module in model.modules() if isinstance(module, OutlierQuantizer)]
     hooks = [quantizer.register_forward_pre_hook(partial(_count, seen)) for quantizer in quantizers]
     with torch.inference_mode():
-        model(images)
+        forward(model, images)
         for hook in hooks:
             hook.remove()
-        cost["forward_seconds"] = min(_time(model, images, device) for _ in range(_REPEATS))
+        cost["forward_seconds"] = min(_time(partial(forward, model, images), device) for _ in range(_REPEATS))
     if seen:
         kept, values = map(sum, zip(*seen, strict=True))
         cost["outliers"] = 100 * kept / values
     return cost
 
 
-def _count(seen: list[tuple[int, int]], quantizer: PerPatchOutlierQuantizer, inputs: tuple[Any, ...]) -> None:
+def _count(seen: list[tuple[int, int]], quantizer: OutlierQuantizer, inputs: tuple[Any, ...]) -> None:
     seen.append((int(quantizer.outliers(inputs[0]).sum()), inputs[0].numel()))
 
 
-def _time(model: nn.Module, images: Tensor, device: torch.device) -> float:
+def _time(run: Callable[[], Any], device: torch.device) -> float:
     start = time.perf_counter()
-    model(images)
+    run()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start

@@ -30,7 +30,7 @@ class ResultStore:
         except OSError as error:
             raise AdfqError(f"cannot write results to {directory}: {error.strerror}") from None
 
-    def get(self, cell: Cell, provenance: dict[str, str]) -> Record | None:
+    def get(self, cell: Cell, provenance: dict[str, Any]) -> Record | None:
         """The record of a cell, or None where there is none of this provenance. A damaged one is set aside."""
         path = self._path(cell)
         try:

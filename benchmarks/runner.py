@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,12 @@ from benchmarks.cells import Cell
 from benchmarks.console import warn
 from benchmarks.cost import measure_cost, peak_memory
 from benchmarks.results import Record, ResultStore
-from benchmarks.tasks import Subject, load_subject
+from benchmarks.tasks import TASKS, Subject, find_task, load_subject
 
 _COST_IMAGES = 32
+
+# mmcv without compiled operators, and builds of it for versions of torch that the original does not cover.
+_DISTRIBUTIONS = {"mmcv": ("mmcv", "mmcv-lite", "onedl-mmcv")}
 
 
 def resolve_device(name: str) -> torch.device:
@@ -98,14 +102,16 @@ def evaluate_model(
     metrics = subject.evaluate(model, device, cell.limit, cell.batch_size)
     seconds = time.perf_counter() - start
     quantization = getattr(model, "quantization", None)
+    # A detector does not take more images at once than it evaluates.
+    images = subject.evaluation_images(min(_COST_IMAGES, cell.batch_size))
     return {
         "config": cell.config,
         "metrics": metrics,
         "timing": {"calibration": cost["calibration_seconds"], "evaluation": seconds},
-        "cost": {**cost, **measure_cost(model, subject.evaluation_images(_COST_IMAGES), device)},
+        "cost": {**cost, **measure_cost(model, images, device, subject.forward)},
         "report": {} if quantization is None else quantization.report,
         "environment": environment(device),
-        "provenance": provenance(subject),
+        "provenance": provenance(cell, subject),
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -169,7 +175,7 @@ class _Worker:
         )
         if self.subject is None or self.loaded != wanted:
             self.subject, self.loaded = load_subject(cell), wanted
-        record = self.store.get(cell, provenance(self.subject))
+        record = self.store.get(cell, provenance(cell, self.subject))
         if record is None:
             unfinished = self.store.unfinished(cell)
             record = run_cell(cell, self.subject, self.device, unfinished)
@@ -187,20 +193,31 @@ def environment(device: torch.device) -> dict[str, Any]:
         "torchvision": torchvision.__version__,
         "timm": timm.__version__,
         "numpy": numpy.__version__,
+        **{name: _version(name) for task in TASKS.values() for name in task.libraries},
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type,
         "threads": torch.get_num_threads(),
     }
 
 
-def provenance(subject: Subject) -> dict[str, str]:
+def provenance(cell: Cell, subject: Subject) -> dict[str, Any]:
     """What a result depends on beside its cell: code, weights, libraries that compute."""
     return {
         "code": code_digest(),
         "weights": subject.weights_digest,
         "torch": torch.__version__,
         "timm": timm.__version__,
+        **{name: _version(name) for name in find_task(cell.task).libraries},
     }
+
+
+def _version(name: str) -> str | None:
+    for distribution in _DISTRIBUTIONS.get(name, (name,)):
+        try:
+            return version(distribution)
+        except PackageNotFoundError:
+            continue
+    return None
 
 
 @cache

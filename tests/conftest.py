@@ -85,7 +85,8 @@ def randomize() -> Callable[[nn.Module], nn.Module]:
             else:
                 draw *= 0.3
             parameter.data.copy_(draw)
-        return model.eval()
+        model.eval()
+        return model
 
     return fill
 

@@ -1,7 +1,8 @@
-"""The architectures of the paper's table 1 at their full size, with random weights."""
+"""The architectures of the paper's tables at their full size, with random weights."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,28 @@ def test_every_method_quantizes_and_runs(name: str, quick: Mapping[str, dict[str
             # Uniform quantizers come close at 8 bits; shift-log's levels are √2 apart at any bit-width.
             if method != "adfq_vit":
                 assert (logits - expected).norm() <= 0.3 * expected.norm(), method
-            assert torch.isfinite(adfq.quantize(model, method, 4, 4, images, **quick[method])(images)).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [name for name in adfq.methods() if name != adfq.methods()[0]])
+def test_every_method_quantizes_a_detector_on_real_images(
+    method: str, real_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("mmdet")
+    from benchmarks.tasks.mmdet_models import build_detector, open_config
+
+    torch.manual_seed(0)
+    state = build_detector(open_config("mask_rcnn_swin_tiny")).state_dict()
+    torch.save({"meta": {"epoch": 36}, "state_dict": state}, tmp_path / "mask_rcnn_swin_tiny.pth")
+    model = ["--model", "mask_rcnn_swin_tiny", "--checkpoint", str(tmp_path / "mask_rcnn_swin_tiny.pth")]
+    options = {"adfq_vit": ["iterations=2", "optimize_batch_size=1"], "ptq4vit": ["rounds=1"]}.get(method)
+    command = ["run", "detection", *model, "--data", str(real_data / "coco"), "--method", method, "--bits", "W4A4"]
+    further = ["--calibration-size", "1", "--limit", "1", *(["--method-arg", *options] if options else [])]
+    assert main([*command, *further, "--json"]) == 0
+    metrics = json.loads(capsys.readouterr().out)["metrics"]
+    assert metrics["images"] == 1
+    errors = [metrics[f"feature_error_{stage}"] for stage in range(1, 5)]
+    assert all(0 < error < 1 for error in errors), errors
 
 
 @pytest.mark.slow

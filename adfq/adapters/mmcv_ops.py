@@ -52,7 +52,8 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
     Args:
         offset: 1 where a box ends after its last pixel's left edge, so that its width is x1 - x0 + 1; 0 otherwise.
     """
-    return box_nms(boxes + boxes.new_tensor([0, 0, offset, offset]), scores, iou_threshold)
+    kept: Tensor = box_nms(boxes + boxes.new_tensor([0, 0, offset, offset]), scores, iou_threshold)
+    return kept
 
 
 def roi_align_forward(

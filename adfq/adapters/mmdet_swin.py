@@ -26,7 +26,7 @@ from mmdet.models.roi_heads.mask_heads.fcn_mask_head import FCNMaskHead  # noqa:
 from mmdet.structures import DetDataSample  # noqa: E402
 
 
-class QuantShiftWindowAttention(ShiftWindowMSA):
+class QuantShiftWindowAttention(ShiftWindowMSA):  # type: ignore[misc]
     """MMDetection's ShiftWindowMSA with a quantizable attention, and its own value for padding.
 
     Input and output B×(H·W)×C. Windows that the feature map does not fill are padded.
@@ -66,7 +66,8 @@ class QuantShiftWindowAttention(ShiftWindowMSA):
             regions[:, start:] += 3
             regions[:, :, start:] += 1
         regions = self.window_partition(regions).flatten(1)
-        return (regions[:, None] != regions[:, :, None]).to(padded.dtype) * -100.0
+        mask: Tensor = (regions[:, None] != regions[:, :, None]).to(padded.dtype) * -100.0
+        return mask
 
 
 def adapt(model: nn.Module) -> Network:

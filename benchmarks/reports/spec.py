@@ -84,13 +84,15 @@ class Table:
     Attributes:
         name: ``"1"`` to ``"5"``.
         caption: what was measured on what, for the reader of the table.
-        metric: the key in a record's metrics.
+        metrics: keys in a record's metrics, with the names that stand in headings where there are several.
         bits: that rows are measured at.
         seeds: that each quantized cell is measured with.
         parallel: whether models are so small that one core is enough for each.
         cost: whether what each row costs stands beside its accuracy.
         settings: by method, what all its rows share: ``calibration_size`` and options.
         calibration_size: where the settings have none.
+        batch_size: of evaluation, or None where the task decides.
+        digits: decimals of a metric, measured or published.
         data: the task's data spec; None where the user gives it.
         published: the ``task`` in published.csv whose numbers stand beside ours, or None.
         full_precision_tolerance: by how much full precision may differ from the published value, or None.
@@ -101,11 +103,13 @@ class Table:
     title: str
     caption: str
     task: str
-    metric: str
+    metrics: Mapping[str, str]
     rows: Sequence[Row]
     bits: Sequence[str]
     models: Sequence[Model]
     calibration_size: int
+    batch_size: int | None = None
+    digits: int = 2
     seeds: Sequence[int] = (0,)
     parallel: bool = False
     cost: bool = False
@@ -197,8 +201,8 @@ def load_table(name: str, profile: str) -> Table:
 
 
 def published_numbers(table: Table) -> pd.DataFrame:
-    """The rows of published.csv that belong to a table: model, method, bits, value, verified."""
+    """The rows of published.csv that belong to a table: model, method, bits, metric, value, verified."""
     rows = pd.read_csv(_TABLES / "published.csv", dtype={"table": str})
-    rows = rows[(rows["table"] == table.name) & (rows["task"] == table.published) & (rows["metric"] == table.metric)]
+    rows = rows[(rows["table"] == table.name) & (rows["task"] == table.published) & rows["metric"].isin(table.metrics)]
     rows = rows.assign(verified=rows["verified"] == "yes")
-    return rows[["model", "method", "bits", "value", "verified"]]
+    return rows[["model", "method", "bits", "metric", "value", "verified"]]

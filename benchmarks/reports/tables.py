@@ -27,7 +27,9 @@ def tabulate_results(table: Table, results: Iterable[tuple[Entry, Record]]) -> p
 
     Columns: row and its label, model, method, bits, the record's metrics and costs, ``delta`` to full precision in
     points, ``relative_forward`` (seconds over full precision's), ``published`` and ``verified`` where there is a
-    published number, and what the cell was measured with.
+    published number, and what the cell was measured with. A table of several metrics has a column of each, and a
+    difference and a published number to each of them: ``box_ap``, ``delta_box_ap``, ``published_box_ap`` … A metric
+    that a record has not is NaN.
     """
     rows = []
     for entry, record in results:
@@ -36,14 +38,25 @@ def tabulate_results(table: Table, results: Iterable[tuple[Entry, Record]]) -> p
         what = {"method": entry.cell.method, "bits": entry.cell.bits}
         rows.append({**names, **what, **record["metrics"], **record.get("cost", {}), **config})
     frame = pd.DataFrame(rows)
+    for metric in table.metrics:
+        if metric not in frame:
+            frame[metric] = math.nan
     reference = frame[frame["method"] == FULL_PRECISION].set_index("model")
-    frame["delta"] = frame[table.metric] - frame["model"].map(reference[table.metric])
+    for metric in table.metrics:
+        frame[_column(table, "delta", metric)] = frame[metric] - frame["model"].map(reference[metric])
     if "forward_seconds" in frame:
         frame["relative_forward"] = frame["forward_seconds"] / frame["model"].map(reference["forward_seconds"])
     if table.published:
-        frame = frame.merge(published_numbers(table), "left", ["model", "method", "bits"])
-        frame = frame.rename(columns={"value": "published"})
+        numbers = published_numbers(table)
+        for metric in table.metrics:
+            of_metric = numbers[numbers["metric"] == metric].drop(columns="metric")
+            names = {"value": _column(table, "published", metric), "verified": _column(table, "verified", metric)}
+            frame = frame.merge(of_metric.rename(columns=names), "left", ["model", "method", "bits"])
     return frame
+
+
+def _column(table: Table, name: str, metric: str) -> str:
+    return name if len(table.metrics) == 1 else f"{name}_{metric}"
 
 
 def render(table: Table, frame: pd.DataFrame, style: str) -> str:
@@ -74,20 +87,26 @@ def render(table: Table, frame: pd.DataFrame, style: str) -> str:
 
 
 def summarize(table: Table, frame: pd.DataFrame) -> pd.DataFrame:
-    """Over seeds: one row for each row, bit-width and model, in the order of the table.
+    """Over seeds: one row for each metric, row, bit-width and model, in the order of the table.
 
     Columns: mean, std (of the sample; NaN for a single seed), delta and costs (means), published, verified, and
     ``best``: whether the mean is ahead of each other one at that bit-width and model by more than the spread, which is
     √(s₁² + s₂²) of the two.
     """
-    costs = {key: (key, "mean") for key, _, _ in COSTS if key in frame}
-    firsts = {name: (name, "first") for name in ("label", "method", "published", "verified") if name in frame}
-    summary = frame.groupby(["row", "bits", "model"], sort=False, as_index=False).agg(
-        mean=(table.metric, "mean"), std=(table.metric, "std"), delta=("delta", "mean"), **costs, **firsts
-    )
+    groups = frame.groupby(["row", "bits", "model"], sort=False, as_index=False)
+    shared = {name: (name, "first") for name in ("label", "method")}
+    shared |= {key: (key, "mean") for key, _, _ in COSTS if key in frame}
+    parts = []
+    for metric in table.metrics:
+        aggregates = {"mean": (metric, "mean"), "std": (metric, "std")}
+        for name, how in (("delta", "mean"), ("published", "first"), ("verified", "first")):
+            if (column := _column(table, name, metric)) in frame:
+                aggregates[name] = (column, how)
+        parts.append(groups.agg(**aggregates, **shared).assign(metric=metric))
+    summary = pd.concat(parts, ignore_index=True)
     summary["best"] = False
-    quantized = summary[summary["method"] != FULL_PRECISION]
-    for _, group in quantized.groupby(["bits", "model"]):
+    quantized = summary[summary["method"] != FULL_PRECISION].dropna(subset="mean")
+    for _, group in quantized.groupby(["metric", "bits", "model"]):
         best, *others = group.sort_values("mean", ascending=False)[["mean", "std"]].itertuples(name=None)
         # False for single seeds, whose spread is not known.
         ahead = [best[1] - mean > math.hypot(best[2], std) for _, mean, std in others]
@@ -98,12 +117,14 @@ def summarize(table: Table, frame: pd.DataFrame) -> pd.DataFrame:
 def _wide(table: Table, summary: pd.DataFrame, emphasize: Callable[[str], str]) -> pd.DataFrame:
     lines = []
     for (_, bits), group in summary.groupby(["row", "bits"], sort=False):
-        by_model = {row["model"]: row for row in _rows(group)}
+        cells = {(row["model"], row["metric"]): row for row in _rows(group)}
         line = {"Method": group["label"].iloc[0], "W/A": bits}
         for model in table.models:
-            row = by_model[model.key]
-            text = _cell(table, summary, row)
-            line[model.label] = emphasize(text) if row["best"] else text
+            for metric, name in table.metrics.items():
+                row = cells[model.key, metric]
+                text = _cell(table, summary, row)
+                heading = model.label if len(table.metrics) == 1 else f"{model.label}, {name}"
+                line[heading] = emphasize(text) if row["best"] else text
             if table.cost:
                 line |= _costs(table, model, row)
         lines.append(line)
@@ -124,22 +145,27 @@ def _rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _cell(table: Table, summary: pd.DataFrame, row: Mapping[str, Any]) -> str:
-    ours = f"{row['mean']:.2f}" + ("" if pd.isna(row["std"]) else f" ± {row['std']:.2f}")
+    if pd.isna(row["mean"]):
+        return ""
+    number = f".{table.digits}f"
+    ours = f"{row['mean']:{number}}" + ("" if pd.isna(row["std"]) else f" ± {row['std']:{number}}")
     if not table.published:
-        return ours if row["method"] == FULL_PRECISION else f"{ours} ({row['delta']:+.2f})"
+        return ours if row["method"] == FULL_PRECISION else f"{ours} ({row['delta']:+{number}})"
     if not _counts(table, summary, row):
         ours += "‡"
     if pd.isna(row["published"]):
         return ours
-    return f"{ours} / {row['published']:.2f}{'' if row['verified'] else '†'}"
+    return f"{ours} / {row['published']:{number}}{'' if row['verified'] else '†'}"
 
 
 def _counts(table: Table, summary: pd.DataFrame, row: Mapping[str, Any]) -> bool:
-    """Whether full precision of the row's model agrees with the published number."""
-    if table.full_precision_tolerance is None or row["method"] == FULL_PRECISION:
+    """Whether full precision of the row's model agrees with the published number, in the row's metric."""
+    if table.full_precision_tolerance is None or row["method"] == FULL_PRECISION or pd.isna(row["mean"]):
         return True
-    reference = summary[(summary["model"] == row["model"]) & (summary["method"] == FULL_PRECISION)]
-    difference = (reference["mean"] - reference["published"]).abs()
+    of_model = (summary["model"] == row["model"]) & (summary["metric"] == row["metric"])
+    reference = summary[of_model & (summary["method"] == FULL_PRECISION)]
+    # Rounded, for 46.1 - 46.0 is a little more than 0.1.
+    difference = (reference["mean"] - reference["published"]).abs().round(6)
     return bool((difference <= table.full_precision_tolerance).any())
 
 
@@ -165,7 +191,7 @@ def _notes(table: Table, frame: pd.DataFrame, summary: pd.DataFrame) -> list[str
             "random numbers of the method). Bold: ahead of each other one at that bit-width by more than the spread, "
             "√(s₁² + s₂²) of the two."
         )
-    if table.published and not frame.loc[frame["published"].notna(), "verified"].all():
+    if table.published and not summary.dropna(subset=["mean", "published"])["verified"].all():
         notes.append("† Quoted from the literature without a source at hand.")
     if not all(_counts(table, summary, row) for row in _rows(summary)):
         notes.append(

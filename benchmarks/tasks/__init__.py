@@ -14,7 +14,14 @@ import adfq
 from adfq.errors import AdfqError
 from adfq.methods import Quantization
 from benchmarks.cells import Cell
-from benchmarks.tasks.classification import attach_classification, load_classification
+from benchmarks.tasks.classification import (
+    attach_classification,
+    classifier_names,
+    describe_classification,
+    load_classification,
+)
+from benchmarks.tasks.detection import attach_detection, describe_detection, load_detection
+from benchmarks.tasks.mmdet_models import detector_names
 
 
 class Subject(Protocol):
@@ -37,30 +44,88 @@ class Subject(Protocol):
     def evaluation_images(self, count: int) -> Tensor:
         """The first images of the evaluation split, at most `count`, preprocessed, B×C×H×W."""
 
+    def forward(self, model: nn.Module, images: Tensor) -> Any:
+        """What a model computes of preprocessed images; what is measured of it is how long it takes."""
+
     def evaluate(self, model: nn.Module, device: torch.device, limit: int | None, batch_size: int) -> dict[str, float]:
         """Metrics of a model on the evaluation split, and ``images``, their number."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """How a task makes its subjects.
+    """How a task makes its subjects, and what is particular to it.
 
     Attributes:
-        load: the model and data that a cell names.
+        load: the model and data that a cell names; of a task with ``results`` among its options, these too.
         attach: a quantized model with the data that its cell names. The cell's preprocessing is a subject's; nothing
             is calibrated.
+        model_names: the models that have a name.
+        describe: metrics in words.
+        data: an example of where users have theirs.
+        batch_size: of evaluation, where none is asked for.
+        options: of the command line, that this task alone has.
+        saved: whether its quantized models can be saved and loaded.
+        libraries: that compute beside torch and timm.
     """
 
-    load: Callable[[Cell], Subject]
+    load: Callable[..., Subject]
     attach: Callable[[Cell, nn.Module], Subject]
+    model_names: Callable[[], list[str]]
+    describe: Callable[[Mapping[str, float]], str]
+    data: str
+    batch_size: int
+    options: tuple[str, ...] = ()
+    saved: bool = True
+    libraries: tuple[str, ...] = ()
 
 
-TASKS: Mapping[str, Task] = {"classification": Task(load_classification, attach_classification)}
+TASKS: Mapping[str, Task] = {
+    "classification": Task(
+        load_classification,
+        attach_classification,
+        classifier_names,
+        describe_classification,
+        data="folder:/path/to/imagenet",
+        batch_size=100,
+    ),
+    "detection": Task(
+        load_detection,
+        attach_detection,
+        detector_names,
+        describe_detection,
+        data="/path/to/coco",
+        batch_size=1,
+        options=("config", "results"),
+        saved=False,
+        libraries=("mmdet", "mmengine", "mmcv"),
+    ),
+}
 
 
-def load_subject(cell: Cell) -> Subject:
-    """Loads what a cell is measured on; AdfqError for an unknown task or anything that cannot be loaded."""
-    return _find_task(cell.task).load(cell)
+def find_task(name: str) -> Task:
+    """The task of that name; AdfqError for an unknown one."""
+    if name not in TASKS:
+        raise AdfqError(f"unknown task {name!r}; there are {', '.join(TASKS)}")
+    return TASKS[name]
+
+
+def load_subject(cell: Cell, results: str | None = None) -> Subject:
+    """Loads what a cell is measured on.
+
+    Args:
+        results: prefix of the files that results are written to, by a task that has them.
+
+    Raises:
+        AdfqError: for an unknown task or anything that cannot be loaded.
+    """
+    task = find_task(cell.task)
+    return task.load(cell) if results is None else task.load(cell, results)
+
+
+def check_saved(task: str) -> None:
+    """Raises AdfqError for a task whose quantized models cannot be saved and loaded."""
+    if not find_task(task).saved:
+        raise AdfqError(f"quantized models cannot be saved to a file, or loaded from one, for {task} yet")
 
 
 def save_quantized(model: nn.Module, cell: Cell, subject: Subject, file: str | os.PathLike[str]) -> None:
@@ -86,6 +151,7 @@ def load_quantized(file: str, **fields: Any) -> tuple[Cell, Subject]:
     Raises:
         AdfqError: for a file that `adfq.load` refuses, an unknown task, unusable data or preprocessing.
     """
+    check_saved(fields["task"])
     model = adfq.load(file)
     quantization = cast(Quantization, model.quantization)
     architecture, notes = quantization.architecture, quantization.notes
@@ -104,10 +170,4 @@ def load_quantized(file: str, **fields: Any) -> tuple[Cell, Subject]:
         calibration_size=quantization.calibration_size,
         seed=quantization.seed,
     )
-    return cell, _find_task(cell.task).attach(cell, model)
-
-
-def _find_task(name: str) -> Task:
-    if name not in TASKS:
-        raise AdfqError(f"unknown task {name!r}; there are {', '.join(TASKS)}")
-    return TASKS[name]
+    return cell, find_task(cell.task).attach(cell, model)

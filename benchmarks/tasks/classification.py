@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +23,7 @@ from benchmarks.cells import Cell
 from benchmarks.console import warn
 from benchmarks.embedded.classifiers import CLASSIFIERS
 from benchmarks.tasks.data import EMBEDDED, CheckedDataset, open_split
+from benchmarks.tasks.shared import choose_images, digest_weights, first_non_finite, one_line, read_batches
 
 #: Modules of timm whose models have an adapter.
 TIMM_MODULES = ("vision_transformer", "deit", "swin_transformer")
@@ -31,7 +31,7 @@ TIMM_MODULES = ("vision_transformer", "deit", "swin_transformer")
 _MODES = {1: "L", 3: "RGB"}
 
 
-def model_names() -> list[str]:
+def classifier_names() -> list[str]:
     """Embedded models, then timm's that can be quantized."""
     return [*CLASSIFIERS, *(name for module in TIMM_MODULES for name in timm.list_models(module=module))]
 
@@ -56,18 +56,17 @@ class Classification:
     def calibration_images(self, count: int, seed: int) -> Tensor:
         if self.train is None:
             raise AdfqError("a quantized model is not calibrated again")
-        available = len(self.train)  # type: ignore[arg-type]
-        if count < 1:
-            raise AdfqError(f"at least one calibration image is needed, {count} were asked for")
-        if count > available:
-            raise AdfqError(f"{count} calibration images were asked for, the train split has {available}")
-        chosen = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:count].tolist()
+        chosen = choose_images(len(self.train), count, seed)  # type: ignore[arg-type]
         bar = tqdm(chosen, desc="reading calibration images", unit="image", delay=2, leave=False, disable=None)
         return torch.stack([self.train[index][0] for index in bar])
 
     def evaluation_images(self, count: int) -> Tensor:
         available = len(self.validation)  # type: ignore[arg-type]
         return torch.stack([self.validation[index][0] for index in range(min(count, available))])
+
+    def forward(self, model: nn.Module, images: Tensor) -> Tensor:
+        logits: Tensor = model(images)
+        return logits
 
     @torch.inference_mode()
     def evaluate(self, model: nn.Module, device: torch.device, limit: int | None, batch_size: int) -> dict[str, float]:
@@ -89,11 +88,11 @@ class Classification:
         model = model.to(device).eval()
         hits1 = hits5 = 0.0
         with tqdm(total=count, desc="evaluating", unit="image", delay=2, leave=False, disable=None) as progress:
-            for batch, labels in _batches(loader):
+            for batch, labels in read_batches(loader):
                 batch, labels = batch.to(device), labels.to(device)
                 logits = model(batch)
                 if not torch.isfinite(logits).all():
-                    raise AdfqError(f"{_first_non_finite(model, batch)}: the output is not finite")
+                    raise AdfqError(f"{first_non_finite(model, batch)}: the output is not finite")
                 top1, top5 = accuracy(logits, labels, topk=(1, min(5, logits.shape[1])))
                 hits1 += float(top1) * len(labels)
                 hits5 += float(top5) * len(labels)
@@ -101,11 +100,9 @@ class Classification:
         return {"top1": hits1 / count, "top5": hits5 / count, "images": count}
 
 
-def _batches(loader: DataLoader[tuple[Tensor, int]]) -> Iterator[tuple[Tensor, Tensor]]:
-    try:
-        yield from loader
-    except AdfqError as error:  # one from a worker process comes wrapped in its traceback
-        raise AdfqError(str(error).rpartition("AdfqError: ")[2].strip()) from None
+def describe_classification(metrics: Mapping[str, float]) -> str:
+    """The metrics in words."""
+    return f"top-1 {metrics['top1']:.2f} %, top-5 {metrics['top5']:.2f} % on {metrics['images']} images"
 
 
 def load_classification(cell: Cell) -> Classification:
@@ -145,7 +142,7 @@ def _open_data(cell: Cell, model: Any, calibrated: bool) -> Classification:
     train = open_checked("train") if calibrated else None
     # Scenes are drawn once and kept, which only works within one process.
     workers = 0 if cell.data == EMBEDDED else min(os.cpu_count() or 1, 8)
-    return Classification(model.eval(), _digest(model), config, train, open_checked("validation"), workers)
+    return Classification(model.eval(), digest_weights(model), config, train, open_checked("validation"), workers)
 
 
 def _resolve_shipped(cell: Cell) -> Cell:
@@ -165,7 +162,7 @@ def _resolve_shipped(cell: Cell) -> Cell:
 def _create_model(cell: Cell) -> Any:
     name, checkpoint = cell.model, cell.checkpoint
     if not timm.is_model(name):
-        close = difflib.get_close_matches(name, model_names(), n=3, cutoff=0.5)
+        close = difflib.get_close_matches(name, classifier_names(), n=3, cutoff=0.5)
         hint = f"close to it are {', '.join(close)}; " if close else ""
         raise AdfqError(f"unknown model {name!r}; {hint}'adfq list models' lists all")
     if checkpoint and not os.path.isfile(checkpoint):
@@ -173,7 +170,7 @@ def _create_model(cell: Cell) -> Any:
     try:
         model = timm.create_model(name, pretrained=cell.pretrained and not checkpoint, **dict(cell.model_arguments))
     except Exception as error:  # whatever the constructor or the hub raises
-        raise AdfqError(f"cannot create {name}: {_one_line(error)}") from None
+        raise AdfqError(f"cannot create {name}: {one_line(error)}") from None
     if checkpoint:
         layouts = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
         try:
@@ -181,7 +178,7 @@ def _create_model(cell: Cell) -> Any:
         except Exception as error:  # a damaged file can raise anything
             if "weights_only" in str(error):
                 raise AdfqError(f"{checkpoint} is not a file of weights alone, and code in it is never run") from None
-            raise AdfqError(f"checkpoint {checkpoint} does not fit {name}: {_one_line(error)}") from None
+            raise AdfqError(f"checkpoint {checkpoint} does not fit {name}: {one_line(error)}") from None
     elif not cell.pretrained:
         warn(f"{name} has random weights (neither a checkpoint nor pretrained weights)")
     return model
@@ -200,35 +197,3 @@ def _data_config(cell: Cell, model: Any) -> dict[str, Any]:
     if not len(config["mean"]) == len(config["std"]) == channels:
         raise AdfqError(f"the model's mean and std do not fit {channels} channels; give them")
     return config
-
-
-def _digest(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _first_non_finite(model: nn.Module, batch: Tensor) -> str:
-    found: list[str] = []
-
-    def look(name: str) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and not found and not torch.isfinite(output).all():
-                found.append(name)
-
-        return hook
-
-    hooks = [module.register_forward_hook(look(name or "model")) for name, module in model.named_modules()]
-    try:
-        model(batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found[0] if found else "model"
-
-
-def _one_line(error: Exception, length: int = 300) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= length else f"{text[:length]} …"

@@ -41,7 +41,9 @@ def test_an_offset_counts_the_last_pixel() -> None:
 
 def test_classes_do_not_suppress_each_other() -> None:
     boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 10], [1, 0, 10, 10]])
-    _, kept = batched_nms(boxes, torch.tensor([0.9, 0.8, 0.7]), torch.tensor([0, 1, 0]), {"type": "nms", "iou_threshold": 0.5})
+    _, kept = batched_nms(
+        boxes, torch.tensor([0.9, 0.8, 0.7]), torch.tensor([0, 1, 0]), {"type": "nms", "iou_threshold": 0.5}
+    )
     assert kept.tolist() == [0, 1]
 
 

@@ -166,11 +166,16 @@ def test_the_sites_of_a_detector(detectors: Mapping[str, nn.Module]) -> None:
     }
     block = "backbone.stages.0.blocks.1"
     of_block = {name.removeprefix(f"{block}."): role for name, role in found.items() if name.startswith(block)}
-    assert of_block == {"attn.w_msa.qkv": "qkv", "attn.w_msa.proj": "proj", "ffn.layers.0.0": "fc1", "ffn.layers.1": "fc2"}
+    assert of_block == {
+        "attn.w_msa.qkv": "qkv",
+        "attn.w_msa.proj": "proj",
+        "ffn.layers.0.0": "fc1",
+        "ffn.layers.1": "fc2",
+    }
     assert found["backbone.stages.0.downsample.reduction"] == "reduction"
     assert found["backbone.patch_embed.projection"] == "patch_embed"
     assert [matmul.roles for _, matmul in network.matmuls()] == [("query", "key"), ("probs", "value")] * 4
-    assert {name for name in network.norms} == {name for name, role in found.items() if role in ("qkv", "fc1", "reduction")}
+    assert set(network.norms) == {name for name, role in found.items() if role in ("qkv", "fc1", "reduction")}
 
 
 def test_modules_come_in_the_order_of_the_forward_pass(swin: nn.Module) -> None:
@@ -209,7 +214,9 @@ def test_every_method_quantizes_every_detector(
         for expected, found in zip(detector.backbone(images), quantized.backbone(images), strict=True):
             assert (found - expected).norm() < 0.25 * expected.norm()
         assert all(torch.isfinite(output).all() for output in detect_densely(quantized, draw(64, 32)))  # another size
-    left = [name for name, layer in quantized.named_modules() if isinstance(layer, QuantWeightLayer) and not _has(layer)]
+    left = [
+        name for name, layer in quantized.named_modules() if isinstance(layer, QuantWeightLayer) and not _has(layer)
+    ]
     assert left == (["backbone.patch_embed.projection"] if method == "ptq4vit" else [])
 
 

@@ -39,7 +39,7 @@ def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "methods"]) == 0
     assert capsys.readouterr().out.split() == ["full_precision", "adfq_vit", "base_ptq", "ptq4vit", "repq_vit"]
     assert main(["list", "tables"]) == 0
-    assert capsys.readouterr().out.split() == ["1", "4", "5"]
+    assert capsys.readouterr().out.split() == ["1", "2", "4", "5"]
     assert main(["list", "models"]) == 0
     assert {"embedded_vit", "embedded_swin", "deit_tiny_patch16_224"} <= set(capsys.readouterr().out.split())
 
@@ -73,7 +73,7 @@ def test_methods_are_chosen_beside_full_precision(tmp_path: Path, capsys: pytest
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "required: run|quantize|table|list"),
+        ([], "required: run|quantize|table|figure|list"),
         (["run", "classification", "--data", "embedded"], "required: --model, --method"),
         ([*RUN, "--method", "magic"], "unknown method 'magic'; there are full_precision, adfq_vit"),
         ([*RUN, "--method", "base_ptq", "--bits", "W1A4"], "bits must be a whole number from 2 to 8"),

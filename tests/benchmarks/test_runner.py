@@ -33,6 +33,9 @@ class CountingSubject:
     def evaluation_images(self, count: int) -> Tensor:
         return self.calibration_images(2, 0)
 
+    def forward(self, model: nn.Module, images: Tensor) -> Any:
+        return model(images)
+
     def evaluate(self, model: nn.Module, device: torch.device, limit: int | None, batch_size: int) -> dict[str, float]:
         if self.interrupt_at == len(self.evaluated):
             raise KeyboardInterrupt
@@ -84,7 +87,7 @@ def test_a_record_says_what_was_measured_with_what(subject: CountingSubject, cel
     record = runner.run_cell(cells[1], subject, CPU)
     assert record["config"] == cells[1].config
     assert record["environment"]["torch"] == torch.__version__
-    assert record["provenance"] == runner.provenance(subject)
+    assert record["provenance"] == runner.provenance(cells[1], subject)
     assert set(record["timing"]) == {"calibration", "evaluation"}
     assert record["cost"]["calibration_seconds"] == record["timing"]["calibration"] > 0
     assert record["cost"]["forward_seconds"] > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -12,21 +13,27 @@ import timm
 
 from adfq import AdfqError, methods
 from benchmarks.embedded.classifiers import CLASSIFIERS
+from benchmarks.embedded.detectors import DETECTORS
 from benchmarks.reports.spec import Entry, Table, load_table, published_numbers, table_names
 from benchmarks.reports.tables import render, summarize, tabulate_results
 from benchmarks.results import Record
+from benchmarks.tasks.mmdet_models import CONFIGS
 
 Results = list[tuple[Entry, Record]]
 
 
-def measure(table: Table, top1: dict[tuple[str, str, str], float | list[float]]) -> Results:
-    """Results as if measured; model keys, rows' keys and bits name them. Of several values, each seed has its own."""
+def measure(table: Table, values: dict[tuple[str, str, str], Any]) -> Results:
+    """Results as if measured; model keys, rows' keys and bits name them. Of a list, each seed has its own value; a
+    dictionary has all metrics that there are.
+    """
     results: Results = []
     for entry in table.entries(data="somewhere"):
         cell = entry.cell
-        value = top1.get((entry.model.key, entry.row.key, cell.bits), 50.0)
-        value = value[list(table.seeds).index(cell.seed)] if isinstance(value, list) else value
-        metrics: dict[str, Any] = {"top1": value, "top5": 99.0, "images": 123}
+        value = values.get((entry.model.key, entry.row.key, cell.bits), 50.0)
+        found = value if isinstance(value, dict) else dict.fromkeys(table.metrics, value)
+        seed = list(table.seeds).index(cell.seed)
+        metrics = {metric: each[seed] if isinstance(each, list) else each for metric, each in found.items()}
+        metrics |= {"images": 123} if table.task == "detection" else {"top5": 99.0, "images": 123}
         cost = {"calibration_seconds": 2.0, "size": 1.5, "forward_seconds": 3.0 if cell.calibration_size else 2.0}
         if cell.method == "adfq_vit":
             cost["outliers"] = 0.25
@@ -45,6 +52,13 @@ def full() -> Table:
     return replace(table, bits=["W4/A4"], models=[m for m in table.models if m.key in ("vit_small", "deit_tiny")])
 
 
+@pytest.fixture
+def detection() -> Table:
+    table = load_table("2", "full")
+    chosen = [model for model in table.models if model.key in ("mask_rcnn_swin_tiny", "cascade_mask_rcnn_swin_tiny")]
+    return replace(table, bits=["W4/A4"], models=chosen)
+
+
 @pytest.mark.parametrize("profile", ["embedded", "full"])
 def test_specifications_name_things_that_exist(profile: str) -> None:
     for name in table_names():
@@ -55,14 +69,26 @@ def test_specifications_name_things_that_exist(profile: str) -> None:
         assert len({entry.cell.id for entry in entries}) == len(entries) == cells
         assert len({row.key for row in table.rows}) == len({row.label for row in table.rows}) == len(table.rows)
         for model in table.models:
+            if table.task == "detection":
+                assert model.name in (DETECTORS if profile == "embedded" else CONFIGS)
+                continue
             assert model.name in CLASSIFIERS or timm.models.is_model(model.name)
             assert model.name in CLASSIFIERS or timm.get_pretrained_cfg(model.name, allow_unregistered=False)
 
 
-def test_published_numbers_belong_to_models_of_the_table() -> None:
-    table = load_table("1", "full")
+@pytest.mark.parametrize("name", ["1", "2"])
+def test_published_numbers_belong_to_models_of_the_table(name: str) -> None:
+    table = load_table(name, "full")
     numbers = published_numbers(table)
     assert set(numbers["model"]) == {model.key for model in table.models}
+    assert set(numbers["metric"]) == set(table.metrics)
+    assert not numbers.duplicated(["model", "method", "bits", "metric"]).any()
+    references = numbers[numbers["method"] == "full_precision"]
+    assert len(references) == len(table.models) * len(table.metrics)  # each is held against full_precision_tolerance
+
+
+def test_published_numbers_are_read_as_written() -> None:
+    numbers = published_numbers(load_table("1", "full"))
     row = numbers[(numbers["model"] == "deit_tiny") & (numbers["method"] == "repq_vit") & (numbers["bits"] == "W4/A4")]
     assert row["value"].item() == 57.43
     assert bool(row["verified"].item())
@@ -187,12 +213,119 @@ def test_rows_of_one_method_differ_by_their_options() -> None:
 
 
 def test_shared_settings_go_into_every_table_alike() -> None:
-    cells = [
-        {entry.cell.id for entry in load_table(name, "embedded").entries(data="embedded") if entry.row.key == key}
-        for name, key in (("1", "adfq_vit"), ("4", "ppoq_slq_amo"), ("5", "adfq_vit"))
+    tables = {name: load_table(name, "embedded") for name in ("1", "2", "4", "5")}
+    rows = {
+        name: next(row for row in table.rows if row.key == ("ppoq_slq_amo" if name == "4" else "adfq_vit"))
+        for name, table in tables.items()
+    }
+    assert rows["1"].arguments
+    assert all(row.arguments == rows["1"].arguments for row in rows.values())
+    # Tables of the same task have the same cells, which are measured once.
+    cells = {
+        name: {entry.cell.id for entry in tables[name].entries(data="embedded") if entry.row.key == rows[name].key}
+        for name in ("1", "4", "5")
+    }
+    assert cells["4"] == cells["5"]
+    assert cells["4"] < cells["1"]
+
+
+def test_calibration_of_detectors() -> None:
+    sizes = {
+        profile: {row.key: row.calibration_size for row in load_table("2", profile).rows}
+        for profile in ("embedded", "full")
+    }
+    assert sizes["embedded"] == {"base_ptq": 32, "ptq4vit": 32, "repq_vit": 32, "adfq_vit": 64}
+    assert sizes["full"] == {"base_ptq": 1, "ptq4vit": 1, "repq_vit": 1, "adfq_vit": 32}
+
+
+def test_each_model_has_a_column_of_each_metric(detection: Table) -> None:
+    values = {
+        ("mask_rcnn_swin_tiny", "full_precision", "W32/A32"): {"box_ap": 46.04, "mask_ap": 41.56},
+        ("cascade_mask_rcnn_swin_tiny", "full_precision", "W32/A32"): {"box_ap": 50.44, "mask_ap": 43.71},
+        ("mask_rcnn_swin_tiny", "repq_vit", "W4/A4"): {"box_ap": 35.96, "mask_ap": 36.21},
+        ("mask_rcnn_swin_tiny", "ptq4vit", "W4/A4"): {"box_ap": 6.5, "mask_ap": 6.6},
+    }
+    text = render(detection, tabulate_results(detection, measure(detection, values)), "md")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    models = ("Mask R-CNN Swin-T", "Cascade Mask R-CNN Swin-T")
+    assert rows[0][2:] == [f"{model}, {metric}" for model in models for metric in ("box AP", "mask AP")]
+    by_method = {row[0]: row[2:] for row in rows}
+    # As published, with one decimal.
+    assert by_method["Full precision"] == ["46.0 / 46.0", "41.6 / 41.6", "50.4 / 50.4", "43.7 / 43.7"]
+    assert by_method["RepQ-ViT"] == ["36.0 / 36.1", "36.2 / 36.0", "50.0 / 47.0", "50.0 / 41.4"]
+    assert by_method["PTQ4ViT"][:2] == ["6.5 / 6.9†", "6.6"]
+    assert "‡" not in text
+
+
+def test_a_metric_counts_by_its_own_full_precision(detection: Table) -> None:
+    values = {
+        ("mask_rcnn_swin_tiny", "full_precision", "W32/A32"): {"box_ap": 46.1, "mask_ap": 41.2},  # by 0.1 and 0.4
+        ("cascade_mask_rcnn_swin_tiny", "full_precision", "W32/A32"): {"box_ap": 50.4, "mask_ap": 43.7},
+    }
+    text = render(detection, tabulate_results(detection, measure(detection, values)), "md")
+    row = next(line for line in text.splitlines() if line.startswith("| RepQ-ViT"))
+    assert [cell.strip() for cell in row.split("|")[3:5]] == ["50.0 / 36.1", "50.0‡ / 36.0"]
+    assert "more than 0.1 points" in text
+
+
+def test_differences_are_of_the_same_metric() -> None:
+    table = replace(load_table("2", "embedded"), bits=["W4/A4"])
+    values = {
+        ("embedded_mask_rcnn", "full_precision", "W32/A32"): {"box_ap": 60.0, "mask_ap": 55.0},
+        ("embedded_mask_rcnn", "repq_vit", "W4/A4"): {"box_ap": 58.5, "mask_ap": 54.25},
+    }
+    frame = tabulate_results(table, measure(table, values))
+    text = render(table, frame, "md")
+    assert "58.50 (-1.50)" in text
+    assert "54.25 (-0.75)" in text
+    assert "Embedded Cascade Mask R-CNN, mask AP" in text
+    assert "embedded profile" in text
+    assert "COCO" not in text.replace("COCO's measure", "").replace("not COCO", "")
+
+    numbers = pd.read_csv(io.StringIO(render(table, frame, "csv")))
+    row = numbers[(numbers["model"] == "embedded_mask_rcnn") & (numbers["row"] == "repq_vit")].iloc[0]
+    assert (row["box_ap"], row["delta_box_ap"], row["mask_ap"], row["delta_mask_ap"]) == (58.5, -1.5, 54.25, -0.75)
+    assert len(numbers) == len(table.entries(data="x"))
+    assert "delta" not in numbers
+
+    latex = render(table, frame, "latex")
+    assert "Embedded Mask R-CNN, box AP & Embedded Mask R-CNN, mask AP" in latex
+    assert "54.25 (-0.75)" in latex
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("missing", [("embedded_mask_rcnn",), ("embedded_mask_rcnn", "embedded_cascade_mask_rcnn")])
+@pytest.mark.parametrize("published", [None, "coco"])
+def test_what_was_not_measured_is_an_empty_cell(missing: tuple[str, ...], published: str | None) -> None:
+    table = replace(load_table("2", "embedded"), bits=["W4/A4"], published=published)
+    table = replace(table, full_precision_tolerance=0.1 if published else None)
+    boxes = {(entry.model.key, entry.row.key, entry.cell.bits): {"box_ap": 40.0} for entry in table.entries(data="x")}
+    values = {key: value for key, value in boxes.items() if key[0] in missing}
+    frame = tabulate_results(table, measure(table, values))
+    text = render(table, frame, "md")
+    for line in [line for line in text.splitlines() if line.startswith("|")][2:]:
+        cells = [cell.strip() for cell in line.split("|")[3:-1]]
+        assert [not cell for cell in cells] == [False, True, False, len(missing) == 2]
+    assert "nan" not in text
+    assert math.isnan(frame["delta_mask_ap"].iloc[0])
+
+
+def test_bold_is_one_metrics_matter() -> None:
+    table = replace(load_table("2", "embedded"), bits=["W4/A4"], seeds=[0, 1, 2])
+    values = {
+        ("embedded_mask_rcnn", "repq_vit", "W4/A4"): {"box_ap": [70.0, 71.0, 72.0], "mask_ap": [40.0, 40.0, 40.0]},
+        ("embedded_mask_rcnn", "adfq_vit", "W4/A4"): {"box_ap": [60.0, 60.0, 60.0]},  # without masks
+    }
+    frame = tabulate_results(table, measure(table, values))
+    best = summarize(table, frame).query("best")
+    assert list(zip(best["row"], best["model"], best["metric"], strict=True)) == [
+        ("repq_vit", "embedded_mask_rcnn", "box_ap")
     ]
-    assert cells[1] == cells[2]
-    assert cells[1] < cells[0]
+    assert "**71.00 ± 1.00 (+21.00)**" in render(table, frame, "md")
+
+    values["embedded_mask_rcnn", "repq_vit", "W4/A4"]["mask_ap"] = [60.0, 60.0, 60.0]
+    best = summarize(table, tabulate_results(table, measure(table, values))).query("best")
+    assert set(best["metric"]) == {"box_ap", "mask_ap"}  # ahead of each that has masks
 
 
 def test_costs_stand_beside_the_accuracy() -> None:

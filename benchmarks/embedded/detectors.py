@@ -1,0 +1,28 @@
+"""The detectors that ship with the project, and the scenes that they are measured on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.embedded.classifiers import WEIGHTS
+
+_CONFIGS = Path(__file__).parents[1] / "configs"
+
+#: How many scenes there are: for calibration, and for evaluation.
+COUNTS: Mapping[str, int] = {"train2017": 256, "val2017": 200}
+
+
+@dataclass(frozen=True)
+class Detector:
+    """An MMDetection config and the file with its weights."""
+
+    config: Path
+    checkpoint: Path
+
+
+DETECTORS: Mapping[str, Detector] = {
+    f"embedded_{name}": Detector(_CONFIGS / f"{name}_embedded_swin.py", WEIGHTS / f"embedded_{name}.safetensors")
+    for name in ("mask_rcnn", "cascade_mask_rcnn")
+}

@@ -1,0 +1,73 @@
+"""What tasks have in common."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from traceback import clear_frames
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from adfq.errors import AdfqError
+
+
+def choose_images(available: int, count: int, seed: int) -> list[int]:
+    """Which images of a train split to calibrate on; AdfqError where there are fewer than `count`."""
+    if count < 1:
+        raise AdfqError(f"at least one calibration image is needed, {count} were asked for")
+    if count > available:
+        raise AdfqError(f"{count} calibration images were asked for, the train split has {available}")
+    chosen: list[int] = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:count].tolist()
+    return chosen
+
+
+def read_batches(loader: DataLoader[Any]) -> Iterator[Any]:
+    """A loader's batches; an AdfqError from one of its processes stays one line."""
+    try:
+        yield from loader
+    except AdfqError as error:
+        clear_frames(error.__traceback__)  # they keep the processes, which take seconds to end when nobody asks them to
+        message = str(error).rpartition("AdfqError: ")[2].strip()  # a process wraps its error in a traceback
+    else:
+        return
+    raise AdfqError(message)
+
+
+def digest_weights(model: nn.Module, *more: str) -> str:
+    """SHA-256 of a model's weights and of whatever else decides what they compute."""
+    digest = hashlib.sha256()
+    for text in more:
+        digest.update(text.encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def first_non_finite(model: nn.Module, batch: Tensor) -> str:
+    """The name of the first module whose output is not finite."""
+    found: list[str] = []
+
+    def look(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and not found and not torch.isfinite(output).all():
+                found.append(name)
+
+        return hook
+
+    hooks = [module.register_forward_hook(look(name or "model")) for name, module in model.named_modules()]
+    try:
+        model(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else "model"
+
+
+def one_line(error: Exception, length: int = 300) -> str:
+    """What an error says, for a message of one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= length else f"{text[:length]} …"
