@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,8 +23,12 @@ from mmdet.models.dense_heads.base_dense_head import BaseDenseHead  # noqa: E402
 from mmdet.models.detectors.base import BaseDetector  # noqa: E402
 from mmdet.models.layers import PatchMerging  # noqa: E402
 from mmdet.models.roi_heads.bbox_heads.bbox_head import BBoxHead  # noqa: E402
+from mmdet.models.roi_heads.cascade_roi_head import CascadeRoIHead  # noqa: E402
 from mmdet.models.roi_heads.mask_heads.fcn_mask_head import FCNMaskHead  # noqa: E402
 from mmdet.structures import DetDataSample  # noqa: E402
+from mmdet.structures.bbox import bbox2roi  # noqa: E402
+
+_MASKS = 100  # proposals whose masks are predicted; as many as a single stage does of its own accord
 
 
 class QuantShiftWindowAttention(ShiftWindowMSA):  # type: ignore[misc]
@@ -133,15 +138,31 @@ def detect_densely(model: Any, images: Tensor) -> list[Tensor]:
     shapes = {"img_shape": size, "ori_shape": size, "pad_shape": size, "batch_input_shape": size}
     samples = [DetDataSample(metainfo={**shapes, "scale_factor": (1.0, 1.0), "img_id": 0}) for _ in images]
     outputs: list[Any] = []
+    result: Any = None
     # What the detector gives out of itself lacks region proposals and the stages of a cascade.
     heads = [module for module in model.modules() if isinstance(module, (BaseDenseHead, BBoxHead, FCNMaskHead))]
     hooks = [head.register_forward_hook(lambda _, __, output: outputs.append(output)) for head in heads]
     try:
-        result = model(images, samples, mode="tensor")
+        if isinstance(getattr(model, "roi_head", None), CascadeRoIHead):
+            _run_cascade(model, images, samples)
+        else:
+            result = model(images, samples, mode="tensor")
     finally:
         for hook in hooks:
             hook.remove()
     return list(_tensors(outputs or result))
+
+
+def _run_cascade(model: Any, images: Tensor, samples: list[DetDataSample]) -> None:
+    """What the detector's own forward pass does, but for masks of every proposal by every stage, which take long."""
+    features = model.extract_feat(images)
+    proposals = [found.bboxes for found in model.rpn_head.predict(features, samples, rescale=False)]
+    metas = [sample.metainfo for sample in samples]
+    counts = tuple(len(boxes) for boxes in proposals)
+    rois, *_ = model.roi_head._refine_roi(features, bbox2roi(proposals), metas, counts)
+    if model.with_mask:
+        for stage in range(model.roi_head.num_stages):
+            model.roi_head._mask_forward(stage, features, torch.cat(rois)[:_MASKS])
 
 
 def _tensors(outputs: Any) -> Iterator[Tensor]:
