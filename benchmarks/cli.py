@@ -24,6 +24,7 @@ from benchmarks.reports.tables import STYLES, render, tabulate_results
 from benchmarks.results import ResultStore
 from benchmarks.runner import evaluate_model, quantize_model, resolve_device, run_cell, run_cells
 from benchmarks.tasks import TASKS, check_saved, find_task, load_quantized, load_subject, save_quantized
+from benchmarks.tasks.shared import check_place
 
 CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".npz")
 
@@ -210,11 +211,7 @@ def _quantize(options: argparse.Namespace) -> None:
     cell, file = _create_cell(options), options.out
     if cell.method == FULL_PRECISION:
         raise AdfqError("full_precision quantizes nothing that could be saved")
-    # Said before the work, not after it.
-    if file.is_dir():
-        raise AdfqError(f"cannot write {file}: it is a directory")
-    if not file.absolute().parent.is_dir():
-        raise AdfqError(f"cannot write {file}: there is no directory {file.parent}")
+    check_place(file)
     device = resolve_device(options.device)
     subject = load_subject(cell)
     unfinished = file.with_name(f"{file.name}.unfinished")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace as replace_fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -88,14 +90,7 @@ def adapt(model: nn.Module) -> Network:
     for name, module in list(model.named_modules()):
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             replace(model, name, "neck" if name.startswith("neck.") else "head", fixed_positions=False)
-    return Network(
-        model,
-        network.norms,
-        network.modules,
-        paddings=network.paddings,
-        trunk="backbone",
-        forward=lambda images: detect_densely(model, images),
-    )
+    return replace_fields(network, trunk="backbone", forward=partial(detect_densely, model))
 
 
 def _adapt_backbone(model: nn.Module, prefix: str) -> Network:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.embedded.classifiers import WEIGHTS
 
-_CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIG_FOLDER = Path(__file__).parents[1] / "configs"
 
 #: How many scenes there are: for calibration, and for evaluation.
 COUNTS: Mapping[str, int] = {"train2017": 256, "val2017": 200}
@@ -23,6 +23,6 @@ class Detector:
 
 
 DETECTORS: Mapping[str, Detector] = {
-    f"embedded_{name}": Detector(_CONFIGS / f"{name}_embedded_swin.py", WEIGHTS / f"embedded_{name}.safetensors")
+    f"embedded_{name}": Detector(CONFIG_FOLDER / f"{name}_embedded_swin.py", WEIGHTS / f"embedded_{name}.safetensors")
     for name in ("mask_rcnn", "cascade_mask_rcnn")
 }

@@ -20,7 +20,7 @@ from benchmarks.tasks.classification import (
     describe_classification,
     load_classification,
 )
-from benchmarks.tasks.detection import attach_detection, describe_detection, load_detection
+from benchmarks.tasks.detection import describe_detection, load_detection
 from benchmarks.tasks.mmdet_models import detector_names
 
 
@@ -58,24 +58,22 @@ class Task:
     Attributes:
         load: the model and data that a cell names; of a task with ``results`` among its options, these too.
         attach: a quantized model with the data that its cell names. The cell's preprocessing is a subject's; nothing
-            is calibrated.
+            is calibrated. None where quantized models cannot be saved and loaded.
         model_names: the models that have a name.
         describe: metrics in words.
         data: an example of where users have theirs.
         batch_size: of evaluation, where none is asked for.
         options: of the command line, that this task alone has.
-        saved: whether its quantized models can be saved and loaded.
         libraries: that compute beside torch and timm.
     """
 
     load: Callable[..., Subject]
-    attach: Callable[[Cell, nn.Module], Subject]
+    attach: Callable[[Cell, nn.Module], Subject] | None
     model_names: Callable[[], list[str]]
     describe: Callable[[Mapping[str, float]], str]
     data: str
     batch_size: int
     options: tuple[str, ...] = ()
-    saved: bool = True
     libraries: tuple[str, ...] = ()
 
 
@@ -90,13 +88,12 @@ TASKS: Mapping[str, Task] = {
     ),
     "detection": Task(
         load_detection,
-        attach_detection,
+        None,
         detector_names,
         describe_detection,
         data="/path/to/coco",
         batch_size=1,
         options=("config", "results"),
-        saved=False,
         libraries=("mmdet", "mmengine", "mmcv"),
     ),
 }
@@ -122,10 +119,12 @@ def load_subject(cell: Cell, results: str | None = None) -> Subject:
     return task.load(cell) if results is None else task.load(cell, results)
 
 
-def check_saved(task: str) -> None:
-    """Raises AdfqError for a task whose quantized models cannot be saved and loaded."""
-    if not find_task(task).saved:
+def check_saved(task: str) -> Callable[[Cell, nn.Module], Subject]:
+    """A task's `attach`; AdfqError for one whose quantized models cannot be saved and loaded."""
+    attach = find_task(task).attach
+    if attach is None:
         raise AdfqError(f"quantized models cannot be saved to a file, or loaded from one, for {task} yet")
+    return attach
 
 
 def save_quantized(model: nn.Module, cell: Cell, subject: Subject, file: str | os.PathLike[str]) -> None:
@@ -151,7 +150,7 @@ def load_quantized(file: str, **fields: Any) -> tuple[Cell, Subject]:
     Raises:
         AdfqError: for a file that `adfq.load` refuses, an unknown task, unusable data or preprocessing.
     """
-    check_saved(fields["task"])
+    attach = check_saved(fields["task"])
     model = adfq.load(file)
     quantization = cast(Quantization, model.quantization)
     architecture, notes = quantization.architecture, quantization.notes
@@ -170,4 +169,4 @@ def load_quantized(file: str, **fields: Any) -> tuple[Cell, Subject]:
         calibration_size=quantization.calibration_size,
         seed=quantization.seed,
     )
-    return cell, find_task(cell.task).attach(cell, model)
+    return cell, attach(cell, model)

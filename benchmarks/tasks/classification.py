@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 from collections.abc import Mapping
@@ -23,7 +22,15 @@ from benchmarks.cells import Cell
 from benchmarks.console import warn
 from benchmarks.embedded.classifiers import CLASSIFIERS
 from benchmarks.tasks.data import EMBEDDED, CheckedDataset, open_split
-from benchmarks.tasks.shared import choose_images, digest_weights, first_non_finite, one_line, read_batches
+from benchmarks.tasks.shared import (
+    choose_images,
+    digest_weights,
+    first_non_finite,
+    one_line,
+    read_batches,
+    unknown_model,
+    unreadable_checkpoint,
+)
 
 #: Modules of timm whose models have an adapter.
 TIMM_MODULES = ("vision_transformer", "deit", "swin_transformer")
@@ -162,9 +169,7 @@ def _resolve_shipped(cell: Cell) -> Cell:
 def _create_model(cell: Cell) -> Any:
     name, checkpoint = cell.model, cell.checkpoint
     if not timm.is_model(name):
-        close = difflib.get_close_matches(name, classifier_names(), n=3, cutoff=0.5)
-        hint = f"close to it are {', '.join(close)}; " if close else ""
-        raise AdfqError(f"unknown model {name!r}; {hint}'adfq list models' lists all")
+        raise unknown_model(name, classifier_names())
     if checkpoint and not os.path.isfile(checkpoint):
         raise AdfqError(f"there is no checkpoint {checkpoint}")
     try:
@@ -176,9 +181,8 @@ def _create_model(cell: Cell) -> Any:
         try:
             load_checkpoint(model, checkpoint, filter_fn=layouts)
         except Exception as error:  # a damaged file can raise anything
-            if "weights_only" in str(error):
-                raise AdfqError(f"{checkpoint} is not a file of weights alone, and code in it is never run") from None
-            raise AdfqError(f"checkpoint {checkpoint} does not fit {name}: {one_line(error)}") from None
+            problem = f"checkpoint {checkpoint} does not fit {name}"
+            raise unreadable_checkpoint(checkpoint, error, problem) from None
     elif not cell.pretrained:
         warn(f"{name} has random weights (neither a checkpoint nor pretrained weights)")
     return model

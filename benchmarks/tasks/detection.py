@@ -29,7 +29,7 @@ from benchmarks.embedded.detectors import COUNTS
 from benchmarks.tasks.coco import CheckedImages, CocoSplit
 from benchmarks.tasks.data import EMBEDDED
 from benchmarks.tasks.mmdet_models import load_detector, mmdetection
-from benchmarks.tasks.shared import choose_images, digest_weights, first_non_finite, one_line, read_batches
+from benchmarks.tasks.shared import check_place, choose_images, digest_weights, first_non_finite, one_line, read_batches
 
 #: What is found, by the names that COCO's tools have for it.
 KINDS: Mapping[str, str] = {"bbox": "box", "segm": "mask"}
@@ -247,11 +247,6 @@ def load_detection(cell: Cell, results: str | None = None) -> Detection:
     return Detection(model, digest, preprocessing, split("train2017"), validation, workers, results)
 
 
-def attach_detection(cell: Cell, model: nn.Module) -> Detection:
-    """Will give a quantized detector its data; none can be saved yet."""
-    raise AdfqError("quantized detectors cannot be loaded from a file yet")
-
-
 def _build_dataset(config: Any, folder: Path | None = None, **settings: Any) -> Any:
     from mmdet.registry import DATASETS
 
@@ -297,10 +292,7 @@ def _check_writable(prefix: str) -> None:
     """Raises AdfqError, before the work, where results cannot be written after it."""
     for kind in KINDS:
         path = Path(f"{prefix}.{kind}.json")
-        if not path.absolute().parent.is_dir():
-            raise AdfqError(f"cannot write {path}: there is no directory {path.parent}")
-        if path.is_dir():
-            raise AdfqError(f"cannot write {path}: it is a directory")
+        check_place(path)
         if not os.access(path if path.exists() else path.parent, os.W_OK):
             raise AdfqError(f"cannot write {path}: permission denied")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import logging
 import os
 import re
@@ -11,7 +10,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,17 +19,15 @@ from torch import Tensor, nn
 from adfq.adapters.mmcv_ops import provide_mmcv_ops
 from adfq.errors import AdfqError
 from benchmarks.console import warn
-from benchmarks.embedded.detectors import DETECTORS
-from benchmarks.tasks.shared import one_line
-
-_CONFIGS = Path(__file__).parents[1] / "configs"
+from benchmarks.embedded.detectors import CONFIG_FOLDER, DETECTORS
+from benchmarks.tasks.shared import one_line, unknown_model, unreadable_checkpoint
 
 #: Config files by model name: those of MMDetection, and those that it has not.
 CONFIGS: Mapping[str, str] = {
     "mask_rcnn_swin_tiny": "mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco.py",
     "mask_rcnn_swin_small": "mmdet::swin/mask-rcnn_swin-s-p4-w7_fpn_amp-ms-crop-3x_coco.py",
-    "cascade_mask_rcnn_swin_tiny": str(_CONFIGS / "cascade_mask_rcnn_swin_tiny.py"),
-    "cascade_mask_rcnn_swin_small": str(_CONFIGS / "cascade_mask_rcnn_swin_small.py"),
+    "cascade_mask_rcnn_swin_tiny": str(CONFIG_FOLDER / "cascade_mask_rcnn_swin_tiny.py"),
+    "cascade_mask_rcnn_swin_small": str(CONFIG_FOLDER / "cascade_mask_rcnn_swin_small.py"),
 }
 
 # Buffers that follow from the model or only count: files have them or not.
@@ -109,7 +105,7 @@ def open_config(name: str) -> Any:
         place = str(DETECTORS[name].config) if name in DETECTORS else CONFIGS.get(name, name)
         packaged = place.startswith("mmdet::")
         if not packaged and not os.path.isfile(place):
-            raise AdfqError(_unknown(name))
+            raise _unknown(name)
         try:
             return get_config(place) if packaged else Config.fromfile(place)
         except Exception as error:  # a program can raise anything
@@ -185,9 +181,7 @@ def read_weights(file: str) -> dict[str, Tensor]:
             with torch.serialization.safe_globals([(_Ignored, name) for name in _HISTORY]):
                 content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise anything
-        if "weights_only" in str(error):
-            raise AdfqError(f"{file} is not a file of weights alone, and code in it is never run") from None
-        raise AdfqError(f"cannot read checkpoint {file}: {one_line(error)}") from None
+        raise unreadable_checkpoint(file, error, f"cannot read checkpoint {file}") from None
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise AdfqError(f"{file} holds no weights of a model")
@@ -239,9 +233,7 @@ def _check_backbone(name: str, model: nn.Module) -> None:
         raise AdfqError(f"{name}: the backbone has to be MMDetection's SwinTransformer; {found}")
 
 
-def _unknown(name: str) -> str:
+def _unknown(name: str) -> AdfqError:
     if re.search(r"[/\\]|\.(py|json|ya?ml)$", name):
-        return f"there is no config {name}"
-    close = difflib.get_close_matches(name, detector_names(), n=3, cutoff=0.5)
-    hint = f"close to it are {', '.join(close)}; " if close else ""
-    return f"unknown model {name!r}; {hint}'adfq list models' lists all"
+        return AdfqError(f"there is no config {name}")
+    return unknown_model(name, detector_names())

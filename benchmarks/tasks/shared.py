@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from traceback import clear_frames
 from typing import Any
 
@@ -71,3 +73,25 @@ def one_line(error: Exception, length: int = 300) -> str:
     """What an error says, for a message of one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= length else f"{text[:length]} …"
+
+
+def unknown_model(name: str, known: Sequence[str]) -> AdfqError:
+    """An error that names the models most like it."""
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"close to it are {', '.join(close)}; " if close else ""
+    return AdfqError(f"unknown model {name!r}; {hint}'adfq list models' lists all")
+
+
+def unreadable_checkpoint(file: str, error: Exception, problem: str) -> AdfqError:
+    """An error for a checkpoint that could not be loaded: because it holds code, or else for the given problem."""
+    if "weights_only" in str(error):
+        return AdfqError(f"{file} is not a file of weights alone, and code in it is never run")
+    return AdfqError(f"{problem}: {one_line(error)}")
+
+
+def check_place(file: Path) -> None:
+    """Raises AdfqError, before the work, for a file that has no directory or is one."""
+    if not file.absolute().parent.is_dir():
+        raise AdfqError(f"cannot write {file}: there is no directory {file.parent}")
+    if file.is_dir():
+        raise AdfqError(f"cannot write {file}: it is a directory")

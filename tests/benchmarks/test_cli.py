@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -101,17 +102,12 @@ def test_methods_are_chosen_beside_full_precision(tmp_path: Path, capsys: pytest
 def test_mistakes_are_one_line_and_exit_code_2(
     arguments: list[str],
     message: str,
-    capsys: pytest.CaptureFixture[str],
+    assert_refused: Callable[[Sequence[str], str], None],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(arguments) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("adfq: error: ")
-    assert captured.err.count("\n") == 1
-    assert message in captured.err
+    assert_refused(arguments, message)
 
 
 def test_unknown_models_are_answered_with_close_ones(capsys: pytest.CaptureFixture[str]) -> None:

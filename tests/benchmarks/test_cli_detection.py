@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -99,18 +99,13 @@ def test_each_task_has_its_batch_size_and_models(capsys: pytest.CaptureFixture[s
 def test_mistakes_are_one_line_and_exit_code_2(
     arguments: list[str],
     message: str,
-    capsys: pytest.CaptureFixture[str],
+    assert_refused: Callable[[Sequence[str], str], None],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("broken.py").write_text("model = dict(")
-    assert main(arguments) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("adfq: error: ")
-    assert captured.err.count("\n") == 1
-    assert message in captured.err
+    assert_refused(arguments, message)
     assert [path.name for path in tmp_path.iterdir()] == ["broken.py"]
 
 

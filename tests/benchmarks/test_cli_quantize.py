@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -141,15 +142,11 @@ def test_mistakes_are_one_line_and_exit_code_2(
     file: Path,
     unusable: dict[str, Path],
     capsys: pytest.CaptureFixture[str],
+    assert_refused: Callable[[Sequence[str], str], None],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
-    assert main([argument.format(file=file, **unusable) for argument in arguments]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("adfq: error: ")
-    assert captured.err.count("\n") == 1
-    assert message in captured.err
+    assert_refused([argument.format(file=file, **unusable) for argument in arguments], message)
     assert list(tmp_path.iterdir()) == []
