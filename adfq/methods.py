@@ -213,9 +213,10 @@ def adfq_vit(
     """ADFQ-ViT (arXiv 2407.02763): per-patch outlier-aware quantizers after LayerNorm (PPOQ), shift-log2 quantizers
     after GELU (SLQ), attention-score enhanced module-wise optimization (AMO).
 
-    Where token positions differ from image to image, as in a detector outside its windows, PPOQ takes a patch's range
-    from the patch itself at run time. AMO optimizes attentions, MLPs, patch embedding and mergings, and a classifier's
-    head; a detector's neck and heads are calibrated.
+    Where token positions differ from image to image, as in a detector or in Segment Anything outside of windows, PPOQ
+    takes a patch's range from the patch itself at run time. AMO optimizes attentions (with the scores of all of them,
+    across too), MLPs, convolution stages, patch embedding and mergings, a classifier's head, and neck and heads of
+    Segment Anything; a detector's neck and heads are calibrated.
 
     Options:
         qkv_threshold: α before attention, and before Swin's patch merging.

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from adfq.calibration import calibrating, progress_bar
 from adfq.errors import AdfqError
-from adfq.layers import QuantWeightLayer
+from adfq.layers import QuantConv2d, QuantWeightLayer
 from adfq.quantizers import LogQuantizer, UniformQuantizer
 from adfq.quantizers.adaround import AdaRoundQuantizer
 from adfq.sites import Network
@@ -144,7 +144,8 @@ def optimize_modules(network: Network, images: Tensor, settings: Settings) -> di
             progress.set_postfix_str(f"error {result.before:.3g} → {result.after:.3g}")
             outputs.append(torch.cat([reconstruction.targets, reconstruction.quantized_outputs()]).flatten(0, 1))
             # The module itself runs on one image only, for its output is known.
-            return (arguments[0][: len(arguments[0]) // (2 * len(images))], *arguments[1:]), keywords
+            first = {key: tensor[0] for key, tensor in reconstruction.inputs.items()}
+            return _replace(arguments, keywords, first)
 
         for name, seed in zip(network.modules, seeds, strict=True):
             module = network.model.get_submodule(name)
@@ -152,7 +153,7 @@ def optimize_modules(network: Network, images: Tensor, settings: Settings) -> di
             hooks.append(module.register_forward_hook(lambda *_: outputs.pop()))
         try:
             with torch.no_grad():
-                network.model.get_submodule(network.trunk)(torch.cat([images, images]))
+                (network.trunk or network.run)(torch.cat([images, images]))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -215,7 +216,8 @@ class _Finished:
 class _Reconstruction:
     """One module with everything that its optimization needs.
 
-    Inputs, targets and scores are B×k×…, with k rows of the module's input for each image (Swin's windows).
+    Inputs, targets and scores are B×k×…, with k rows of the module's input for each image (Swin's windows). Inputs are
+    all tensor arguments with as many rows as the first, by position or keyword: across, attention has three.
     """
 
     def __init__(
@@ -229,12 +231,19 @@ class _Reconstruction:
     ) -> None:
         self.settings = settings
         self.module = network.model.get_submodule(name)
-        self.further_arguments = arguments[1:], keywords
+        self.arguments = arguments, keywords
         modules = self.module.named_modules()
         self.layers = {key: layer for key, layer in modules if isinstance(layer, QuantWeightLayer)}
         self.quantizers = {site: quantizer for site, _, quantizer in network.activation_quantizers(name)}
         self.softmaxes = [module for module in self.module.modules() if isinstance(module, nn.Softmax)]
-        self.inputs, self.quantized_inputs = arguments[0].unflatten(0, (2 * images, -1)).chunk(2)
+        self.channels_first = any(isinstance(layer, QuantConv2d) for layer in self.layers.values())
+        self.inputs, self.quantized_inputs = {}, {}
+        tensors = {key: value for key, value in _by_key(arguments, keywords) if isinstance(value, Tensor)}
+        rows = len(next(iter(tensors.values())))
+        for key, tensor in tensors.items():
+            if tensor.dim() and len(tensor) == rows:
+                halves = tensor.unflatten(0, (2 * images, -1)).chunk(2)
+                self.inputs[key], self.quantized_inputs[key] = halves
         with network.full_precision():
             self.targets, self.scores = self._targets()
         held_back = round(settings.held_back * images)
@@ -244,20 +253,35 @@ class _Reconstruction:
 
     def _targets(self) -> tuple[Tensor, list[Tensor]]:
         outputs, scores = [], []
-        for batch in self.inputs.split(self.settings.optimize_batch_size):
+        for chosen in self._batches():
             with self._scores() as found:
-                outputs.append(self._forward(batch).unflatten(0, (len(batch), -1)))
-            scores.append([self._distribution(score).unflatten(0, (len(batch), -1)) for score in found])
+                outputs.append(self._forward(_choose(self.inputs, chosen)).unflatten(0, (len(chosen), -1)))
+            scores.append([self._distribution(score).unflatten(0, (len(chosen), -1)) for score in found])
         return torch.cat(outputs), [torch.cat(parts) for parts in zip(*scores, strict=True)]
 
     def quantized_outputs(self) -> Tensor:
-        batches = self.quantized_inputs.split(self.settings.optimize_batch_size)
-        return torch.cat([self._forward(batch).unflatten(0, (len(batch), -1)) for batch in batches])
+        outputs = [
+            self._forward(_choose(self.quantized_inputs, chosen)).unflatten(0, (len(chosen), -1))
+            for chosen in self._batches()
+        ]
+        return torch.cat(outputs)
 
-    def _forward(self, inputs: Tensor) -> Tensor:
-        positional, keywords = self.further_arguments
-        output: Tensor = self.module.forward(inputs.flatten(0, 1), *positional, **keywords)
+    def _batches(self) -> tuple[Tensor, ...]:
+        images = len(next(iter(self.inputs.values())))
+        batches: tuple[Tensor, ...] = torch.arange(images).split(self.settings.optimize_batch_size)
+        return batches
+
+    def _forward(self, inputs: Mapping[int | str, Tensor]) -> Tensor:
+        arguments, keywords = _replace(*self.arguments, {key: tensor.flatten(0, 1) for key, tensor in inputs.items()})
+        output: Tensor = self.module.forward(*arguments, **keywords)
         return output
+
+    def _squared_error(self, output: Tensor, target: Tensor) -> Tensor:
+        """Summed over tokens (of a convolution, channels), mean over the rest."""
+        error = (output.float() - target.float()).square()
+        if error.dim() > 3 and not self.channels_first:
+            error = error.flatten(1, -2)
+        return error.sum(1).mean()
 
     @contextmanager
     def _scores(self) -> Iterator[list[Tensor]]:
@@ -339,13 +363,18 @@ class _Reconstruction:
         """The loss of a batch drawn at random, `progress` through the iterations."""
         settings = self.settings
         chosen = self.trained_on[torch.randperm(len(self.trained_on))[: settings.optimize_batch_size]]
-        inputs, quantized_inputs = self.inputs[chosen], self.quantized_inputs[chosen]
-        mixed = torch.where(torch.rand_like(inputs) < settings.mix_probability, quantized_inputs, inputs)
+        mixed = {}
+        for key, tensor in _choose(self.inputs, chosen).items():
+            quantized = torch.rand_like(tensor) < settings.mix_probability
+            mixed[key] = torch.where(quantized, self.quantized_inputs[key][chosen], tensor)
         for layer, rounding in self.roundings:
             layer.quantized_weight = rounding.soft().to(layer.weight.dtype)
-        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=settings.autocast), self._scores() as scores:
+        with (
+            torch.autocast(self.targets.device.type, torch.bfloat16, enabled=settings.autocast),
+            self._scores() as scores,
+        ):
             output = self._forward(mixed)
-        loss = _squared_error(output, self.targets[chosen].flatten(0, 1))
+        loss = self._squared_error(output, self.targets[chosen].flatten(0, 1))
         for score, target in zip(scores, self.scores, strict=True):
             loss = loss + settings.attention_weight * self._divergence(score, target[chosen].flatten(0, 1))
         if progress >= _WARM_UP:
@@ -399,8 +428,8 @@ class _Reconstruction:
         """The reconstruction error with the inputs that the quantized network gives, on the images that judge."""
         total = 0.0
         for chosen in self.judged_on.split(self.settings.optimize_batch_size):
-            output = self._forward(self.quantized_inputs[chosen])
-            total += float(_squared_error(output, self.targets[chosen].flatten(0, 1))) * len(chosen)
+            output = self._forward(_choose(self.quantized_inputs, chosen))
+            total += float(self._squared_error(output, self.targets[chosen].flatten(0, 1))) * len(chosen)
         return total / len(self.judged_on)
 
     def state(self) -> dict[str, Tensor]:
@@ -421,5 +450,18 @@ class _Reconstruction:
                 layer.quantized_weight = state[name].to(layer.weight.device)
 
 
-def _squared_error(output: Tensor, target: Tensor) -> Tensor:
-    return (output.float() - target.float()).square().sum(1).mean()
+def _by_key(arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> Iterator[tuple[int | str, Any]]:
+    yield from enumerate(arguments)
+    yield from keywords.items()
+
+
+def _replace(
+    arguments: tuple[Any, ...], keywords: Mapping[str, Any], values: Mapping[int | str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call with other values in place of some of its arguments."""
+    changed = {**dict(_by_key(arguments, keywords)), **values}
+    return tuple(changed[index] for index in range(len(arguments))), {key: changed[key] for key in keywords}
+
+
+def _choose(inputs: Mapping[int | str, Tensor], chosen: Tensor) -> dict[int | str, Tensor]:
+    return {key: tensor[chosen] for key, tensor in inputs.items()}

@@ -25,10 +25,13 @@ ROLES = (
     "value",
     "proj",
     "fc1",  # post-LayerNorm
-    "fc2",  # post-GELU
+    "fc2",  # post-GELU; convolutions behind a GELU too
+    "relu",  # the second layer of an MLP with ReLU
+    "conv",  # any other convolution of TinyViT
+    "in_proj",  # separate projections to queries, keys and values: LayerNorm's output and positions
     "reduction",  # Swin's patch merging, post-LayerNorm
-    "neck",  # a detector's feature pyramid
-    "head",  # of a classifier; every layer of a detector's heads
+    "neck",  # a detector's feature pyramid; behind SAM's image encoder
+    "head",  # of a classifier; every layer of a detector's heads, and of those of SAM's mask decoder
 )
 
 POST_NORM_ROLES = ("qkv", "fc1", "reduction")
@@ -75,12 +78,13 @@ class Network:
             scales can be exchanged (RepQ-ViT).
         paddings: for the name of such a layer, what stands for 0 (C) where its input is padded behind the norm.
         modules: names of the parts that are optimized together (`adfq.reconstruction`): patch embedding, attentions,
-            MLPs, patch mergings, heads. Each maps one tensor to one; an nn.Softmax in it tells its attention scores.
+            MLPs, patch mergings, heads. Each gives one tensor; an nn.Softmax in it tells its attention scores.
         resume: a folder in which a long optimization leaves finished modules, and finds them again; None for none.
         report: what a method has to say of its work, by subject; JSON's types.
         floating_point: names of linear and convolution layers that the adapter has no rule for.
-        trunk: name of the part that images go into and that has all the `modules`; "" for the whole model.
+        trunk: takes images through all the `modules`, where that is less than `forward`.
         forward: takes images through every layer of the model, where the model itself wants more than images.
+        kept: names of parts that all methods leave in full precision.
     """
 
     model: nn.Module
@@ -90,8 +94,9 @@ class Network:
     resume: Path | None = None
     report: dict[str, Any] = field(default_factory=dict)
     paddings: Mapping[str, Tensor] = field(default_factory=dict)
-    trunk: str = ""
+    trunk: Callable[[Tensor], Any] | None = None
     forward: Callable[[Tensor], Any] | None = None
+    kept: tuple[str, ...] = ()
 
     def run(self, images: Tensor) -> Any:
         """What the model makes of images B×C×H×W, which are moved to its device and dtype."""

@@ -105,12 +105,16 @@ def _recipe(bits: Bits, released: bool) -> Recipe:
 
 
 def _run(network: Network, images: Tensor, backward: bool) -> None:
-    """One pass of the model, and one backwards to the images: it meets every layer and gives no weight a gradient."""
+    """One pass of the model, and one backwards, which meets every layer and gives no weight a gradient.
+
+    It goes back to the images, and to biases: not everything is computed from images, such as a mask decoder's tokens.
+    """
     images = network.place(images).clone().requires_grad_(backward)
+    biases = [layer.bias for _, layer in network.weight_layers() if layer.bias is not None and layer.bias.requires_grad]
     with torch.set_grad_enabled(backward):
         outputs = network.run(images)
         if backward:
-            torch.autograd.grad(_LOSS_SCALE * _fisher_loss(outputs), images)
+            torch.autograd.grad(_LOSS_SCALE * _fisher_loss(outputs), [images, *biases], allow_unused=True)
 
 
 def _fisher_loss(outputs: Tensor | list[Tensor]) -> Tensor:
@@ -145,8 +149,9 @@ def _check_finite(name: str, values: Tensor) -> None:
 class _Observer:
     """Keeps what the search needs to know of a layer while the model runs.
 
-    A layer is seen as products left @ rightᵀ of P×M×inner and P×N×inner: P is 1, left the weight and right the tokens,
-    or P is images × heads (Swin: windows × heads), left the queries or probabilities, right the keys or values.
+    A layer is seen as products left @ rightᵀ of P×M×inner and P×N×inner: P is 1 (of a convolution the number of its
+    groups), left the weight and right the tokens, or P is images × heads (Swin: windows × heads), left the queries or
+    probabilities, right the keys or values.
     """
 
     def __init__(self, name: str, layer: QuantWeightLayer | QuantMatMul, batches: int, weighted: bool) -> None:
@@ -168,14 +173,14 @@ class _Observer:
         """Keeps a sample of the rows of the first input and of the gradient, weighted, and all of the second."""
         _check_finite(f"gradient at {self.name}", gradient)
         self.largest.append([operand.abs().max().float() for operand in inputs])
-        x, gradient = (rows.float() for rows in _as_rows(self.layer, inputs[0], gradient))
+        choose, sizes, gradient = _as_rows(self.layer, inputs[0].float(), gradient.float())
         for (matrices, rows), kept in self.kept.items():
             if isinstance(self.layer, QuantWeightLayer):
                 matrices, rows = self.batches, math.ceil(matrices * rows / self.batches)
-            which, chosen, weights = sample_rows(x, gradient, math.ceil(matrices / self.batches), rows)
+            which, chosen, weights = sample_rows(sizes, gradient, math.ceil(matrices / self.batches), rows)
             others = [operand.flatten(0, -3)[which].float() for operand in inputs[1:]]
             which = which[:, None]
-            kept.append((x[which, chosen], gradient[which, chosen] * weights.sqrt()[..., None], *others))
+            kept.append((choose(which, chosen), gradient[which, chosen] * weights.sqrt()[..., None], *others))
 
     def product(self, size: tuple[int, int]) -> Product:
         """What was kept of that size."""
@@ -190,26 +195,64 @@ class _Observer:
             as_rows = None if layer.transpose_right else partial(torch.transpose, dim0=-2, dim1=-1)
             return Product(left, Operand(others[0], layer.right_quantizer, largest[1], as_rows), gradient)
         weight = layer.weight.detach().float()
-        groups = {"qkv": 3, "patch_embed": len(weight)}.get(layer.role, 1)
+        products = layer.groups if isinstance(layer, QuantConv2d) else 1
+        groups = {"qkv": 3, "patch_embed": len(weight)}.get(layer.role, 1) if products == 1 else 1
         maxima = weight.reshape(groups, -1).abs().amax(1)
-        left = Operand(weight, layer.weight_quantizer, maxima, lambda values: values.flatten(1)[None])
+        as_rows = partial(torch.reshape, shape=(products, len(weight) // products, -1))
+        left = Operand(weight, layer.weight_quantizer, maxima, as_rows)
+        x, gradient = (rows[0].unflatten(1, (products, -1)).transpose(0, 1) for rows in (x, gradient))
         return Product(left, Operand(x, layer.input_quantizer, largest[0]), gradient.mT.contiguous())
 
 
-def _as_rows(layer: QuantWeightLayer | QuantMatMul, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """A layer's (first) input as P×rows×inner and the gradient at its output as P×rows×columns."""
+def _as_rows(
+    layer: QuantWeightLayer | QuantMatMul, x: Tensor, gradient: Tensor
+) -> tuple[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor]:
+    """A layer's (first) input as P×rows×inner and the gradient at its output as P×rows×columns.
+
+    A row of a convolution is a position of its output: what all groups read there, one after the other.
+
+    Returns:
+        what gives the rows of the input for indices of matrices and of rows in them, the squared norms of all rows
+        (P×rows), and the gradient.
+    """
     if isinstance(layer, QuantMatMul):
-        return x.flatten(0, -3), gradient.flatten(0, -3)
-    if isinstance(layer, QuantConv2d):
-        # A convolution with the unit matrix lays out the patches, whatever stride and padding.
-        inner = layer.weight[0].numel()
-        unit = torch.eye(inner, dtype=x.dtype, device=x.device).reshape(inner, *layer.weight.shape[1:])
-        x = F.conv2d(x, unit, None, layer.stride, layer.padding, layer.dilation).movedim(1, -1)
-        gradient = gradient.movedim(1, -1)
-    return x.reshape(1, -1, x.shape[-1]), gradient.reshape(1, -1, gradient.shape[-1])
+        x, gradient = x.flatten(0, -3), gradient.flatten(0, -3)
+    else:
+        if isinstance(layer, QuantConv2d):
+            gradient = gradient.movedim(1, -1)
+        gradient = gradient.reshape(1, -1, gradient.shape[-1])
+        if isinstance(layer, QuantConv2d) and layer.groups > 1:
+            # Not all patches: those of a depthwise convolution, whose input is the largest, take many times its room.
+            sizes = _lay_out(layer, x.square().sum(1, keepdim=True)).sum(1)
+            return lambda _, chosen: _choose_patches(layer, x, chosen), sizes.reshape(1, -1), gradient
+        if isinstance(layer, QuantConv2d):
+            x = _lay_out(layer, x).movedim(1, -1)
+        x = x.reshape(1, -1, x.shape[-1])
+    return lambda which, chosen: x[which, chosen], x.square().sum(-1), gradient
 
 
-def sample_rows(x: Tensor, gradient: Tensor, products: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+def _lay_out(layer: QuantConv2d, x: Tensor) -> Tensor:
+    """What the kernel covers at each position of a convolution's output: B×C×H×W to B×(C·kernel)×H'×W'."""
+    # A convolution with the unit matrix lays out the patches, whatever stride and padding.
+    kernel = layer.weight.shape[2:]
+    inner = x.shape[1] * kernel.numel()
+    unit = torch.eye(inner, dtype=x.dtype, device=x.device).reshape(inner, -1, *kernel)
+    return F.conv2d(x, unit, None, layer.stride, layer.padding, layer.dilation)
+
+
+def _choose_patches(layer: QuantConv2d, x: Tensor, chosen: Tensor) -> Tensor:
+    """What `_lay_out` has at chosen rows, of all images' positions: 1×rows to 1×rows×(C·kernel)."""
+    # Pixels by number, 0 for padding; exact in double precision, also where a GPU rounds convolutions.
+    numbers = torch.arange(1, x[0, 0].numel() + 1, dtype=torch.float64, device=x.device)
+    pixels = _lay_out(layer, numbers.reshape(1, 1, *x.shape[2:])).long().flatten(2)
+    image, position = chosen // pixels.shape[-1], chosen % pixels.shape[-1]
+    pixels = pixels[0, :, position].movedim(0, -1).unsqueeze(2)
+    channels = torch.arange(x.shape[1], device=x.device)[:, None]
+    values = x.flatten(2)[image[..., None, None], channels, pixels - 1]
+    return (values * (pixels > 0)).flatten(2)
+
+
+def sample_rows(sizes: Tensor, gradient: Tensor, products: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     """Draws rows of a layer's output on which the sum of weighted squared errors has an unbiased, close estimate.
 
     Full scores are sums over thousands of rows; a few hundred, the same for all candidates, tell these apart as well.
@@ -218,7 +261,7 @@ def sample_rows(x: Tensor, gradient: Tensor, products: int, rows: int) -> tuple[
     gradient, and only they are drawn.
 
     Args:
-        x: P×M×inner.
+        sizes: P×M, the squared norms of the input's rows.
         gradient: P×M×N.
         products, rows: how many of the P matrices and of the M rows of each; all, where there are no more.
 
@@ -227,11 +270,11 @@ def sample_rows(x: Tensor, gradient: Tensor, products: int, rows: int) -> tuple[
     """
     # Relative to the largest, so that nothing underflows; the floor is for images without any gradient.
     gradient = gradient / gradient.abs().max().clamp(min=torch.finfo(gradient.dtype).tiny)
-    size = x.square().sum(-1).double()
-    mass = gradient.square().sum(-1) * (1 + size / size.mean().clamp(min=1e-300)) + 1e-12
+    sizes = sizes.double()
+    mass = gradient.square().sum(-1) * (1 + sizes / sizes.mean().clamp(min=1e-300)) + 1e-12
     which, product_weights = _draw(mass.sum(1), products)
     chosen, row_weights = _draw(mass[which], rows)
-    return which, chosen, (product_weights[:, None] * row_weights).to(x.dtype)
+    return which, chosen, (product_weights[:, None] * row_weights).to(gradient.dtype)
 
 
 def _draw(mass: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ class Cell:
     """Everything that decides a result, except the code, the data and the weights themselves.
 
     Attributes:
-        task: ``"classification"`` or ``"detection"``.
+        task: ``"classification"``, ``"detection"`` or ``"segmentation"``.
         model: a name that the task knows.
         data: where images come from, in the task's terms.
         method: one of `adfq.methods()`.
@@ -30,6 +30,7 @@ class Cell:
         pretrained: download the weights where there is no checkpoint.
         method_arguments: the method's options, sorted.
         preprocessing: overrides of the model's own, sorted.
+        task_arguments: options that the task alone has, sorted, as far as they differ from its defaults.
         calibration_size: number of calibration images.
         seed: of their choice, and of the method.
         limit: how many evaluation images at most; None for all.
@@ -46,6 +47,7 @@ class Cell:
     pretrained: bool = False
     method_arguments: Arguments = ()
     preprocessing: Arguments = ()
+    task_arguments: Arguments = ()
     calibration_size: int = 32
     seed: int = 0
     limit: int | None = None
@@ -68,6 +70,8 @@ class Cell:
     def config(self) -> dict[str, Any]:
         """The cell as JSON has it."""
         config: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        if not self.task_arguments:  # most tasks have none, and records are older than these
+            del config["task_arguments"]
         return config
 
     @property

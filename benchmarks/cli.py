@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import copy
 import json
 import logging
 import shutil
@@ -11,19 +12,22 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any, NoReturn
 
 import adfq
+from adfq.adapters import adapt
 from adfq.errors import AdfqError
-from adfq.methods import FULL_PRECISION
-from benchmarks.cells import Cell
+from adfq.methods import FULL_PRECISION, load_method
+from benchmarks.cells import Arguments, Cell
 from benchmarks.console import warn
+from benchmarks.reports import sites
 from benchmarks.reports.spec import Entry, Model, Row, Table, load_table, table_names
 from benchmarks.reports.tables import STYLES, render, tabulate_results
 from benchmarks.results import ResultStore
 from benchmarks.runner import evaluate_model, quantize_model, resolve_device, run_cell, run_cells
-from benchmarks.tasks import TASKS, check_saved, find_task, load_quantized, load_subject, save_quantized
+from benchmarks.tasks import TASKS, Task, check_saved, find_task, load_quantized, load_subject, save_quantized
 from benchmarks.tasks.shared import check_place
 
 CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".npz")
@@ -40,6 +44,9 @@ _IN_QUANTIZED_FILE = {
     "--calibration-size": "calibration_size",
     "--seed": "seed",
 }
+
+#: Kinds of figures, and the table whose methods they compare.
+_FIGURES = {"detections": "2", "masks": "3"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -71,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="adfq", description="Post-training quantization of vision transformers, measured.")
     parser.add_argument("--version", action="version", version=f"adfq {adfq.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="run|quantize|table|figure|list")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="run|quantize|describe|table|figure|list")
 
     run = commands.add_parser("run", help="measure one method on one model")
     run.set_defaults(action=_run)
@@ -82,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--results",
         metavar="PREFIX",
-        help="of detection: write PREFIX.bbox.json and PREFIX.segm.json, as COCO has them",
+        help="of detection: write PREFIX.bbox.json and PREFIX.segm.json, as COCO has them; of segmentation the latter",
     )
     run.add_argument("--json", action="store_true", help="one JSON object on the last line of stdout")
     _add_common(run)
@@ -92,6 +99,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_experiment(quantize)
     quantize.add_argument("--out", type=Path, required=True, metavar="FILE", help="safetensors file to write")
     _add_calibration(quantize)
+
+    describe = commands.add_parser("describe", help="list what a method does with each site of a model")
+    describe.set_defaults(action=_describe)
+    _add_experiment(describe)
+    describe.add_argument("--format", choices=sites.STYLES, default="md")
+    _add_calibration(describe)
+    describe.set_defaults(calibration_size=1)
 
     table = commands.add_parser("table", help="measure and print tables of the paper")
     table.set_defaults(action=_tables)
@@ -108,10 +122,11 @@ def _parser() -> argparse.ArgumentParser:
 
     figure = commands.add_parser("figure", help="draw what a table's methods find, side by side")
     figure.set_defaults(action=_figure)
-    figure.add_argument("kind", choices=["detections"])
+    figure.add_argument("kind", choices=_FIGURES)
     figure.add_argument("--images", type=_positive, default=3, metavar="N", help="the first N (default: 3)")
     figure.add_argument("--out", type=Path, required=True, metavar="FILE", help="PNG or SVG to write")
     _add_table(figure)
+    _add_prompts(figure)
     _add_calibration(figure)
 
     listing = commands.add_parser("list", help="list what there is")
@@ -137,7 +152,7 @@ def _add_experiment(parser: argparse.ArgumentParser) -> None:
     """What decides a cell, named after its fields; what is not given is None."""
     parser.add_argument("task", choices=TASKS)
     model = parser.add_mutually_exclusive_group()
-    model.add_argument("--model", help="an embedded model, any of timm's or MMDetection's; 'adfq list models'")
+    model.add_argument("--model", help="an embedded model, any of timm's or MMDetection's, a SAM; 'adfq list models'")
     model.add_argument("--config", metavar="FILE", help="of detection: MMDetection's config of the model")
     parser.add_argument(
         "--model-arg",
@@ -156,7 +171,11 @@ def _add_experiment(parser: argparse.ArgumentParser) -> None:
         "--data",
         required=True,
         metavar="SPEC",
-        help="embedded; folder:ROOT or torch/NAME:ROOT, as timm names them; of detection COCO's folder",
+        help="embedded; folder:ROOT or torch/NAME:ROOT, as timm names them; of detection, segmentation COCO's folder",
+    )
+    _add_prompts(parser)
+    parser.add_argument(
+        "--encoder-only", action="store_true", default=None, help="of segmentation: quantize the image encoder alone"
     )
     parser.add_argument("--method", help="'adfq list methods'")
     parser.add_argument("--method-arg", dest="method_arguments", type=_pair, nargs="+", action="extend", metavar="K=V")
@@ -169,11 +188,19 @@ def _add_experiment(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--interpolation", choices=["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"])
 
 
+def _add_prompts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prompts",
+        metavar="boxes|points|FILE",
+        help="of segmentation: the ground truth's boxes (default) or points, or a detector's results, as COCO has them",
+    )
+
+
 def _add_common(parser: argparse.ArgumentParser) -> None:
     _add_calibration(parser)
     parser.add_argument("--limit", type=_positive, metavar="N", help="evaluate on the first N images only")
     parser.add_argument(
-        "--batch-size", type=_positive, metavar="N", help="of evaluation (default: 100; of detection 1)"
+        "--batch-size", type=_positive, metavar="N", help="of evaluation (default: 100; of detection, segmentation 1)"
     )
 
 
@@ -223,11 +250,27 @@ def _quantize(options: argparse.Namespace) -> None:
     print(f"{file}: {size / 1e6:.2f} MB, {100 * size / full:.1f} % of float32's size, in {seconds:.1f} s")
 
 
+def _describe(options: argparse.Namespace) -> None:
+    _check_options(options)
+    cell = _create_cell(options)
+    quantized = cell.method != FULL_PRECISION
+    if quantized and "iterations" in signature(load_method(cell.method)).parameters:
+        # Optimization takes long and changes no site.
+        arguments = {"iterations": 0, **dict(cell.method_arguments)}
+        cell = replace(cell, method_arguments=tuple(sorted(arguments.items())))
+    device = resolve_device(options.device)
+    subject = load_subject(cell)
+    model, _ = quantize_model(cell, subject, device)
+    network = adapt(copy.deepcopy(subject.model)) if quantized else None
+    print(sites.render_sites(sites.tabulate_sites(model, network), options.format), end="")
+
+
 def _check_options(options: argparse.Namespace) -> None:
     """Raises AdfqError for options that another task than this one has."""
-    for name in sorted({name for task in TASKS.values() for name in task.options}):
-        if getattr(options, name, None) is not None and name not in find_task(options.task).options:
-            raise AdfqError(f"{options.task} has no --{name}")
+    own = find_task(options.task)
+    for name in sorted({name for task in TASKS.values() for name in (*task.options, *task.arguments)}):
+        if getattr(options, name, None) is not None and name not in (*own.options, *own.arguments):
+            raise AdfqError(f"{options.task} has no --{name.replace('_', '-')}")
 
 
 def _create_cell(options: argparse.Namespace) -> Cell:
@@ -242,13 +285,20 @@ def _create_cell(options: argparse.Namespace) -> Cell:
 def _cell_fields(options: argparse.Namespace) -> dict[str, Any]:
     """The fields of a cell that the options give."""
     given: dict[str, Any] = {field.name: getattr(options, field.name, None) for field in fields(Cell)}
-    given["batch_size"] = given["batch_size"] or find_task(options.task).batch_size
+    task = find_task(options.task)
+    given["batch_size"] = given["batch_size"] or task.batch_size
+    given["task_arguments"] = _task_arguments(options, task)
     names = ("input_size", "mean", "std", "crop_pct", "interpolation")
     given["preprocessing"] = [(name, getattr(options, name)) for name in names if getattr(options, name) is not None]
     for name in ("model_arguments", "method_arguments", "preprocessing"):
         if given[name] is not None:
             given[name] = tuple(sorted(dict(given[name]).items()))  # of an option given twice, the last counts
     return {name: value for name, value in given.items() if value is not None}
+
+
+def _task_arguments(options: argparse.Namespace, task: Task) -> Arguments:
+    chosen = {name: getattr(options, name, None) for name in task.arguments}
+    return tuple(sorted((name, value) for name, value in chosen.items() if value not in (None, task.arguments[name])))
 
 
 def _tables(options: argparse.Namespace) -> None:
@@ -298,14 +348,18 @@ def _entries(table: Table, options: argparse.Namespace) -> list[Entry]:
         checkpoint=(lambda name: _find_checkpoint(options.checkpoints, name)) if options.checkpoints else None,
         limit=given.get("limit"),
         batch_size=given.get("batch_size") or table.batch_size or task.batch_size,
+        task_arguments=_task_arguments(options, task),
     )
 
 
 def _figure(options: argparse.Namespace) -> None:
-    from benchmarks.reports.figures import check_file, draw_detections, read_coco  # matplotlib takes its time
+    from benchmarks.reports import figures  # matplotlib takes its time
 
-    check_file(options.out)
-    table = _choose(load_table("2", options.profile), options)
+    figures.check_file(options.out)
+    compare = {"detections": figures.compare_detections, "masks": figures.compare_masks}[options.kind]
+    table = _choose(load_table(_FIGURES[options.kind], options.profile), options)
+    options.task = table.task
+    _check_options(options)
     # One column a method: the first of whatever there are several of.
     table = replace(table, models=table.models[:1], bits=(options.bits or ["W4/A4"])[:1], seeds=table.seeds[:1])
     device = resolve_device(options.device)
@@ -314,13 +368,14 @@ def _figure(options: argparse.Namespace) -> None:
     subject: Any = load_subject(entries[0].cell)
     for entry in entries:
         model, _ = quantize_model(entry.cell, subject, device)
-        found = subject.find(model, device, options.images)
-        sizes = [image.image.shape[:2] for image in found]
-        read = [read_coco(image.truth, image.ids, *size) for image, size in zip(found, sizes, strict=True)]
-        columns.setdefault("Ground truth", read)
+        images = subject.find(model, device, options.images)
+        truth, found = zip(*map(compare, images), strict=True)
+        if None not in truth:
+            columns.setdefault("Ground truth", truth)
         heading = entry.row.label if entry.cell.method == FULL_PRECISION else f"{entry.row.label}, {entry.cell.bits}"
-        columns[heading] = [read_coco(image.found, image.ids, *size) for image, size in zip(found, sizes, strict=True)]
-    draw_detections([image.image for image in found], columns, found[0].classes, options.out)
+        columns[heading] = found
+    names = getattr(images[0], "classes", None)
+    figures.draw_detections([image.image for image in images], columns, names, options.out)
     print(options.out)
 
 

@@ -172,6 +172,7 @@ class _Worker:
             cell.pretrained,
             cell.data,
             cell.preprocessing,
+            cell.task_arguments,
         )
         if self.subject is None or self.loaded != wanted:
             self.subject, self.loaded = load_subject(cell), wanted

@@ -66,6 +66,44 @@ def test_every_method_quantizes_a_detector_on_real_images(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", adfq.methods())
+def test_every_method_quantizes_sam_on_a_real_image(
+    method: str, real_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("segment_anything")
+    from segment_anything import sam_model_registry
+
+    torch.manual_seed(0)
+    torch.save(sam_model_registry["vit_b"]().state_dict(), tmp_path / "vit_b.pth")
+    model = ["--model", "vit_b", "--checkpoint", str(tmp_path / "vit_b.pth"), "--data", str(real_data / "coco")]
+    options = {
+        "adfq_vit": ["iterations=1", "optimize_batch_size=1"],
+        "ptq4vit": ["rounds=1", "gradient_batch_size=1"],
+    }.get(method)
+    further = ["--calibration-size", "1", "--limit", "1", *(["--method-arg", *options] if options else [])]
+    assert main(["run", "segmentation", *model, "--method", method, *further, "--json"]) == 0
+    metrics = json.loads(capsys.readouterr().out)["metrics"]
+    print(f"{method}: {metrics}")  # for -rP
+    assert metrics["images"] == 1
+    assert metrics["instances"] > 1
+    assert 0 <= metrics["mean_iou"] < 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "least"), [("full_precision", 70.0), ("adfq_vit", 60.0)])
+def test_mobile_sam_on_real_images(
+    method: str, least: float, real_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("segment_anything")
+    checkpoint = str(real_data / "sam" / "mobile_sam.pt")
+    model = ["--model", "mobile_sam", "--checkpoint", checkpoint, "--data", str(real_data / "coco")]
+    further = ["--calibration-size", "2", "--limit", "8", "--bits", "W6A6"]
+    options = ["--method-arg", "iterations=0"] if method == "adfq_vit" else []
+    assert main(["run", "segmentation", *model, "--method", method, *further, *options, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["metrics"]["mean_iou"] > least
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
 def test_optimization_at_full_size(name: str) -> None:
     model = timm.create_model(name).eval()

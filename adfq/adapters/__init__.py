@@ -21,6 +21,9 @@ _ADAPTERS = {
     "timm.models.swin_transformer.SwinTransformer": "adfq.adapters.timm_swin",
     "mmdet.models.backbones.swin.SwinTransformer": "adfq.adapters.mmdet_swin",
     "mmdet.models.detectors.base.BaseDetector": "adfq.adapters.mmdet_swin",
+    "segment_anything.modeling.sam.Sam": "adfq.adapters.sam",
+    "segment_anything.modeling.image_encoder.ImageEncoderViT": "adfq.adapters.sam",
+    "adfq.adapters.mobile_sam.MobileSamEncoder": "adfq.adapters.mobile_sam",
 }
 
 
@@ -54,7 +57,7 @@ def adapt(model: nn.Module) -> Network:
     """
     network: Network = _adapter(_family(model)).adapt(model)
     model.train(model.training)  # the new layers too
-    return replace_fields(network, floating_point=_left_over(model))
+    return replace_fields(network, floating_point=_left_over(model, network.kept))
 
 
 def describe(model: nn.Module) -> Architecture:
@@ -102,8 +105,12 @@ def _adapter(family: str) -> ModuleType:
     return importlib.import_module(_ADAPTERS[family])
 
 
-def _left_over(model: nn.Module) -> tuple[str, ...]:
-    return tuple(name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d)))
+def _left_over(model: nn.Module, kept: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and name.split(".")[0] not in kept
+    )
 
 
 def pair(norms: dict[str, nn.LayerNorm], linear: str, norm: nn.Module | None) -> None:

@@ -90,7 +90,7 @@ def adapt(model: nn.Module) -> Network:
     for name, module in list(model.named_modules()):
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             replace(model, name, "neck" if name.startswith("neck.") else "head", fixed_positions=False)
-    return replace_fields(network, trunk="backbone", forward=partial(detect_densely, model))
+    return replace_fields(network, trunk=model.backbone, forward=partial(detect_densely, model))
 
 
 def _adapt_backbone(model: nn.Module, prefix: str) -> Network:

@@ -165,5 +165,9 @@ class Quantizer(nn.Module, ABC):
                 self._buffers[name] = torch.empty_like(loaded, dtype=buffer.dtype, device=buffer.device)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
+    def describe(self) -> str:
+        """What it is, in a phrase for readers."""
+        return f"{type(self).__name__}, {self.bits} bits"
+
     def extra_repr(self) -> str:
         return f"bits={self.bits}"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adfq.errors import AdfqError
 from adfq.quantizers.base import Quantizer, rescale
-from adfq.ranges import PERCENTILES, quantiles
+from adfq.ranges import PERCENTILES, quantiles, thin_out
 
 
 class LogQuantizer(Quantizer):
@@ -41,7 +41,8 @@ class LogQuantizer(Quantizer):
         self.scale = self._find_scale(x)
 
     def _find_scale(self, x: Tensor) -> Tensor:
-        candidates = quantiles(x.reshape(1, -1), PERCENTILES, upper=True)[:, 0]
+        x = thin_out(x.reshape(1, -1))
+        candidates = quantiles(x, PERCENTILES, upper=True)[:, 0]
         # Percentiles of nearly empty tensors are 0: the largest value serves, or 1 where that is 0 as well.
         fallback = x.max() if x.max() > 0 else torch.ones_like(candidates[0])
         candidates = torch.where(candidates > 0, candidates, fallback)
@@ -64,6 +65,9 @@ class LogQuantizer(Quantizer):
         steps_per_octave = 1 / math.log2(self.base)
         codes = ratio.log2().mul_(-steps_per_octave).round_()
         return torch.exp2(codes / -steps_per_octave).mul_(codes < self.levels)
+
+    def describe(self) -> str:
+        return f"logarithmic, {self.bits} bits, base {self.base:.4g}"
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, base={self.base:.4g}"

@@ -38,6 +38,9 @@ class OutlierQuantizer(Quantizer):
         outliers = self.outliers(x)
         return torch.where(outliers, x, super().forward(x.masked_fill(outliers, 0.0)))
 
+    def describe(self) -> str:
+        return f"per-patch outlier, {self.bits} bits, threshold {self.threshold:g}"
+
     def extra_repr(self) -> str:
         return f"bits={self.bits}, threshold={self.threshold}"
 
@@ -88,3 +91,6 @@ class RunTimePatchOutlierQuantizer(OutlierQuantizer):
             covering, zero_point = (values.view(*x.shape[:-1], 1) for values in ranges)
             zero_point = (zero_point / self.scale).round_()
         return quantize_uniformly(x, covering * self.scale, zero_point, self.levels)
+
+    def describe(self) -> str:
+        return f"{super().describe()} (ranges at run time)"

@@ -53,5 +53,8 @@ class ShiftLogQuantizer(LogQuantizer):
         minimum = self.minimum if self.shift == "static" else x.detach().min()
         return super()._quantize(x - minimum + _EPSILON) + (minimum - _EPSILON)
 
+    def describe(self) -> str:
+        return f"{self.shift}ally shifted {super().describe()}"
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, shift={self.shift!r}"

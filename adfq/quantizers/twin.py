@@ -69,6 +69,9 @@ class TwinSoftmaxQuantizer(Quantizer):
             return fine.add_(coarse)
         return torch.where(x <= split, fine, torch.maximum(coarse, split))
 
+    def describe(self) -> str:
+        return f"twin uniform for softmax, {self.bits} bits{', sum of both grids' if self.released else ''}"
+
 
 class TwinGeluQuantizer(Quantizer):
     """A grid for the values below zero with a fixed scale and another for those above, for post-GELU activations.
@@ -112,3 +115,6 @@ class TwinGeluQuantizer(Quantizer):
         above = (x / scale).round_().clamp_(0, half - 1)
         below = (x / self.negative_scale).round_().clamp_(-half, 0)
         return above.mul_(scale).add_(below.mul_(self.negative_scale))
+
+    def describe(self) -> str:
+        return f"twin uniform for GELU, {self.bits} bits"

@@ -95,5 +95,11 @@ class UniformQuantizer(Quantizer):
         """See `Quantizer.decode`; bit for bit what `forward` gave."""
         return codes.float().sub_(self.zero_point).mul_(self.scale)
 
+    def describe(self) -> str:
+        # Many rows may share a scale all the same, as PTQ4ViT's of a query do; a few may have equal ones by chance.
+        distinct = self.scale.unique().numel()
+        shared = f" ({distinct} distinct)" if 1 < distinct <= self.scale.numel() / 2 else ""
+        return f"uniform, {self.bits} bits, per {self.granularity}{shared}"
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, granularity={self.granularity!r}, range={self.range!r}"

@@ -63,13 +63,14 @@ def _annotate(scene: Scene, image: int, first: int) -> list[dict[str, Any]]:
                 "bbox": [x0, y0, x1 - x0, y1 - y0],
                 "area": int(found.mask.sum()),
                 "iscrowd": int(found.mask.sum() < MIN_PIXELS),
-                "segmentation": _encode(found.mask),
+                "segmentation": encode_mask(found.mask),
             }
         )
     return annotations
 
 
-def _encode(mask: NDArray[np.bool_]) -> dict[str, Any]:
+def encode_mask(mask: NDArray[np.bool_]) -> dict[str, Any]:
+    """A mask H×W as COCO's compressed run lengths, of JSON's types."""
     encoded: dict[str, Any] = rle.encode(np.asfortranarray(mask.astype(np.uint8)))
     return {"size": encoded["size"], "counts": encoded["counts"].decode("ascii")}
 

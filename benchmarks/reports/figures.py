@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
 from adfq.errors import AdfqError
+from benchmarks.tasks.coco import read_mask
 
 SUFFIXES = (".png", ".svg")
 
@@ -41,12 +42,14 @@ class Detections:
         labels: N whole numbers: categories, or anything else that colours are to tell apart.
         scores: N numbers, or None.
         masks: N×H×W bool, or None.
+        points: whether boxes are points, the two corners of each being the same.
     """
 
     boxes: NDArray[Any]
     labels: NDArray[Any]
     scores: NDArray[Any] | None = None
     masks: NDArray[np.bool_] | None = None
+    points: bool = False
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -58,7 +61,7 @@ class Detections:
         order = np.argsort(self.scores, kind="stable")
         kept = order[self.scores[order] >= score]
         masks = None if self.masks is None else self.masks[kept]
-        return Detections(self.boxes[kept], self.labels[kept], self.scores[kept], masks)
+        return replace(self, boxes=self.boxes[kept], labels=self.labels[kept], scores=self.scores[kept], masks=masks)
 
 
 def check_file(file: Path) -> None:
@@ -83,19 +86,27 @@ def read_coco(items: Sequence[Mapping[str, Any]], categories: Sequence[int], hei
     scores = np.array([item["score"] for item in items]) if items and "score" in items[0] else None
     masks = None
     if items and "segmentation" in items[0]:
-        masks = np.array([_read_mask(item["segmentation"], height, width) for item in items])
+        masks = np.array([read_mask(item["segmentation"], height, width) for item in items])
     return Detections(boxes, labels, scores, masks)
 
 
-def _read_mask(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
-    from pycocotools import mask as rle
+def compare_detections(image: Any) -> tuple[Detections, Detections]:
+    """What there is, and what was found, in a `benchmarks.tasks.detection.Found`."""
+    size = image.image.shape[:2]
+    return read_coco(image.truth, image.ids, *size), read_coco(image.found, image.ids, *size)
 
-    if isinstance(segmentation, list):  # polygons, which add up
-        segmentation = rle.merge(rle.frPyObjects(segmentation, height, width))
-    elif isinstance(segmentation["counts"], list):
-        segmentation = rle.frPyObjects(segmentation, height, width)
-    found: NDArray[np.bool_] = rle.decode(segmentation).astype(bool)
-    return found
+
+def compare_masks(image: Any) -> tuple[Detections | None, Detections]:
+    """What was asked for, where that is known, and what was found in a `benchmarks.tasks.segmentation.Segmented`.
+
+    Labels number the prompts. What a detector asks for has its scores.
+    """
+    points = image.points is not None
+    boxes = np.tile(image.points + 0.5, 2) if points else image.boxes  # from the middle of a pixel to its place
+    found = Detections(boxes, np.arange(len(boxes)), None, image.masks, points)
+    if image.truth is None:
+        return None, replace(found, scores=np.array(image.scores))
+    return replace(found, masks=image.truth), found
 
 
 def draw_detections(
@@ -169,8 +180,11 @@ def _draw(axes: Axes, image: NDArray[np.uint8], found: Detections, styles: Mappi
         for label, mask in zip(found.labels.tolist(), found.masks, strict=True):
             if mask.any():
                 axes.contour(x, y, np.pad(mask, 1), levels=[0.5], colors=[styles[label][0]], linewidths=0.7)
+    # On white, to stand out from any image.
     for label, (x0, y0, x1, y1) in zip(found.labels.tolist(), found.boxes, strict=True):
-        # On white, to stand out from any image.
+        if found.points:
+            axes.plot(x0, y0, "o", color=styles[label][0], markersize=4.5, markeredgecolor="white")
+            continue
         for thickness, (color, line) in ((2.1, ("white", "-")), (1.1, styles[label])):
             box = Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, snap=False)
             box.set(edgecolor=color, linestyle=line, linewidth=thickness)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
 import torch
@@ -22,6 +22,8 @@ from benchmarks.tasks.classification import (
 )
 from benchmarks.tasks.detection import describe_detection, load_detection
 from benchmarks.tasks.mmdet_models import detector_names
+from benchmarks.tasks.sam_models import sam_names
+from benchmarks.tasks.segmentation import ARGUMENTS, describe_segmentation, load_segmentation
 
 
 class Subject(Protocol):
@@ -63,7 +65,8 @@ class Task:
         describe: metrics in words.
         data: an example of where users have theirs.
         batch_size: of evaluation, where none is asked for.
-        options: of the command line, that this task alone has.
+        options: of the command line, that not every task has.
+        arguments: such options that decide results (`Cell.task_arguments`), with their defaults.
         libraries: that compute beside torch and timm.
     """
 
@@ -74,6 +77,7 @@ class Task:
     data: str
     batch_size: int
     options: tuple[str, ...] = ()
+    arguments: Mapping[str, Any] = field(default_factory=dict)
     libraries: tuple[str, ...] = ()
 
 
@@ -95,6 +99,17 @@ TASKS: Mapping[str, Task] = {
         batch_size=1,
         options=("config", "results"),
         libraries=("mmdet", "mmengine", "mmcv"),
+    ),
+    "segmentation": Task(
+        load_segmentation,
+        None,
+        sam_names,
+        describe_segmentation,
+        data="/path/to/coco",
+        batch_size=1,
+        options=("results",),
+        arguments=ARGUMENTS,
+        libraries=("segment_anything",),
     ),
 }
 

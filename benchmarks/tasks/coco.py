@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from io import StringIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import Dataset
 
 from adfq.errors import AdfqError
-from benchmarks.tasks.shared import one_line
+from benchmarks.embedded.detectors import COUNTS
+from benchmarks.tasks.data import EMBEDDED
+from benchmarks.tasks.shared import check_place, one_line
+
+#: What is found, by the names that COCO's tools have for it.
+KINDS: Mapping[str, str] = {"bbox": "box", "segm": "mask"}
+
+# COCO's summary begins with these.
+_AVERAGES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
+
+# How many of what is found in an image count: the first number for AP, the last for the other averages. As MMDetection
+# has them; COCO's own are smaller.
+_MOST_FOUND = (100, 300, 1000)
 
 _IMAGE = ("id", "file_name", "height", "width")
 _CATEGORY = ("id", "name")
@@ -28,13 +47,13 @@ class CocoSplit:
     Attributes:
         file: its annotations.
         folder: its images.
-        classes: the model's, in the order of its outputs.
+        classes: the model's, in the order of its outputs; None for a model that knows none.
         masks: whether objects need a mask.
     """
 
     file: Path
     folder: Path
-    classes: Sequence[str]
+    classes: Sequence[str] | None
     masks: bool
 
     @cached_property
@@ -57,22 +76,25 @@ class CocoSplit:
     def write_images(self, chosen: Iterable[int], file: Path) -> None:
         """Writes annotations of the chosen images, in that order and without what is to be found in them."""
         images = [self.images[index] for index in chosen]
-        categories = [{"id": number, "name": name} for number, name in enumerate(self.classes, 1)]
-        _write(file, {"images": images, "annotations": [], "categories": categories})
+        categories = [{"id": number, "name": name} for number, name in enumerate(self.classes or (), 1)]
+        content = {"images": images, "annotations": [], "categories": categories}
+        file.write_text(json.dumps(content), encoding="utf-8")
 
-    def write_truth(self, count: int, file: Path) -> None:
-        """Writes all that is known of the first `count` images.
+    def read_truth(self, limit: int | None) -> dict[str, Any]:
+        """All that is known of the first images, at most `limit`: ``images``, ``annotations`` and ``categories``.
 
         Raises:
-            AdfqError: where there is nothing to be found in them.
+            AdfqError: where there are no images, or nothing to be found in them.
         """
         content = self._read()
-        images = content["images"][:count]
+        images = content["images"][:limit]
+        if not images:
+            raise AdfqError("there are no images to evaluate on")
         ids = {image["id"] for image in images}
         annotations = [annotation for annotation in content["annotations"] if annotation["image_id"] in ids]
         if all(annotation["iscrowd"] for annotation in annotations):
-            raise AdfqError(f"{self.file}: there is nothing to be found in its first {count} images")
-        _write(file, {"images": images, "annotations": annotations, "categories": content["categories"]})
+            raise AdfqError(f"{self.file}: there is nothing to be found in its first {len(images)} images")
+        return {"images": images, "annotations": annotations, "categories": content["categories"]}
 
     def _read(self) -> dict[str, Any]:
         try:
@@ -84,9 +106,13 @@ class CocoSplit:
         self._check_entries(content, "images", _IMAGE)
         self._check_entries(content, "annotations", (*_ANNOTATION, *(["segmentation"] if self.masks else [])))
         self._check_entries(content, "categories", _CATEGORY)
-        self._check_categories([category["name"] for category in content["categories"]])
+        if self.classes is not None:
+            self._check_categories([category["name"] for category in content["categories"]], self.classes)
         if len({image["id"] for image in content["images"]}) < len(content["images"]):
             raise AdfqError(f"{self.file}: images share an id")
+        for image in content["images"]:
+            if not all(isinstance(image[side], int) and image[side] > 0 for side in ("height", "width")):
+                raise AdfqError(f"{self.file}: image {image['id']} has no height and width in pixels")
         checked: dict[str, Any] = content
         return checked
 
@@ -101,15 +127,15 @@ class CocoSplit:
                         f"{self.file} is not a file of COCO's annotations: one of its {kind} has no {field!r}"
                     )
 
-    def _check_categories(self, found: Sequence[str]) -> None:
-        lacking = [name for name in self.classes if name not in found]
-        besides = [name for name in found if name not in self.classes]
+    def _check_categories(self, found: Sequence[str], classes: Sequence[str]) -> None:
+        lacking = [name for name in classes if name not in found]
+        besides = [name for name in found if name not in classes]
         if lacking or besides:
             parts = [f"it lacks {_some(lacking)}"] if lacking else []
             parts += [f"it has {_some(besides)} besides"] if besides else []
             raise AdfqError(f"categories of {self.file} do not match the model's classes: {', and '.join(parts)}")
         # Labels are places in this list.
-        if list(found) != list(self.classes):
+        if list(found) != list(classes):
             raise AdfqError(f"categories of {self.file} are in another order than the model's classes")
 
 
@@ -143,8 +169,165 @@ class CheckedImages(Dataset[dict[str, Any]]):
         return sample
 
 
-def _write(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content), encoding="utf-8")
+def find_root(spec: str) -> Path:
+    """The folder of a data set: scenes that are drawn for ``embedded``, or the folder of that name.
+
+    Raises:
+        AdfqError: where there is none.
+    """
+    if spec == EMBEDDED:
+        return Path(_draw_scenes(tuple(COUNTS.items())).name)
+    root = Path(spec).absolute()
+    if root.is_dir():
+        return root
+    if ":" in spec:
+        raise AdfqError(f"cannot read data {spec!r}; write embedded, or the folder of COCO's annotations and images")
+    raise AdfqError(f"there is no {'directory ' if root.exists() else ''}{spec}")
+
+
+@cache  # within a process; the directory goes with it
+def _draw_scenes(counts: tuple[tuple[str, int], ...]) -> TemporaryDirectory[str]:
+    cocotools("mask")
+    from benchmarks.embedded.coco import write_coco
+
+    directory = TemporaryDirectory()
+    try:
+        write_coco(Path(directory.name), dict(counts))
+    except OSError as error:
+        raise AdfqError(f"cannot write scenes to {directory.name}: {one_line(error)}") from None
+    return directory
+
+
+def cocotools(part: str) -> Any:
+    """A module of pycocotools, which only tasks on COCO's data need; AdfqError where it is not installed."""
+    try:
+        return importlib.import_module(f"pycocotools.{part}")
+    except ImportError as error:
+        raise AdfqError(f"COCO's data need pycocotools: pip install pycocotools ({one_line(error)})") from None
+
+
+def read_image(path: Path) -> NDArray[np.uint8]:
+    """An image as H×W×3, red, green, blue; AdfqError for one that cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except Exception as error:  # readers of many formats
+        raise AdfqError(f"cannot read {path}: {one_line(error)}") from None
+
+
+def read_mask(segmentation: Any, height: int, width: int, name: str = "a mask") -> NDArray[np.bool_]:
+    """A mask height×width; arguments and errors are those of `read_rle`."""
+    mask: NDArray[np.uint8] = cocotools("mask").decode(read_rle(segmentation, height, width, name))
+    return mask.astype(bool)
+
+
+def read_rle(segmentation: Any, height: int, width: int, name: str) -> dict[str, Any]:
+    """A mask as pycocotools' run lengths, checked.
+
+    Args:
+        segmentation: in any of COCO's forms: polygons, which add up, or run lengths, compressed or not.
+        height, width: of the image.
+        name: what errors call the mask.
+
+    Raises:
+        AdfqError: for what has none of these forms, and a mask of another size.
+    """
+    rle: dict[str, Any]
+    if isinstance(segmentation, list):
+        _check_polygons(segmentation, height, width, name)
+        rle = cocotools("mask").merge(cocotools("mask").frPyObjects(segmentation, height, width))
+        return rle
+    try:
+        size, counts = list(segmentation["size"]), segmentation["counts"]
+        counts = _decompress(counts) if isinstance(counts, (str, bytes)) else list(counts)
+    except (KeyError, TypeError, ValueError):
+        raise AdfqError(f"{name} is neither polygons nor run lengths") from None
+    if size != [height, width]:
+        raise AdfqError(f"{name} is {_times(size)} pixels, its image {_times([height, width])}")
+    # pycocotools does not look: what run lengths leave out it fills with whatever lies in memory.
+    if not all(isinstance(count, int) and count >= 0 for count in counts) or sum(counts) != height * width:
+        raise AdfqError(f"{name}: its run lengths do not add up to {height * width} pixels")
+    rle = cocotools("mask").frPyObjects({"size": size, "counts": counts}, height, width)
+    return rle
+
+
+def _check_polygons(polygons: list[Any], height: int, width: int, name: str) -> None:
+    side = max(height, width)
+    for polygon in polygons:
+        corners = len(polygon) / 2 if isinstance(polygon, list) else 0
+        if corners < 3 or corners % 1 or not all(map(is_number, polygon)):
+            raise AdfqError(f"{name}: a polygon has to be numbers, an x and a y for each of three or more corners")
+        if min(polygon) < -side or max(polygon) > 2 * side:  # pycocotools needs memory for every pixel of an outline
+            raise AdfqError(f"{name} reaches far beyond its image")
+    if not polygons:
+        raise AdfqError(f"{name} has no polygons")
+
+
+def _times(size: Sequence[Any]) -> str:
+    """Height and width as it is usual to say them."""
+    return "×".join(str(side)[:20] for side in reversed(size))
+
+
+def _decompress(text: str | bytes) -> list[int]:
+    """COCO's compressed run lengths: six bits a character, five of a number and one for whether it goes on; from the
+    fourth number on, differences to the last but one.
+    """
+    counts: list[int] = []
+    value = shift = 0
+    for character in text.encode() if isinstance(text, str) else text:
+        digit = character - ord("0")
+        if not 0 <= digit < 64:
+            raise ValueError
+        value |= (digit & 31) << shift
+        shift += 5
+        if not digit & 32:  # the last of the number, with its sign
+            value -= (digit >> 4 & 1) << shift
+            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+            value = shift = 0
+    if shift:
+        raise ValueError
+    return counts
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value from JSON is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def average_precisions(kind: str, truth: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """COCO's summary of what was found, in percent, unrounded: ``box_ap``, ``box_ap50``, ``box_ap75``,
+    ``box_ap_small`` … or ``mask_ap`` …. Where no object has that size, there is no such average.
+
+    Args:
+        kind: one of `KINDS`.
+        truth: as `CocoSplit.read_truth` gives it.
+        found: in COCO's format.
+    """
+    coco, evaluating = cocotools("coco"), cocotools("cocoeval")
+    if kind == "segm":  # by its mask an object is small or large, which boxes would overrule
+        found = [{key: value for key, value in item.items() if key != "bbox"} for item in found]
+    with redirect_stdout(StringIO()):
+        expected = coco.COCO()
+        # An object with the id 0 could not be found.
+        annotations = [{**annotation, "id": number} for number, annotation in enumerate(truth["annotations"], 1)]
+        expected.dataset = {**truth, "annotations": annotations}
+        expected.createIndex()
+        evaluation = evaluating.COCOeval(expected, expected.loadRes(found) if found else coco.COCO(), kind)
+        evaluation.params.maxDets = list(_MOST_FOUND)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    values = zip(_AVERAGES, evaluation.stats, strict=False)
+    return {f"{KINDS[kind]}_{name}": 100 * float(value) for name, value in values if value >= 0}
+
+
+def check_results(prefix: str, kinds: Iterable[str]) -> None:
+    """Raises AdfqError, before the work, where ``PREFIX.KIND.json`` cannot be written after it."""
+    for kind in kinds:
+        path = Path(f"{prefix}.{kind}.json")
+        check_place(path)
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise AdfqError(f"cannot write {path}: permission denied")
 
 
 def _some(names: Sequence[Any], shown: int = 3) -> str:

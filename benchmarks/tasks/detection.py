@@ -7,10 +7,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import redirect_stdout
 from dataclasses import dataclass
-from functools import cache
-from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,24 +15,24 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from adfq.errors import AdfqError
 from benchmarks.cells import Cell
-from benchmarks.embedded.detectors import COUNTS
-from benchmarks.tasks.coco import CheckedImages, CocoSplit
+from benchmarks.tasks.coco import (
+    KINDS,
+    CheckedImages,
+    CocoSplit,
+    average_precisions,
+    check_results,
+    find_root,
+    read_image,
+)
 from benchmarks.tasks.data import EMBEDDED
 from benchmarks.tasks.mmdet_models import load_detector, mmdetection
-from benchmarks.tasks.shared import check_place, choose_images, digest_weights, first_non_finite, one_line, read_batches
-
-#: What is found, by the names that COCO's tools have for it.
-KINDS: Mapping[str, str] = {"bbox": "box", "segm": "mask"}
-
-# COCO's summary begins with these.
-_AVERAGES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
+from benchmarks.tasks.shared import choose_images, digest_weights, first_non_finite, one_line, read_batches
 
 _FEATURE_IMAGES = 4
 
@@ -99,18 +96,13 @@ class Detection:
             AdfqError: naming the layer, if the backbone's outputs are not finite; for images that cannot be read;
                 where results cannot be written.
         """
-        available = len(self.validation.images)
-        count = available if limit is None else min(limit, available)
-        if count < 1:
-            raise AdfqError("there are no images to evaluate on")
+        truth = self.validation.read_truth(limit)
+        count = len(truth["images"])
         model = model.to(device).eval()
         errors = self._feature_errors(model, device, min(count, _FEATURE_IMAGES), batch_size)
-        with TemporaryDirectory() as folder:
-            truth = Path(folder, "truth.json")
-            self.validation.write_truth(count, truth)
-            found = self._detect(model, count, batch_size, truth, self.results or str(Path(folder, "found")))
-            metrics = {name: value for kind in found for name, value in _average(kind, truth, found[kind]).items()}
-        return {**metrics, **errors, "images": count}
+        found = self._detect(model, truth, batch_size, self.results)
+        averages = [average_precisions(kind, truth, items) for kind, items in found.items()]
+        return {name: value for metrics in (*averages, errors) for name, value in metrics.items()} | {"images": count}
 
     @torch.inference_mode()
     def find(self, model: nn.Module, device: torch.device, count: int) -> list[Found]:
@@ -119,48 +111,47 @@ class Detection:
         Raises:
             AdfqError: as `evaluate`.
         """
-        count = min(count, len(self.validation.images))
-        with TemporaryDirectory() as folder:
-            file = Path(folder, "truth.json")
-            self.validation.write_truth(count, file)
-            truth = json.loads(file.read_bytes())
-            found = self._detect(model.to(device).eval(), count, 1, file, str(Path(folder, "found")))
+        truth = self.validation.read_truth(count)
+        found = self._detect(model.to(device).eval(), truth, 1)
+        classes = [category["name"] for category in truth["categories"]]
         ids = [category["id"] for category in truth["categories"]]
         images = []
         for image in truth["images"]:
-            with Image.open(self.validation.folder / image["file_name"]) as opened:
-                pixels = np.asarray(opened.convert("RGB"))
             both = (truth["annotations"], list(found.values())[-1])
             items = ([item for item in items if item["image_id"] == image["id"]] for items in both)
-            images.append(Found(pixels, self.validation.classes, ids, *items))
+            images.append(Found(read_image(self.validation.folder / image["file_name"]), classes, ids, *items))
         return images
 
     def _detect(
-        self, model: Any, count: int, batch_size: int, truth: Path, prefix: str
+        self, model: Any, truth: Mapping[str, Any], batch_size: int, results: str | None = None
     ) -> dict[str, list[dict[str, Any]]]:
-        """What a model finds in the first images, in COCO's format, by kind; the files ``PREFIX.KIND.json`` too."""
+        """What a model finds in the truth's images, which are the first ones, in COCO's format, by kind."""
         from mmdet.evaluation import CocoMetric
         from mmengine.dataset import pseudo_collate
 
+        count = len(truth["images"])
         dataset = self._open(self.validation, range(count))
-        with mmdetection():
-            # It writes files; averages it would round to three digits.
-            metric = CocoMetric(ann_file=str(truth), outfile_prefix=prefix, format_only=True)
-        metric.dataset_meta = dataset.dataset.metainfo
-        loader = DataLoader(dataset, batch_size, num_workers=min(self.workers, count), collate_fn=pseudo_collate)
-        with tqdm(total=count, desc="evaluating", unit="image", delay=2, leave=False, disable=None) as progress:
-            for batch in read_batches(loader):
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", "To copy construct")  # a cascade's masks, in MMDetection's code
-                    samples = [sample.to_dict() for sample in model.test_step(batch)]
-                metric.process(batch, samples)
-                progress.update(len(samples))
-        kinds = [kind for kind in KINDS if kind == "bbox" or self.validation.masks]
-        try:
-            metric.evaluate(count)
-            return {kind: json.loads(Path(f"{prefix}.{kind}.json").read_bytes()) for kind in kinds}
-        except OSError as error:
-            raise AdfqError(f"cannot write {prefix}.{kinds[0]}.json: {error.strerror}") from None
+        with TemporaryDirectory() as folder:
+            file, prefix = Path(folder, "truth.json"), results or str(Path(folder, "found"))
+            file.write_text(json.dumps(truth), encoding="utf-8")
+            with mmdetection():
+                # It writes files; averages it would round to three digits.
+                metric = CocoMetric(ann_file=str(file), outfile_prefix=prefix, format_only=True)
+            metric.dataset_meta = dataset.dataset.metainfo
+            loader = DataLoader(dataset, batch_size, num_workers=min(self.workers, count), collate_fn=pseudo_collate)
+            with tqdm(total=count, desc="evaluating", unit="image", delay=2, leave=False, disable=None) as progress:
+                for batch in read_batches(loader):
+                    with warnings.catch_warnings():
+                        warnings.filterwarnings("ignore", "To copy construct")  # a cascade's masks, in its own code
+                        samples = [sample.to_dict() for sample in model.test_step(batch)]
+                    metric.process(batch, samples)
+                    progress.update(len(samples))
+            kinds = [kind for kind in KINDS if kind == "bbox" or self.validation.masks]
+            try:
+                metric.evaluate(count)
+                return {kind: json.loads(Path(f"{prefix}.{kind}.json").read_bytes()) for kind in kinds}
+            except OSError as error:
+                raise AdfqError(f"cannot write {prefix}.{kinds[0]}.json: {error.strerror}") from None
 
     def _feature_errors(self, model: Any, device: torch.device, count: int, batch_size: int) -> dict[str, float]:
         """By the name of the metric; 0 for the model in full precision itself."""
@@ -217,8 +208,8 @@ def load_detection(cell: Cell, results: str | None = None) -> Detection:
     """
     _check_supported(cell)
     if results is not None:
-        _check_writable(results)
-    root = _find_root(cell.data)
+        check_results(results, KINDS)
+    root = find_root(cell.data)
     model: Any = load_detector(cell.model, cell.checkpoint)
     loader: Any = model.cfg.get("test_dataloader") or {}
     if loader.get("dataset", {}).get("type") != "CocoDataset":
@@ -256,24 +247,6 @@ def _build_dataset(config: Any, folder: Path | None = None, **settings: Any) -> 
     return DATASETS.build(dataset)
 
 
-def _average(kind: str, file: Path, found: list[dict[str, Any]]) -> dict[str, float]:
-    """COCO's summary of what was found against the annotations in a file, by the name of the metric."""
-    from mmdet.datasets.api_wrappers import COCO, COCOeval
-    from mmdet.evaluation import CocoMetric
-
-    if kind == "segm":  # by its mask an object is small or large, which boxes would overrule
-        found = [{key: value for key, value in item.items() if key != "bbox"} for item in found]
-    with redirect_stdout(StringIO()):
-        truth = COCO(str(file))
-        evaluation = COCOeval(truth, truth.loadRes(found) if found else COCO(), kind)
-        evaluation.params.maxDets = CocoMetric().proposal_nums
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    values = zip(_AVERAGES, evaluation.stats, strict=False)
-    return {f"{KINDS[kind]}_{name}": 100 * float(value) for name, value in values if value >= 0}
-
-
 def _head_classes(model: nn.Module) -> list[int]:
     """How many classes the box heads tell apart; a cascade has several heads."""
     named = [(name.split("."), module) for name, module in model.named_modules()]
@@ -286,36 +259,3 @@ def _check_supported(cell: Cell) -> None:
         raise AdfqError("a detector and its preprocessing come from its config alone; there are no arguments for them")
     if cell.pretrained:
         raise AdfqError("weights of detectors are not downloaded; give --checkpoint FILE, of a table --checkpoints DIR")
-
-
-def _check_writable(prefix: str) -> None:
-    """Raises AdfqError, before the work, where results cannot be written after it."""
-    for kind in KINDS:
-        path = Path(f"{prefix}.{kind}.json")
-        check_place(path)
-        if not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise AdfqError(f"cannot write {path}: permission denied")
-
-
-def _find_root(spec: str) -> Path:
-    if spec == EMBEDDED:
-        return Path(_draw_scenes(tuple(COUNTS.items())).name)
-    root = Path(spec).absolute()
-    if root.is_dir():
-        return root
-    if ":" in spec:
-        raise AdfqError(f"cannot read data {spec!r}; write embedded, or the folder of COCO's annotations and images")
-    raise AdfqError(f"there is no {'directory ' if root.exists() else ''}{spec}")
-
-
-@cache  # within a process; the directory goes with it
-def _draw_scenes(counts: tuple[tuple[str, int], ...]) -> TemporaryDirectory[str]:
-    with mmdetection():
-        from benchmarks.embedded.coco import write_coco
-
-        directory = TemporaryDirectory()
-        try:
-            write_coco(Path(directory.name), dict(counts))
-        except OSError as error:
-            raise AdfqError(f"cannot write scenes to {directory.name}: {one_line(error)}") from None
-    return directory

@@ -20,7 +20,7 @@ from adfq.adapters.mmcv_ops import provide_mmcv_ops
 from adfq.errors import AdfqError
 from benchmarks.console import warn
 from benchmarks.embedded.detectors import CONFIG_FOLDER, DETECTORS
-from benchmarks.tasks.shared import one_line, unknown_model, unreadable_checkpoint
+from benchmarks.tasks.shared import misfit, one_line, unknown_model, unreadable_checkpoint
 
 #: Config files by model name: those of MMDetection, and those that it has not.
 CONFIGS: Mapping[str, str] = {
@@ -196,32 +196,16 @@ def read_weights(file: str) -> dict[str, Tensor]:
 
 def _load_weights(model: nn.Module, file: str, name: str) -> None:
     state, own = read_weights(file), model.state_dict()
-    missing = [key for key in own if key not in state and not key.endswith(_HARMLESS)]
-    unexpected = [key for key in state if key not in own and not key.endswith(_HARMLESS)]
+    problem = misfit(state, own, _HARMLESS)
     shared = [key for key in own if key in state]
-    others = [key for key in shared if state[key].shape != own[key].shape]
-    problems = []
-    if missing:
-        problems.append(f"{len(missing)} weights are missing ({missing[0]} for one)")
-    if unexpected:
-        problems.append(f"{len(unexpected)} are not the model's ({unexpected[0]} for one)")
-    if others:
-        key = others[0]
-        shapes = f"{key} is {_shape(state[key])} and should be {_shape(own[key])}"
-        problems.append(f"{len(others)} have other shapes ({shapes})")
-    if not problems:
-        # Else the model would read its tables of position biases in another order than it was trained with.
-        indices = [key for key in shared if key.endswith("relative_position_index")]
-        problems += [f"{key} is another" for key in indices if not torch.equal(state[key].to(own[key]), own[key])][:1]
-    if not problems:
-        problems += [f"{key} is not finite" for key in shared if not torch.isfinite(state[key]).all()][:1]
-    if problems:
-        raise AdfqError(f"checkpoint {file} does not fit {name}: {', '.join(problems)}")
+    # Else the model would read its tables of position biases in another order than it was trained with.
+    indices = [] if problem else [key for key in shared if key.endswith("relative_position_index")]
+    problem = problem or ", ".join(
+        f"{key} is another" for key in indices if not torch.equal(state[key].to(own[key]), own[key])
+    )
+    if problem:
+        raise AdfqError(f"checkpoint {file} does not fit {name}: {problem}")
     model.load_state_dict({key: state[key] for key in shared}, strict=False)
-
-
-def _shape(tensor: Tensor) -> str:
-    return "×".join(map(str, tensor.shape)) or "a number"
 
 
 def _check_backbone(name: str, model: nn.Module) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from traceback import clear_frames
 from typing import Any
@@ -49,8 +49,8 @@ def digest_weights(model: nn.Module, *more: str) -> str:
     return digest.hexdigest()
 
 
-def first_non_finite(model: nn.Module, batch: Tensor) -> str:
-    """The name of the first module whose output is not finite."""
+def first_non_finite(model: nn.Module, *inputs: Any, **keywords: Any) -> str:
+    """The name of the first module whose output is not finite, for what the model is called with."""
     found: list[str] = []
 
     def look(name: str) -> Any:
@@ -62,7 +62,7 @@ def first_non_finite(model: nn.Module, batch: Tensor) -> str:
 
     hooks = [module.register_forward_hook(look(name or "model")) for name, module in model.named_modules()]
     try:
-        model(batch)
+        model(*inputs, **keywords)
     finally:
         for hook in hooks:
             hook.remove()
@@ -87,6 +87,36 @@ def unreadable_checkpoint(file: str, error: Exception, problem: str) -> AdfqErro
     if "weights_only" in str(error):
         return AdfqError(f"{file} is not a file of weights alone, and code in it is never run")
     return AdfqError(f"{problem}: {one_line(error)}")
+
+
+def misfit(state: Mapping[str, Tensor], own: Mapping[str, Tensor], harmless: tuple[str, ...]) -> str:
+    """Why weights are not those of a model; empty where they are.
+
+    Args:
+        state: the weights by name.
+        own: the model's.
+        harmless: how names end that either side may have alone.
+    """
+    missing = [key for key in own if key not in state and not key.endswith(harmless)]
+    unexpected = [key for key in state if key not in own and not key.endswith(harmless)]
+    shared = [key for key in own if key in state]
+    others = [key for key in shared if state[key].shape != own[key].shape]
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} weights are missing ({missing[0]} for one)")
+    if unexpected:
+        problems.append(f"{len(unexpected)} are not the model's ({unexpected[0]} for one)")
+    if others:
+        key = others[0]
+        shapes = f"{key} is {_shape(state[key])} and should be {_shape(own[key])}"
+        problems.append(f"{len(others)} have other shapes ({shapes})")
+    if not problems:
+        problems += [f"{key} is not finite" for key in shared if not torch.isfinite(state[key]).all()][:1]
+    return ", ".join(problems)
+
+
+def _shape(tensor: Tensor) -> str:
+    return "×".join(map(str, tensor.shape)) or "a number"
 
 
 def check_place(file: Path) -> None:

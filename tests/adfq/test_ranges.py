@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adfq.ranges import PERCENTILES, RANGES, fake_quantize, mse_range, percentile_range, quantiles
+import adfq.ranges
+from adfq.ranges import PERCENTILES, RANGES, fake_quantize, mse_range, percentile_range, quantiles, thin_out
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 
@@ -198,3 +199,17 @@ def test_fake_quantize_leaves_its_argument_alone() -> None:
     before = x.clone()
     assert not torch.equal(fake_quantize(x, torch.tensor(0.3), torch.tensor(2.0), 4), before)
     assert torch.equal(x, before)
+
+
+def test_searches_look_at_a_part_of_very_many_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = heavy_tailed(2, 60_000, 0)
+    assert thin_out(values) is values
+    whole = {name: RANGES[name](values, 16) for name in RANGES}
+    monkeypatch.setattr(adfq.ranges, "_MOST_VALUES", 20_000)
+    part = thin_out(values)
+    assert part.shape == (2, 20_000)
+    assert torch.equal(part, values[:, ::3])
+    assert thin_out(values[:, :40_000]).shape == (2, 13_334)  # every third, where every second would do
+    for name, (scale, _) in whole.items():
+        found, _ = RANGES[name](values, 16)
+        torch.testing.assert_close(found, scale, rtol=0.0 if name == "minmax" else 0.25, atol=0.0)

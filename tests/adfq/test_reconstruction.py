@@ -245,7 +245,8 @@ def test_inputs_are_mixed_element_by_element(make_vit: Any, make_images: Any) ->
     seen: list[Tensor] = []
     for probability, expected in ((0.0, [1.0]), (1.0, [1.1]), (0.5, [1.0, 1.1])):
         parts = reconstruct(make_vit(), make_images(4), "blocks.0.mlp", mix_probability=probability)
-        parts.inputs, parts.quantized_inputs = torch.ones_like(parts.inputs), torch.full_like(parts.inputs, 1.1)
+        parts.inputs = {0: torch.ones_like(parts.inputs[0])}
+        parts.quantized_inputs = {0: torch.full_like(parts.inputs[0], 1.1)}
         hook = parts.module.fc1.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         parts._loss(0.0)
         hook.remove()

@@ -18,6 +18,7 @@ from adfq.layers import QuantConv2d, QuantLinear, QuantMatMul, QuantWeightLayer
 from adfq.methods import Bits
 from adfq.quantizers import Quantizer, TwinGeluQuantizer, TwinSoftmaxQuantizer, UniformQuantizer
 from adfq.sites import Network
+from baselines import ptq4vit as method
 from baselines.ptq4vit import ptq4vit, sample_rows
 
 MakeModel = Callable[..., nn.Module]
@@ -144,6 +145,8 @@ class OneLayer(nn.Module):
         if kind == "conv":
             conv = nn.Conv2d(1, 4, 3, stride=(2, 1), padding=(1, 2), dilation=(1, 2))
             self.layer: nn.Module = QuantConv2d(conv, "patch_embed")
+        elif kind == "grouped":
+            self.layer = QuantConv2d(nn.Conv2d(4, 6, 3, padding=(1, 0), groups=2, bias=False), "neck")
         elif kind in ("scores", "context"):
             roles = ("query", "key") if kind == "scores" else ("probs", "value")
             self.layer = QuantMatMul(roles, transpose_right=kind == "scores")
@@ -155,6 +158,8 @@ class OneLayer(nn.Module):
         x = images[:, 0]
         if self.kind == "conv":
             output = self.layer(images)
+        elif self.kind == "grouped":
+            output = self.layer(torch.cat([images, images.flip(2), 3 * images, images.flip(3)], 1))
         elif self.kind == "scores":  # two heads
             output = self.layer(torch.stack([x, -2 * x], 1), torch.stack([x.flip(1), x], 1))
         elif self.kind == "context":
@@ -167,7 +172,7 @@ class OneLayer(nn.Module):
 
 @pytest.mark.parametrize("search", ["hessian", "mse"])
 @pytest.mark.parametrize("bits", [3, 6])
-@pytest.mark.parametrize("kind", ["qkv", "fc2", "proj", "conv", "scores", "context"])
+@pytest.mark.parametrize("kind", ["qkv", "fc2", "proj", "conv", "grouped", "scores", "context"])
 def test_the_search_finds_what_brute_force_finds(kind: str, bits: int, search: str) -> None:
     network = Network(OneLayer(kind), {})
     with capturing(network) as captured:
@@ -218,13 +223,47 @@ def test_a_sample_finds_scales_that_are_nearly_the_best_on_everything(
             assert scores[0] <= 1.05 * min(scores), name
 
 
+CONVOLUTIONS: dict[str, dict[str, Any]] = {
+    "depthwise": {"kernel_size": 3, "padding": 1, "groups": 6},
+    "depthwise, strided": {"kernel_size": 3, "padding": 1, "stride": 2, "groups": 6, "bias": False},
+    "groups": {"kernel_size": (3, 2), "padding": (2, 0), "stride": (1, 3), "dilation": (2, 1), "groups": 2},
+    "as large as the input": {"kernel_size": 4, "padding": "same", "dilation": 2, "groups": 3},
+    "no groups": {"kernel_size": 3, "padding": 1, "bias": False},
+}
+
+
+@pytest.mark.parametrize("size", [4, 24])  # all positions, and a sample of them
+@pytest.mark.parametrize("which", CONVOLUTIONS)
+@torch.no_grad()
+def test_the_products_of_a_convolution_are_its_output(which: str, size: int) -> None:
+    layer = QuantConv2d(nn.Conv2d(6, 12, **CONVOLUTIONS[which]), "neck")
+    observer = method._Observer("layer", layer, batches=2, weighted=True)
+    outputs = []
+    for count in (3, 1):
+        images = torch.randn(count, 6, size, size)
+        outputs.append(layer._apply_weight(images, layer.weight))
+        if layer.bias is not None:
+            outputs[-1] -= layer.bias[:, None, None]
+        observer.keep((images,), torch.randn_like(outputs[-1]))
+    expected = torch.cat([output.movedim(1, -1).flatten(0, 2) for output in outputs])
+    product = observer.product((16, 8))
+    assert product.target.shape[:2] == (layer.groups, 12 // layer.groups)
+    found = product.target.flatten(0, 1).mT
+    if len(expected) <= 128:
+        torch.testing.assert_close(found, expected)
+    else:
+        assert len(found) == 128
+        torch.testing.assert_close(found, expected[torch.cdist(found, expected).argmin(1)])
+        assert len(found.unique(dim=0)) > 100
+
+
 def test_sampled_scores_are_unbiased() -> None:
     x, gradient, error = torch.randn(6, 40, 5), torch.randn(6, 40, 8).pow(3), torch.rand(6, 40, 8)
     gradient[2] = 0
     expected = (gradient * error).square().sum()
     estimates = []
     for _ in range(300):
-        which, rows, weights = sample_rows(x, gradient, 3, 10)
+        which, rows, weights = sample_rows(x.square().sum(-1), gradient, 3, 10)
         assert which.shape == (3,)
         assert rows.shape == weights.shape == (3, 10)
         assert 2 not in which
@@ -234,7 +273,7 @@ def test_sampled_scores_are_unbiased() -> None:
 
 
 def test_small_layers_are_not_sampled() -> None:
-    which, rows, weights = sample_rows(torch.randn(3, 5, 4), torch.randn(3, 5, 2), 3, 8)
+    which, rows, weights = sample_rows(torch.rand(3, 5), torch.randn(3, 5, 2), 3, 8)
     assert which.tolist() == [0, 1, 2]
     assert rows.tolist() == [[0, 1, 2, 3, 4]] * 3
     assert (weights == 1).all()

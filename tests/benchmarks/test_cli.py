@@ -40,7 +40,7 @@ def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "methods"]) == 0
     assert capsys.readouterr().out.split() == ["full_precision", "adfq_vit", "base_ptq", "ptq4vit", "repq_vit"]
     assert main(["list", "tables"]) == 0
-    assert capsys.readouterr().out.split() == ["1", "2", "4", "5"]
+    assert capsys.readouterr().out.split() == ["1", "2", "3", "4", "5"]
     assert main(["list", "models"]) == 0
     assert {"embedded_vit", "embedded_swin", "deit_tiny_patch16_224"} <= set(capsys.readouterr().out.split())
 
@@ -71,10 +71,50 @@ def test_methods_are_chosen_beside_full_precision(tmp_path: Path, capsys: pytest
     assert list(frame["method"]) == ["full_precision", "repq_vit"]
 
 
+DESCRIBE = ["describe", "classification", "--model", "embedded_vit", "--data", "embedded"]
+
+
+@pytest.mark.parametrize(
+    ("method", "images", "probs"),
+    [
+        ("base_ptq", "uniform, 8 bits, per tensor", "uniform, 4 bits, per tensor"),
+        ("adfq_vit", "uniform, 8 bits, per tensor", "logarithmic, 4 bits, base 1.414"),
+        ("ptq4vit", "full precision", "twin uniform for softmax, 4 bits"),
+    ],
+)
+def test_what_a_method_does_with_each_site(
+    method: str, images: str, probs: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*DESCRIBE, "--method", method, "--bits", "W3A4"]) == 0
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
+    rows = {cells[1]: cells[2:6] for cells in ([cell.strip() for cell in line.split("|")] for line in lines[2:-2])}
+    assert len(rows) == 12 * 6 + 2
+    assert rows["patch_embed.proj"] == ["patch_embed", "64×3×8×8", "uniform, 3 bits, per row", images]
+    assert rows["blocks.11.attn.context"] == ["probs, value", "", "", f"{probs}; uniform, 4 bits, per tensor"]
+    assert lines[-1] == "50 of 50 layers' weights quantized, 100.0 % of their values"
+    assert captured.err == ""
+
+
+def test_what_full_precision_leaves_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*DESCRIBE, "--method", "full_precision"]) == 0
+    assert capsys.readouterr().out.endswith("\n0 of 50 layers' weights quantized, 0.0 % of their values\n")
+    assert main([*DESCRIBE, "--method", "full_precision", "--format", "csv"]) == 0
+    frame = pd.read_csv(io.StringIO(capsys.readouterr().out))
+    assert set(frame["weight"]) == set(frame["input"]) == {"full precision"}
+
+
+def test_a_description_is_of_the_options_given(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--method-arg", "ppoq=False", "slq=False", "--calibration-size", "2", "--format", "csv"]
+    assert main([*DESCRIBE, "--method", "adfq_vit", *options]) == 0
+    frame = pd.read_csv(io.StringIO(capsys.readouterr().out))
+    assert set(frame[frame["role"].isin(["qkv", "fc1", "fc2"])]["input"]) == {"uniform, 4 bits, per tensor"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "required: run|quantize|table|figure|list"),
+        ([], "required: run|quantize|describe|table|figure|list"),
         (["run", "classification", "--data", "embedded"], "required: --model, --method"),
         ([*RUN, "--method", "magic"], "unknown method 'magic'; there are full_precision, adfq_vit"),
         ([*RUN, "--method", "base_ptq", "--bits", "W1A4"], "bits must be a whole number from 2 to 8"),
@@ -89,6 +129,13 @@ def test_methods_are_chosen_beside_full_precision(tmp_path: Path, capsys: pytest
         ([*RUN, "--method", "base_ptq", "--mean", "0.5,0.5"], "one value, or one for each input channel"),
         ([*RUN, "--method", "base_ptq", "--device", "abacus"], "cannot use device"),
         ([*RUN, "--method", "base_ptq", "--checkpoint", "missing.pth"], "there is no checkpoint missing.pth"),
+        (DESCRIBE, "required: --method (see adfq describe --help)"),
+        ([*DESCRIBE, "--method", "magic"], "unknown method 'magic'; there are full_precision, adfq_vit"),
+        ([*DESCRIBE, "--method", "base_ptq", "--bits", "W4A9"], "bits must be a whole number from 2 to 8"),
+        ([*DESCRIBE, "--method", "base_ptq", "--calibration-size", "0"], "at least one calibration image"),
+        ([*DESCRIBE, "--method", "base_ptq", "--method-arg", "iterations=0"], "base_ptq has no option 'iterations'"),
+        ([*DESCRIBE, "--method", "base_ptq", "--format", "latex"], "argument --format: invalid choice: 'latex'"),
+        ([*DESCRIBE, "--method", "base_ptq", "--prompts", "boxes"], "classification has no --prompts"),
         (["table", "9"], "unknown table '9'; there are 1"),
         (["table", "1", "--profile", "huge"], "there are embedded, full"),
         (["table", "1", "--profile", "full"], "needs --data"),

@@ -17,7 +17,7 @@ from benchmarks.cells import Cell
 from benchmarks.cli import main
 from benchmarks.embedded.detectors import DETECTORS
 from benchmarks.results import ResultStore
-from benchmarks.tasks import detection
+from benchmarks.tasks import coco
 from benchmarks.tasks.mmdet_models import build_detector, open_config
 
 pytest.importorskip("mmengine")
@@ -27,7 +27,7 @@ RUN = ["run", "detection", "--data", "embedded", "--method", "full_precision"]
 
 @pytest.fixture(autouse=True)
 def _few_scenes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(detection, "COUNTS", {"train2017": 2, "val2017": 3})
+    monkeypatch.setattr(coco, "COUNTS", {"train2017": 2, "val2017": 3})
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_each_task_has_its_batch_size_and_models(capsys: pytest.CaptureFixture[s
         (["quantize", *RUN[1:], "--config", CONFIG, "--out", "x"], "cannot be saved to a file, or loaded from one"),
         (["run", "classification", *RUN[2:], "--config", CONFIG], "classification has no --config"),
         (["run", "classification", *RUN[2:], "--model", "embedded_vit", "--results", "x"], "has no --results"),
-        (["run", "segmentation", *RUN[2:]], "argument task: invalid choice: 'segmentation'"),
+        (["run", "captioning", *RUN[2:]], "argument task: invalid choice: 'captioning'"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(

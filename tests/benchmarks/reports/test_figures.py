@@ -12,7 +12,8 @@ from PIL import Image
 from pycocotools import mask as rle
 
 from adfq import AdfqError
-from benchmarks.reports.figures import Detections, draw_detections, read_coco
+from benchmarks.reports.figures import Detections, compare_masks, draw_detections, read_coco
+from benchmarks.tasks.segmentation import Segmented
 
 GREY = np.full((40, 60, 3), 128, np.uint8)
 NOTHING = Detections(np.zeros((0, 4)), np.zeros(0, int), np.zeros(0), np.zeros((0, 40, 60), bool))
@@ -77,6 +78,20 @@ def test_masks_are_translucent(tmp_path: Path) -> None:
     assert (left - right).tolist() == pytest.approx([0.65 * 64] * 3, abs=3)
 
 
+def test_points_have_a_white_rim_and_no_box(tmp_path: Path) -> None:
+    point = Detections(np.array([[30, 20, 30, 20]]), np.array([4]), points=True)
+    draw_detections([GREY], {"": [point]}, None, tmp_path / "figure.png")
+    picture = read(tmp_path / "figure.png").astype(int)
+    height, width, _ = picture.shape
+    inside = picture[20:-20, 20:-20]  # without the margin
+    red, green, blue = picture[height // 2, width // 2]
+    assert red > green > blue  # the first colour
+    rim = np.argwhere((inside == 255).all(2)) + 20
+    assert len(rim)
+    assert np.abs(rim.mean(0) - [height / 2, width / 2]).max() < 3
+    assert np.ptp(rim, 0).max() < 30
+
+
 def test_what_is_not_sure_is_left_out(tmp_path: Path) -> None:
     sure, unsure = np.array([0.9, 0.8]), np.array([0.9, 0.2])
     two = detect(2)
@@ -115,6 +130,31 @@ def test_cocos_boxes_and_every_kind_of_mask() -> None:
     assert found.scores.tolist() == [0.5] * 3
     assert found.masks is not None
     assert all(np.array_equal(mask, square.astype(bool)) for mask in found.masks)
+
+
+def test_masks_beside_the_prompts_that_asked_for_them() -> None:
+    masks = np.zeros((2, 40, 60), bool)
+    masks[0, 5:9, 5:9] = masks[1, 20:30, 20:30] = True
+    boxes, points = np.array([[5.0, 5, 9, 9], [20, 20, 30, 30]]), np.array([[6.0, 6], [25, 25]])
+    truth, found = compare_masks(Segmented(GREY, boxes, None, masks, ~masks, [0.9, 0.1]))
+    assert truth is not None
+    for shown, expected in ((truth, masks), (found, ~masks)):
+        assert np.array_equal(shown.boxes, boxes)
+        assert shown.labels.tolist() == [0, 1]
+        assert shown.scores is None
+        assert not shown.points
+        assert shown.masks is not None
+        assert np.array_equal(shown.masks, expected)
+    _, found = compare_masks(Segmented(GREY, None, points, masks, ~masks, [0.9, 0.1]))
+    assert found.points
+    assert found.boxes.tolist() == [[6.5] * 4, [25.5] * 4]
+
+
+def test_what_a_detector_is_not_sure_of_is_not_drawn() -> None:
+    boxes, masks = np.array([[5.0, 5, 9, 9], [20, 20, 30, 30]]), np.ones((2, 40, 60), bool)
+    truth, found = compare_masks(Segmented(GREY, boxes, None, None, masks, [0.1, 0.9]))
+    assert truth is None
+    assert found.above(0.3).labels.tolist() == [1]
 
 
 def test_nothing_of_cocos() -> None:

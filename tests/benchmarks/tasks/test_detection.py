@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from adfq import AdfqError
 from benchmarks.cells import Cell
 from benchmarks.embedded.detectors import COUNTS, DETECTORS
-from benchmarks.tasks import detection
+from benchmarks.tasks import coco
 from benchmarks.tasks.detection import Detection, describe_detection, load_detection
 from benchmarks.tasks.mmdet_models import build_detector, mmdetection, open_config
 
@@ -34,7 +34,7 @@ SCENES = {"train2017": 5, "val2017": 6}
 
 @pytest.fixture(autouse=True)
 def _few_scenes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(detection, "COUNTS", SCENES)
+    monkeypatch.setattr(coco, "COUNTS", SCENES)
 
 
 @pytest.fixture(scope="module")
@@ -171,8 +171,8 @@ def test_averages_are_mmdetections(subject: Detection, tmp_path: Path) -> None:
         expected = metric.evaluate(6)
     names = {"ap": "mAP", "ap50": "mAP_50", "ap75": "mAP_75", "ap_small": "mAP_s", "ap_medium": "mAP_m"}
     for ours, theirs in names.items():
-        for kind, coco in (("box", "bbox"), ("mask", "segm")):
-            assert metrics[f"{kind}_{ours}"] == pytest.approx(100 * expected[f"coco/{coco}_{theirs}"], abs=0.051)
+        for kind, other in (("box", "bbox"), ("mask", "segm")):
+            assert metrics[f"{kind}_{ours}"] == pytest.approx(100 * expected[f"coco/{other}_{theirs}"], abs=0.051)
     assert 5 < metrics["box_ap"] < 80
     assert expected["coco/bbox_mAP_l"] == -1  # what we leave out
 
@@ -392,7 +392,7 @@ def test_a_broken_image_is_named(damage: str, workers: int, load: Callable[..., 
     assert "\n" not in str(caught.value)
     # The first ones are whole, so that it is the evaluation that finds the broken one.
     for number in range(4):
-        source = detection._draw_scenes(tuple(SCENES.items())).name
+        source = coco._draw_scenes(tuple(SCENES.items())).name
         shutil.copy(f"{source}/val2017/{number:06d}.png", root / "val2017")
     with pytest.raises(AdfqError, match=f"^cannot read {root}/val2017/000004\\.png: ") as caught:
         subject.evaluate(subject.model, CPU, None, 1)
@@ -496,7 +496,7 @@ def test_cocos_own_images(real_data: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", DETECTORS)
 def test_what_ships_scores_well(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(detection, "COUNTS", COUNTS)
+    monkeypatch.setattr(coco, "COUNTS", COUNTS)
     subject = load_detection(Cell.create(task="detection", model=name, data="embedded", method="full_precision"))
     metrics = subject.evaluate(subject.model, CPU, None, 10)
     assert metrics["images"] == 200

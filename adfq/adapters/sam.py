@@ -1,0 +1,240 @@
+"""segment_anything's Sam and its image encoder: image encoder and mask decoder quantized, prompt encoder not."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+from segment_anything.modeling import ImageEncoderViT
+from segment_anything.modeling.image_encoder import Attention as EncoderAttention
+from segment_anything.modeling.image_encoder import add_decomposed_rel_pos, window_partition, window_unpartition
+from segment_anything.modeling.transformer import Attention as DecoderAttention
+from segment_anything.modeling.transformer import TwoWayAttentionBlock
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from adfq.adapters import Architecture, mobile_sam, pair, qualified_name, replace
+from adfq.errors import AdfqError
+from adfq.layers import QuantLinear, QuantMatMul
+from adfq.sites import Network
+
+#: What a Sam without prompts is asked, in parts of the image's width and height: two boxes and two points.
+_BOXES = ((0.05, 0.1, 0.95, 0.9), (0.3, 0.35, 0.65, 0.75))
+_POINTS = ((0.5, 0.5), (0.25, 0.7))
+
+
+class QuantEncoderAttention(nn.Module):
+    """Attention of SAM's image encoder with its windows, and its two matrix products made explicit.
+
+    Input and output B×H×W×C. Windows that the feature map does not fill are padded.
+
+    Attributes:
+        window_size: 0 for attention over everything.
+        padding: (C) the padding's tokens; 0 until somebody transforms the input.
+    """
+
+    padding: Tensor
+
+    def __init__(self, attention: EncoderAttention, window_size: int) -> None:
+        super().__init__()
+        self.window_size, self.num_heads, self.scale = window_size, attention.num_heads, attention.scale
+        self.qkv = QuantLinear(attention.qkv, "qkv", fixed_positions=window_size > 0)
+        self.rel_pos_h = attention.rel_pos_h if attention.use_rel_pos else None
+        self.rel_pos_w = attention.rel_pos_w if attention.use_rel_pos else None
+        self.scores = QuantMatMul(("query", "key"), transpose_right=True)
+        self.softmax = nn.Softmax(dim=-1)
+        self.context = QuantMatMul(("probs", "value"))
+        self.proj = QuantLinear(attention.proj, "proj")
+        self.register_buffer("padding", attention.qkv.weight.new_zeros(attention.qkv.in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.window_size:
+            return self._attend(x)
+        height, width = x.shape[1:3]
+        margins = (0, 0, 0, -width % self.window_size, 0, -height % self.window_size)
+        inside = F.pad(x.new_ones(height, width, 1), margins)
+        windows, padded = window_partition(F.pad(x, margins) + (1 - inside) * self.padding, self.window_size)
+        merged: Tensor = window_unpartition(self._attend(windows), self.window_size, padded, (height, width))
+        return merged
+
+    def _attend(self, x: Tensor) -> Tensor:
+        batch, height, width, _ = x.shape
+        qkv = self.qkv(x).reshape(batch, height * width, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        query, key, value = qkv.unbind(0)
+        scores = self.scores(query * self.scale, key)
+        if self.rel_pos_h is not None:
+            scores = add_decomposed_rel_pos(
+                scores.flatten(0, 1), query.flatten(0, 1), self.rel_pos_h, self.rel_pos_w, *[(height, width)] * 2
+            ).unflatten(0, (batch, self.num_heads))
+        context = self.context(self.softmax(scores), value)
+        output: Tensor = self.proj(context.transpose(1, 2).reshape(batch, height, width, -1))
+        return output
+
+
+class QuantDecoderAttention(nn.Module):
+    """Attention of SAM's mask decoder, to itself or across, with its two matrix products made explicit.
+
+    Queries B×N×C, keys and values B×M×C, output B×N×C.
+    """
+
+    def __init__(self, attention: DecoderAttention) -> None:
+        super().__init__()
+        self.num_heads, self.scale = attention.num_heads, math.sqrt(attention.internal_dim / attention.num_heads)
+        self.q_proj = QuantLinear(attention.q_proj, "in_proj", fixed_positions=False)
+        self.k_proj = QuantLinear(attention.k_proj, "in_proj", fixed_positions=False)
+        self.v_proj = QuantLinear(attention.v_proj, "in_proj", fixed_positions=False)
+        self.scores = QuantMatMul(("query", "key"), transpose_right=True)
+        self.softmax = nn.Softmax(dim=-1)
+        self.context = QuantMatMul(("probs", "value"))
+        self.out_proj = QuantLinear(attention.out_proj, "proj", fixed_positions=False)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        query, key, value = (
+            projection(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for projection, x in ((self.q_proj, q), (self.k_proj, k), (self.v_proj, v))
+        )
+        scores = self.scores(query, key) / self.scale
+        context = self.context(self.softmax(scores), value)
+        output: Tensor = self.out_proj(context.transpose(1, 2).flatten(2))
+        return output
+
+
+def adapt(model: nn.Module) -> Network:
+    """See `adfq.adapters.adapt`; of a Sam or of its image encoder.
+
+    Transposed convolutions and the product of mask tokens and image, whose result is the masks, stay in floating point.
+    """
+    if isinstance(model, ImageEncoderViT):
+        return _adapt_encoder(model)
+    encoder = model.get_submodule("image_encoder")
+    if isinstance(encoder, ImageEncoderViT):
+        network = _adapt_encoder(encoder)
+    elif isinstance(encoder, mobile_sam.MobileSamEncoder):
+        network = mobile_sam.adapt(encoder)
+    else:
+        raise AdfqError(f"cannot quantize a Sam whose image encoder is a {type(encoder).__name__}")
+    modules = [f"image_encoder.{name}" for name in network.modules] + _adapt_decoder(model)
+    return Network(
+        model,
+        {f"image_encoder.{name}": norm for name, norm in network.norms.items()},
+        tuple(modules),
+        paddings={f"image_encoder.{name}": padding for name, padding in network.paddings.items()},
+        forward=partial(segment_densely, model),
+        kept=("prompt_encoder",),
+    )
+
+
+def _adapt_encoder(encoder: Any) -> Network:
+    replace(encoder, "patch_embed.proj", "patch_embed", fixed_positions=False)
+    norms: dict[str, nn.LayerNorm] = {}
+    paddings: dict[str, Tensor] = {}
+    modules = ["patch_embed"]
+    for index, block in enumerate(encoder.blocks):
+        name = f"blocks.{index}"
+        block.attn = QuantEncoderAttention(block.attn, block.window_size)
+        block.window_size = 0  # the attention sees to its windows
+        replace(encoder, f"{name}.mlp.lin1", "fc1", fixed_positions=False)
+        replace(encoder, f"{name}.mlp.lin2", "fc2", fixed_positions=False)
+        modules += [f"{name}.attn", f"{name}.mlp"]
+        pair(norms, f"{name}.attn.qkv", block.norm1)
+        pair(norms, f"{name}.mlp.lin1", block.norm2)
+        paddings[f"{name}.attn.qkv"] = block.attn.padding
+    modules.append(mobile_sam.adapt_neck(encoder))
+    return Network(encoder, norms, tuple(modules), paddings=paddings, forward=lambda images: [encoder(images)])
+
+
+def _adapt_decoder(model: nn.Module) -> list[str]:
+    """Replaces the layers of the mask decoder; names of the parts that are optimized together.
+
+    No LayerNorm is paired: tokens go on with its output, around the next layer.
+    """
+    modules = []
+    for name, module in list(model.get_submodule("mask_decoder").named_modules(prefix="mask_decoder")):
+        if isinstance(module, DecoderAttention):
+            model.set_submodule(name, QuantDecoderAttention(module))
+        elif isinstance(module, TwoWayAttentionBlock):
+            replace(model, f"{name}.mlp.lin1", "fc1", fixed_positions=False)
+            replace(model, f"{name}.mlp.lin2", "relu", fixed_positions=False)
+            parts = ("self_attn", "cross_attn_token_to_image", "mlp", "cross_attn_image_to_token")
+            modules += [f"{name}.{part}" for part in parts]
+    modules.append("mask_decoder.transformer.final_attn_token_to_image")
+    decoder: Any = model.get_submodule("mask_decoder")
+    heads = [f"output_hypernetworks_mlps.{index}" for index in range(decoder.num_mask_tokens)]
+    for head in (*heads, "iou_prediction_head"):
+        for index in range(len(decoder.get_submodule(head).layers)):
+            replace(decoder, f"{head}.layers.{index}", "head", fixed_positions=False)
+        modules.append(f"mask_decoder.{head}")
+    return modules
+
+
+@torch.no_grad()
+def _embed_prompts(sam: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Sparse and dense embeddings of the same few prompts for each image, an image's prompts side by side.
+
+    Prompts lie where an image is not padded.
+    """
+    sparse, dense = [], []
+    for image in images:
+        filled = image.any(0)
+        size = torch.stack([filled.any(0).sum(), filled.any(1).sum()]).to(torch.float32)  # width, height
+        boxes = torch.tensor(_BOXES, device=size.device) * size.repeat(2)
+        points = torch.tensor(_POINTS, device=size.device)[:, None] * size
+        labels = torch.ones(points.shape[:2], device=size.device)
+        for prompts in ({"points": None, "boxes": boxes}, {"points": (points, labels), "boxes": None}):
+            embedded = sam.prompt_encoder(**prompts, masks=None)
+            sparse.append(embedded[0])
+            dense.append(embedded[1])
+    return torch.cat(sparse), torch.cat(dense)
+
+
+def segment_densely(sam: Any, images: Tensor) -> list[Tensor]:
+    """Takes images through image encoder and mask decoder; what is asked of every image are the same boxes and points.
+
+    Args:
+        sam: segment_anything's Sam.
+        images: B×3×S×S, preprocessed.
+
+    Returns:
+        mask logits (4·B)×masks×h×w and predicted IoU (4·B)×masks.
+    """
+    embeddings = sam.image_encoder(images)
+    sparse, dense = (tensor.to(embeddings.dtype) for tensor in _embed_prompts(sam, images))
+    rows = embeddings.repeat_interleave(len(sparse) // len(images), 0)
+    return list(decode(sam.mask_decoder, rows, sam.prompt_encoder.get_dense_pe().to(rows.dtype), sparse, dense))
+
+
+def decode(decoder: Any, embeddings: Tensor, positions: Tensor, sparse: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
+    """What SAM's mask decoder predicts for prompts, each with an image of its own.
+
+    Args:
+        decoder: segment_anything's MaskDecoder, whose own forward pass takes one image.
+        embeddings: P×C×h×w, of the prompts' images.
+        positions: 1×C×h×w, the dense positional encoding.
+        sparse: P×N×C, the prompts' points and boxes, embedded.
+        dense: P×C×h×w, their masks, embedded.
+
+    Returns:
+        mask logits P×masks×4h×4w and predicted IoU P×masks, of all masks.
+    """
+    prompts = len(sparse)
+    tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])[None].expand(prompts, -1, -1)
+    states, image = decoder.transformer(
+        embeddings + dense, positions.expand(prompts, -1, -1, -1), torch.cat([tokens, sparse], 1)
+    )
+    upscaled = decoder.output_upscaling(image.mT.reshape(embeddings.shape))
+    mask_states = states[:, 1 : 1 + decoder.num_mask_tokens].unbind(1)
+    kernels = [mlp(state) for mlp, state in zip(decoder.output_hypernetworks_mlps, mask_states, strict=True)]
+    masks = (torch.stack(kernels, 1) @ upscaled.flatten(2)).unflatten(2, upscaled.shape[2:])
+    return masks, decoder.iou_prediction_head(states[:, 0])
+
+
+def describe(model: nn.Module, family: str) -> Architecture:
+    """See `adfq.adapters.describe`; a Sam does not tell how it was made."""
+    return Architecture(family, qualified_name(type(model)), None, {}, (3, 0, 0))
+
+
+def create(architecture: Architecture) -> nn.Module:
+    """See `adfq.adapters.create`."""
+    raise AdfqError("models of Segment Anything cannot be built from a file yet")
