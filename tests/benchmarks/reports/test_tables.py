@@ -18,6 +18,7 @@ from benchmarks.reports.spec import Entry, Table, load_table, published_numbers,
 from benchmarks.reports.tables import render, summarize, tabulate_results
 from benchmarks.results import Record
 from benchmarks.tasks.mmdet_models import CONFIGS
+from benchmarks.tasks.sam_models import sam_names
 
 Results = list[tuple[Entry, Record]]
 
@@ -59,21 +60,27 @@ def detection() -> Table:
     return replace(table, bits=["W4/A4"], models=chosen)
 
 
-@pytest.mark.parametrize("profile", ["embedded", "full"])
-def test_specifications_name_things_that_exist(profile: str) -> None:
-    for name in table_names():
-        table = load_table(name, profile)
-        assert {row.method for row in table.rows} <= set(methods())
-        entries = table.entries(data="x")
-        cells = len(table.models) * (1 + len(table.bits) * len(table.rows) * len(table.seeds))
-        assert len({entry.cell.id for entry in entries}) == len(entries) == cells
-        assert len({row.key for row in table.rows}) == len({row.label for row in table.rows}) == len(table.rows)
-        for model in table.models:
-            if table.task == "detection":
-                assert model.name in (DETECTORS if profile == "embedded" else CONFIGS)
-                continue
-            assert model.name in CLASSIFIERS or timm.models.is_model(model.name)
-            assert model.name in CLASSIFIERS or timm.get_pretrained_cfg(model.name, allow_unregistered=False)
+@pytest.mark.parametrize(
+    ("name", "profile"),
+    [*((name, profile) for name in table_names() for profile in ("embedded", "full")), ("3", "mobile")],
+)
+def test_specifications_name_things_that_exist(name: str, profile: str) -> None:
+    table = load_table(name, profile)
+    assert {row.method for row in table.rows} <= set(methods())
+    entries = table.entries(data="x")
+    cells = len(table.models) * (1 + len(table.bits) * len(table.rows) * len(table.seeds))
+    assert len({entry.cell.id for entry in entries}) == len(entries) == cells
+    assert len({row.key for row in table.rows}) == len({row.label for row in table.rows}) == len(table.rows)
+    for model in table.models:
+        if table.task == "detection":
+            assert model.name in (DETECTORS if profile == "embedded" else CONFIGS)
+            continue
+        if table.task == "segmentation":
+            assert model.name in sam_names()
+            assert model.name.startswith("embedded") == (profile == "embedded")
+            continue
+        assert model.name in CLASSIFIERS or timm.models.is_model(model.name)
+        assert model.name in CLASSIFIERS or timm.get_pretrained_cfg(model.name, allow_unregistered=False)
 
 
 @pytest.mark.parametrize("name", ["1", "2"])
