@@ -52,19 +52,20 @@ class LogQuantizer(Quantizer):
         return candidates[errors.argmin()]
 
     def _quantize(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return self._levels_of((x / self.scale).clamp_(0, 1)).mul_(self.scale)
         with torch.no_grad():
             ratio = x / self.scale
             limited = ratio.clamp(0, 1)
             values = self._levels_of(limited)
-        if not torch.is_grad_enabled():
-            return values.mul_(self.scale)
         return rescale(x, self.scale, ratio, values, limited.eq_(ratio))
 
     def _levels_of(self, ratio: Tensor) -> Tensor:
         """The nearest level (in the logarithm) of values in [0, 1]; -log 0 is infinite, beyond every code."""
         steps_per_octave = 1 / math.log2(self.base)
         codes = ratio.log2().mul_(-steps_per_octave).round_()
-        return torch.exp2(codes / -steps_per_octave).mul_(codes < self.levels)
+        kept = codes < self.levels
+        return codes.div_(-steps_per_octave).exp2_().mul_(kept)
 
     def describe(self) -> str:
         return f"logarithmic, {self.bits} bits, base {self.base:.4g}"

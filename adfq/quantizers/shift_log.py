@@ -45,13 +45,13 @@ class ShiftLogQuantizer(LogQuantizer):
 
     def _find_range(self, x: Tensor) -> None:
         minimum = x.min()
-        self.scale = self._find_scale(x - minimum + _EPSILON)
+        self.scale = self._find_scale((x - minimum).add_(_EPSILON))
         if self.shift == "static":
             self.minimum = minimum
 
     def _quantize(self, x: Tensor) -> Tensor:
         minimum = self.minimum if self.shift == "static" else x.detach().min()
-        return super()._quantize(x - minimum + _EPSILON) + (minimum - _EPSILON)
+        return super()._quantize((x - minimum).add_(_EPSILON)).add_(minimum - _EPSILON)
 
     def describe(self) -> str:
         return f"{self.shift}ally shifted {super().describe()}"
