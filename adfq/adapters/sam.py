@@ -20,9 +20,8 @@ from adfq.errors import AdfqError
 from adfq.layers import QuantLinear, QuantMatMul
 from adfq.sites import Network
 
-#: What a Sam without prompts is asked, in parts of the image's width and height: two boxes and two points.
-_BOXES = ((0.05, 0.1, 0.95, 0.9), (0.3, 0.35, 0.65, 0.75))
-_POINTS = ((0.5, 0.5), (0.25, 0.7))
+#: How many boxes, and how many points, a Sam without prompts is asked of each image.
+_PROMPTS = 2
 
 
 class QuantEncoderAttention(nn.Module):
@@ -171,17 +170,21 @@ def _adapt_decoder(model: nn.Module) -> list[str]:
 
 @torch.no_grad()
 def _embed_prompts(sam: Any, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Sparse and dense embeddings of the same few prompts for each image, an image's prompts side by side.
+    """Sparse and dense embeddings of a few boxes and points for each image, an image's prompts side by side.
 
-    Prompts lie where an image is not padded.
+    They are drawn at random where an image is not padded; an image decides its own, and has the same ones always.
+    (With the same prompts for all images, weights would be rounded for these alone.)
     """
     sparse, dense = [], []
     for image in images:
         filled = image.any(0)
-        size = torch.stack([filled.any(0).sum(), filled.any(1).sum()]).to(torch.float32)  # width, height
-        boxes = torch.tensor(_BOXES, device=size.device) * size.repeat(2)
-        points = torch.tensor(_POINTS, device=size.device)[:, None] * size
-        labels = torch.ones(points.shape[:2], device=size.device)
+        size = torch.stack([filled.any(0).sum(), filled.any(1).sum()]).cpu()  # width, height
+        generator = torch.Generator().manual_seed(int(image.contiguous().view(torch.int32).sum()) % 2**63)
+        corners = torch.rand(3 * _PROMPTS, 2, generator=generator) * size
+        ends = corners[_PROMPTS:].view(2, _PROMPTS, 2)
+        boxes = torch.cat([ends.amin(0), ends.amax(0)], 1).to(image.device)
+        points = corners[:_PROMPTS, None].to(image.device)
+        labels = torch.ones(points.shape[:2], device=image.device)
         for prompts in ({"points": None, "boxes": boxes}, {"points": (points, labels), "boxes": None}):
             embedded = sam.prompt_encoder(**prompts, masks=None)
             sparse.append(embedded[0])
@@ -190,7 +193,7 @@ def _embed_prompts(sam: Any, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def segment_densely(sam: Any, images: Tensor) -> list[Tensor]:
-    """Takes images through image encoder and mask decoder; what is asked of every image are the same boxes and points.
+    """Takes images through image encoder and mask decoder, asking by boxes and points drawn at random.
 
     Args:
         sam: segment_anything's Sam.
@@ -200,9 +203,9 @@ def segment_densely(sam: Any, images: Tensor) -> list[Tensor]:
         mask logits (4·B)×masks×h×w and predicted IoU (4·B)×masks.
     """
     embeddings = sam.image_encoder(images)
-    sparse, dense = (tensor.to(embeddings.dtype) for tensor in _embed_prompts(sam, images))
+    sparse, dense = _embed_prompts(sam, images)
     rows = embeddings.repeat_interleave(len(sparse) // len(images), 0)
-    return list(decode(sam.mask_decoder, rows, sam.prompt_encoder.get_dense_pe().to(rows.dtype), sparse, dense))
+    return list(decode(sam.mask_decoder, rows, sam.prompt_encoder.get_dense_pe(), sparse, dense))
 
 
 def decode(decoder: Any, embeddings: Tensor, positions: Tensor, sparse: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:

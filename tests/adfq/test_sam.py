@@ -114,18 +114,22 @@ def test_prompts_with_an_image_each_are_decoded_as_by_sam_itself(vit_sam: Any) -
 
 
 @torch.no_grad()
-def test_calibration_asks_within_the_image(vit_sam: Any) -> None:
-    """The same prompts, in parts of the image without its padding."""
-    asked: list[Any] = []
-    hook = vit_sam.prompt_encoder.register_forward_pre_hook(
+def test_calibration_asks_each_image_within_its_padding_and_the_same_each_time(vit_sam: nn.Module) -> None:
+    asked: list[dict[str, Any]] = []
+    vit_sam.get_submodule("prompt_encoder").register_forward_pre_hook(
         lambda _, arguments, keywords: asked.append(keywords), with_kwargs=True
     )
-    segment_densely(vit_sam, draw(1, filled=32))
-    hook.remove()
-    boxes = next(item["boxes"] for item in asked if isinstance(item, dict) and item["boxes"] is not None)
-    points, _ = next(item["points"] for item in asked if isinstance(item, dict) and item["points"] is not None)
-    assert boxes[:, [1, 3]].max() <= 32 < boxes[:, [0, 2]].max()
-    assert points[..., 1].max() <= 32
+    images = draw(8, filled=32)
+    segment_densely(vit_sam, torch.cat([images, images]))
+    boxes = torch.stack([keywords["boxes"] for keywords in asked if keywords["boxes"] is not None])
+    points = torch.stack([keywords["points"][0] for keywords in asked if keywords["points"] is not None])
+    assert torch.equal(boxes[:8], boxes[8:])
+    assert torch.equal(points[:8], points[8:])
+    assert len(boxes[:8].flatten(1).unique(dim=0)) == 8
+    assert boxes.min() >= 0
+    assert (boxes[..., 2:] > boxes[..., :2]).all()
+    assert boxes[..., [1, 3]].max() <= 32 < boxes[..., [0, 2]].max() <= SIZE
+    assert points[..., 1].max() <= 32 < points[..., 0].max() <= SIZE
 
 
 def sites(model: nn.Module) -> dict[str, str]:
