@@ -136,7 +136,7 @@ def _fold(model: nn.Module, name: str) -> None:
 
 
 def describe(model: nn.Module, family: str) -> Architecture:
-    """See `adfq.adapters.describe`."""
+    """See `adfq.adapters.describe`; models of Segment Anything do not tell how they were made."""
     return Architecture(family, qualified_name(type(model)), None, {}, (3, 0, 0))
 
 

@@ -15,7 +15,9 @@ from segment_anything.modeling.transformer import TwoWayAttentionBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adfq.adapters import Architecture, mobile_sam, pair, qualified_name, replace
+from adfq.adapters import mobile_sam, pair, replace
+from adfq.adapters.mobile_sam import create as create
+from adfq.adapters.mobile_sam import describe as describe
 from adfq.errors import AdfqError
 from adfq.layers import QuantLinear, QuantMatMul
 from adfq.sites import Network
@@ -231,13 +233,3 @@ def decode(decoder: Any, embeddings: Tensor, positions: Tensor, sparse: Tensor, 
     kernels = [mlp(state) for mlp, state in zip(decoder.output_hypernetworks_mlps, mask_states, strict=True)]
     masks = (torch.stack(kernels, 1) @ upscaled.flatten(2)).unflatten(2, upscaled.shape[2:])
     return masks, decoder.iou_prediction_head(states[:, 0])
-
-
-def describe(model: nn.Module, family: str) -> Architecture:
-    """See `adfq.adapters.describe`; a Sam does not tell how it was made."""
-    return Architecture(family, qualified_name(type(model)), None, {}, (3, 0, 0))
-
-
-def create(architecture: Architecture) -> nn.Module:
-    """See `adfq.adapters.create`."""
-    raise AdfqError("models of Segment Anything cannot be built from a file yet")
