@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from benchmarks.cli import main
+from benchmarks.tasks import coco
 
 
 @pytest.fixture
@@ -22,3 +23,9 @@ def assert_refused(capsys: pytest.CaptureFixture[str]) -> Callable[[Sequence[str
         assert message in captured.err
 
     return check
+
+
+@pytest.fixture
+def few_scenes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the embedded scenes two for training and three for validation."""
+    monkeypatch.setattr(coco, "COUNTS", {"train2017": 2, "val2017": 3})

@@ -17,7 +17,6 @@ from benchmarks.cells import Cell
 from benchmarks.cli import main
 from benchmarks.embedded.detectors import DETECTORS
 from benchmarks.results import ResultStore
-from benchmarks.tasks import coco
 from benchmarks.tasks.mmdet_models import build_detector, open_config
 
 pytest.importorskip("mmengine")
@@ -25,9 +24,7 @@ CONFIG = str(DETECTORS["embedded_mask_rcnn"].config)
 RUN = ["run", "detection", "--data", "embedded", "--method", "full_precision"]
 
 
-@pytest.fixture(autouse=True)
-def _few_scenes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coco, "COUNTS", {"train2017": 2, "val2017": 3})
+pytestmark = pytest.mark.usefixtures("few_scenes")
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,6 @@ from benchmarks.embedded.sams import create_embedded_sam
 from benchmarks.reports import spec
 from benchmarks.results import ResultStore
 from benchmarks.runner import run_cells
-from benchmarks.tasks import coco
 
 RUN = ["run", "segmentation", "--model", "embedded_sam", "--data", "embedded", "--method"]
 TABLE = """
@@ -42,9 +41,7 @@ name = "embedded_sam"
 """
 
 
-@pytest.fixture(autouse=True)
-def _few_scenes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coco, "COUNTS", {"train2017": 2, "val2017": 3})
+pytestmark = pytest.mark.usefixtures("few_scenes")
 
 
 @pytest.fixture(scope="module")
