@@ -22,10 +22,11 @@ COSTS = (
 )
 
 
-def tabulate_results(table: Table, results: Iterable[tuple[Entry, Record]]) -> pd.DataFrame:
+def tabulate_results(table: Table, results: Iterable[tuple[Entry, Record | None]]) -> pd.DataFrame:
     """One row a cell, in the order measured: the table in long form, with numbers as numbers.
 
-    Columns: row and its label, model, method, bits, the record's metrics and costs, ``delta`` to full precision in
+    Columns: row and its label, model, method, bits, ``failed`` (there is no record, and every number is NaN), the
+    record's metrics and costs, ``delta`` to full precision in
     points, ``relative_forward`` (seconds over full precision's), ``published`` and ``verified`` where there is a
     published number, and what the cell was measured with. A table of several metrics has a column of each, and a
     difference and a published number to each of them: ``box_ap``, ``delta_box_ap``, ``published_box_ap`` … A metric
@@ -33,10 +34,11 @@ def tabulate_results(table: Table, results: Iterable[tuple[Entry, Record]]) -> p
     """
     rows = []
     for entry, record in results:
-        config = {name: record["config"][name] for name in ("calibration_size", "seed", "data")}
+        config = {name: entry.cell.config[name] for name in ("calibration_size", "seed", "data")}
         names = {"row": entry.row.key, "label": entry.row.label, "model": entry.model.key}
-        what = {"method": entry.cell.method, "bits": entry.cell.bits}
-        rows.append({**names, **what, **record["metrics"], **record.get("cost", {}), **config})
+        what = {"method": entry.cell.method, "bits": entry.cell.bits, "failed": record is None}
+        measured = {} if record is None else {**record["metrics"], **record.get("cost", {})}
+        rows.append({**names, **what, **measured, **config})
     frame = pd.DataFrame(rows)
     for metric in table.metrics:
         if metric not in frame:
@@ -94,7 +96,7 @@ def summarize(table: Table, frame: pd.DataFrame) -> pd.DataFrame:
     √(s₁² + s₂²) of the two.
     """
     groups = frame.groupby(["row", "bits", "model"], sort=False, as_index=False)
-    shared = {name: (name, "first") for name in ("label", "method")}
+    shared = {name: (name, "first") for name in ("label", "method")} | {"failed": ("failed", "any")}
     shared |= {key: (key, "mean") for key, _, _ in COSTS if key in frame}
     parts = []
     for metric in table.metrics:
@@ -146,7 +148,7 @@ def _rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
 
 def _cell(table: Table, summary: pd.DataFrame, row: Mapping[str, Any]) -> str:
     if pd.isna(row["mean"]):
-        return ""
+        return "failed" if row["failed"] else ""
     number = f".{table.digits}f"
     ours = f"{row['mean']:{number}}" + ("" if pd.isna(row["std"]) else f" ± {row['std']:{number}}")
     if not table.published:
@@ -170,7 +172,7 @@ def _counts(table: Table, summary: pd.DataFrame, row: Mapping[str, Any]) -> bool
 
 
 def _notes(table: Table, frame: pd.DataFrame, summary: pd.DataFrame) -> list[str]:
-    images = _any_of(frame["images"])
+    images = _any_of(frame["images"].dropna().astype(int)) if "images" in frame else "no"
     measured = f"Measured on {images} images of {', '.join(sorted(set(frame['data'])))}"
     quantized = frame[frame["method"] != FULL_PRECISION]
     if not quantized.empty:
@@ -191,6 +193,10 @@ def _notes(table: Table, frame: pd.DataFrame, summary: pd.DataFrame) -> list[str
             "random numbers of the method). Bold: ahead of each other one at that bit-width by more than the spread, "
             "√(s₁² + s₂²) of the two."
         )
+    if frame["failed"].any():
+        failed = frame[frame["failed"]].drop_duplicates(["label", "bits", "model", "seed"])
+        cells = [f"{row['label']} {row['bits']} of {row['model']}, seed {row['seed']}" for row in _rows(failed)]
+        notes.append(f"Failed, and left out of every number: {'; '.join(cells)}.")
     if table.published and not summary.dropna(subset=["mean", "published"])["verified"].all():
         notes.append("† Quoted from the literature without a source at hand.")
     if not all(_counts(table, summary, row) for row in _rows(summary)):

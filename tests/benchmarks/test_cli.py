@@ -187,6 +187,6 @@ def test_an_interrupt_is_said_and_has_its_exit_code(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("benchmarks.cli.load_subject", interrupt)
+    monkeypatch.setattr("benchmarks.commands.run.load_subject", interrupt)
     assert main([*RUN, "--method", "full_precision"]) == 130
     assert "interrupted" in capsys.readouterr().err

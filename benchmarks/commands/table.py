@@ -1,0 +1,26 @@
+"""``adfq table``: measures and prints the paper's tables."""
+
+from __future__ import annotations
+
+import argparse
+
+from benchmarks.commands.measure import add_measuring, measure_tables, write_text
+from benchmarks.commands.options import Commands
+from benchmarks.reports.tables import STYLES, render, tabulate_results
+
+
+def add(commands: Commands) -> None:
+    table = commands.add_parser("table", help="measure and print tables of the paper")
+    table.set_defaults(action=_print_tables)
+    table.add_argument("names", nargs="+", metavar="NAME", help="'adfq list tables'")
+    table.add_argument("--format", choices=STYLES, default="md")
+    add_measuring(table, out="runs")
+
+
+def _print_tables(options: argparse.Namespace) -> None:
+    gap = ""
+    for table, results in measure_tables(options.names, options):
+        text = render(table, tabulate_results(table, results), options.format)
+        write_text(options.out / f"table{table.name}-{table.profile}.{STYLES[options.format]}", text)
+        print(gap, text, sep="", end="")
+        gap = "\n"
