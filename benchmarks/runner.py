@@ -1,36 +1,34 @@
-"""Runs cells and records what they give."""
+"""Measures a cell."""
 
 from __future__ import annotations
 
 import hashlib
-import os
+import inspect
 import platform
-import shutil
+import subprocess
 import time
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import joblib
 import numpy
+import PIL
+import psutil
 import timm
 import torch
 import torchvision
 from torch import nn
-from tqdm import tqdm
 
 import adfq
 from adfq.errors import AdfqError
-from adfq.methods import FULL_PRECISION, Bits
+from adfq.methods import FULL_PRECISION, Bits, load_method
 from benchmarks.cells import Cell
-from benchmarks.console import warn
 from benchmarks.cost import measure_cost, peak_memory
-from benchmarks.results import Record, ResultStore
-from benchmarks.tasks import TASKS, Subject, find_task, load_subject
+from benchmarks.results import Record
+from benchmarks.tasks import TASKS, Subject, find_task
 
 _COST_IMAGES = 32
 
@@ -94,12 +92,13 @@ def evaluate_model(
         cost: of quantizing the model; None for one that was saved.
 
     Returns:
-        The record: ``config``, ``metrics``, ``timing`` (seconds), ``cost`` (`benchmarks.cost`), ``report`` of the
-        method, ``environment``, ``provenance``, ``finished``.
+        The record: ``config``, ``metrics``, ``timing`` (seconds), ``cost`` (`benchmarks.cost`, and
+        ``evaluation_memory`` in MB), ``report`` of the method, ``environment``, ``provenance``, ``finished``.
     """
     cost = {"calibration_seconds": 0.0} if cost is None else cost
     start = time.perf_counter()
-    metrics = subject.evaluate(model, device, cell.limit, cell.batch_size)
+    with peak_memory(device) as peak:
+        metrics = subject.evaluate(model, device, cell.limit, cell.batch_size)
     seconds = time.perf_counter() - start
     quantization = getattr(model, "quantization", None)
     # A detector does not take more images at once than it evaluates.
@@ -108,7 +107,7 @@ def evaluate_model(
         "config": cell.config,
         "metrics": metrics,
         "timing": {"calibration": cost["calibration_seconds"], "evaluation": seconds},
-        "cost": {**cost, **measure_cost(model, images, device, subject.forward)},
+        "cost": {**cost, "evaluation_memory": peak.megabytes, **measure_cost(model, images, device, subject.forward)},
         "report": {} if quantization is None else quantization.report,
         "environment": environment(device),
         "provenance": provenance(cell, subject),
@@ -116,98 +115,39 @@ def evaluate_model(
     }
 
 
-def run_cells(
-    cells: Sequence[Cell], store: ResultStore, device: torch.device, jobs: int = 1
-) -> Iterator[tuple[Cell, Record]]:
-    """Runs what the store does not have yet, and yields every cell's record in the order given.
-
-    Each record is in the store as soon as its cell is done.
-
-    Args:
-        jobs: so many cells at once, each in a process of its own with its share of the cores.
-    """
-    with tqdm(total=len(cells), desc="cells", unit="cell", delay=2, disable=None) as progress:
-        for cell, record in zip(cells, _run_all(cells, store, device, jobs), strict=True):
-            progress.set_postfix_str(f"{cell.model} {cell.method} {cell.bits}")
-            progress.update()
-            yield cell, record
-
-
-def _run_all(cells: Sequence[Cell], store: ResultStore, device: torch.device, jobs: int) -> Iterator[Record]:
-    if jobs == 1:
-        yield from map(_Worker(store, device).run, cells)
-        return
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    with joblib.parallel_config("loky", n_jobs=jobs, inner_max_num_threads=threads):
-        # One by one, for a cell can take hours.
-        parallel = joblib.Parallel(return_as="generator", batch_size=1, pre_dispatch=jobs)
-        yield from parallel(joblib.delayed(_run_in_process)(cell, store.directory, str(device)) for cell in cells)
-
-
-def _run_in_process(cell: Cell, directory: Path, device: str) -> Record:
-    warnings.showwarning = lambda message, *_: warn(str(message))
-    return _process_worker(directory, device).run(cell)
-
-
-@cache
-def _process_worker(directory: Path, device: str) -> _Worker:
-    return _Worker(ResultStore(directory), torch.device(device))
-
-
-class _Worker:
-    """Runs cells one after the other; those on the same model and data share them in memory."""
-
-    def __init__(self, store: ResultStore, device: torch.device) -> None:
-        self.store, self.device = store, device
-        self.subject: Subject | None = None
-        self.loaded: tuple[Any, ...] | None = None
-
-    def run(self, cell: Cell) -> Record:
-        # Everything but method, bits and how they are measured.
-        wanted = (
-            cell.task,
-            cell.model,
-            cell.model_arguments,
-            cell.checkpoint,
-            cell.pretrained,
-            cell.data,
-            cell.preprocessing,
-            cell.task_arguments,
-        )
-        if self.subject is None or self.loaded != wanted:
-            self.subject, self.loaded = load_subject(cell), wanted
-        record = self.store.get(cell, provenance(cell, self.subject))
-        if record is None:
-            unfinished = self.store.unfinished(cell)
-            record = run_cell(cell, self.subject, self.device, unfinished)
-            self.store.put(cell, record)
-            shutil.rmtree(unfinished, ignore_errors=True)
-        return record
-
-
 def environment(device: torch.device) -> dict[str, Any]:
     """Where a result was measured."""
     return {
         "adfq": adfq.__version__,
+        "commit": _commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "timm": timm.__version__,
         "numpy": numpy.__version__,
+        "pillow": PIL.__version__,
         **{name: _version(name) for task in TASKS.values() for name in task.libraries},
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type,
+        "processor": _processor(),
+        "cores": psutil.cpu_count(logical=False),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
     }
 
 
 def provenance(cell: Cell, subject: Subject) -> dict[str, Any]:
-    """What a result depends on beside its cell: code, weights, libraries that compute."""
+    """What a result depends on beside its cell: code, weights, data, libraries that compute."""
     return {
         "code": code_digest(),
+        **_foreign_method(cell.method),
         "weights": subject.weights_digest,
+        "data": dict(subject.data_digests),
         "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
         "timm": timm.__version__,
+        "numpy": numpy.__version__,
+        "pillow": PIL.__version__,
         **{name: _version(name) for name in find_task(cell.task).libraries},
     }
 
@@ -222,15 +162,57 @@ def _version(name: str) -> str | None:
 
 
 @cache
+def _foreign_method(name: str) -> dict[str, str]:
+    """SHA-256 of the source of a method that is none of ours."""
+    module = None if name == FULL_PRECISION else inspect.getmodule(load_method(name))
+    if module is None or module.__file__ is None or module.__name__.partition(".")[0] in ("adfq", "baselines"):
+        return {}
+    file = Path(module.__file__)
+    sources = file.parent.rglob("*.py") if "." in module.__name__ else [file]
+    return {"method": _digest_sources(sources)}
+
+
+def _digest_sources(files: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(path.name.encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+@cache
+def _commit() -> str | None:
+    """The commit of the code that runs, ``-dirty`` if it is not just that; None where it is no repository."""
+    root = Path(str(adfq.__file__)).parent.parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")) != root.resolve():  # an environment within somebody's repository
+            return None
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+@cache
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+@cache
 def code_digest() -> str:
     """SHA-256 of the source files that decide results: core, baselines, tasks and embedded data."""
     import baselines
     import benchmarks.embedded
     import benchmarks.tasks
 
-    digest = hashlib.sha256()
-    for package in (adfq, baselines, benchmarks.tasks, benchmarks.embedded):
-        for path in sorted(Path(str(package.__file__)).parent.rglob("*.py")):
-            digest.update(path.name.encode())
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
+    packages = (adfq, baselines, benchmarks.tasks, benchmarks.embedded)
+    return _digest_sources(path for package in packages for path in Path(str(package.__file__)).parent.rglob("*.py"))

@@ -7,10 +7,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from adfq.errors import AdfqError
-from benchmarks.commands.options import Parser, add_common, add_table, choose_part, positive, table_entries
+from benchmarks.commands.options import Parser, add_common, add_table, choose_part, table_entries
+from benchmarks.executors import create_local_executor
 from benchmarks.reports.spec import Entry, Table, load_table
 from benchmarks.results import Record, ResultStore
-from benchmarks.runner import resolve_device, run_cells
+from benchmarks.runner import resolve_device
+from benchmarks.scheduler import run_cells
 
 
 def add_measuring(parser: Parser, out: str) -> None:
@@ -19,7 +21,11 @@ def add_measuring(parser: Parser, out: str) -> None:
         "--out", type=Path, default=Path(out), metavar="DIR", help=f"what is measured and made (default: {out})"
     )
     parser.add_argument(
-        "--jobs", type=positive, metavar="N", help="cells at once (default: 1; one a core where models are small)"
+        "--jobs",
+        type=_count,
+        metavar="N",
+        help="cells at once, each in a process of its own (default: one a GPU; on a CPU one a core where models are "
+        "small); 0 measures them in this process, for debuggers",
     )
     add_table(parser)
     add_common(parser)
@@ -41,10 +47,14 @@ def measure_tables(
         raise AdfqError("tables of different tasks need different data: regenerate them one after the other")
     device = resolve_device(options.device)
     every = [(table, table_entries(table, options)) for table in tables]
+    store = ResultStore(options.out)
     for table, entries in every:
-        jobs = options.jobs or (1 if device.type == "cuda" else table.jobs)
-        results = run_cells([entry.cell for entry in entries], ResultStore(options.out), device, jobs)
-        yield table, list(zip(entries, (record for _, record in results), strict=True))
+        executor = create_local_executor(device, options.jobs, table.cell_memory)
+        try:
+            records = run_cells([entry.cell for entry in entries], store, executor)
+        finally:
+            executor.close()
+        yield table, list(zip(entries, records, strict=True))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -53,3 +63,9 @@ def write_text(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise AdfqError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _count(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)

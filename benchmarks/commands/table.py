@@ -17,10 +17,11 @@ def add(commands: Commands) -> None:
     add_measuring(table, out="runs")
 
 
-def _print_tables(options: argparse.Namespace) -> None:
-    gap = ""
+def _print_tables(options: argparse.Namespace) -> int:
+    gap, failed = "", False
     for table, results in measure_tables(options.names, options):
         text = render(table, tabulate_results(table, results), options.format)
         write_text(options.out / f"table{table.name}-{table.profile}.{STYLES[options.format]}", text)
         print(gap, text, sep="", end="")
-        gap = "\n"
+        gap, failed = "\n", failed or any(record is None for _, record in results)
+    return int(failed)

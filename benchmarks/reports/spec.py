@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -87,7 +86,8 @@ class Table:
         metrics: keys in a record's metrics, with the names that stand in headings where there are several.
         bits: that rows are measured at.
         seeds: that each quantized cell is measured with.
-        parallel: whether models are so small that one core is enough for each.
+        cell_memory: what measuring a cell takes, in GB, of models so small that one core is enough for each; None for
+            others, which have the machine for themselves.
         cost: whether what each row costs stands beside its accuracy.
         settings: by method, what all its rows share: ``calibration_size`` and options.
         calibration_size: where the settings have none.
@@ -111,17 +111,12 @@ class Table:
     batch_size: int | None = None
     digits: int = 2
     seeds: Sequence[int] = (0,)
-    parallel: bool = False
+    cell_memory: float | None = None
     cost: bool = False
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     data: str | None = None
     published: str | None = None
     full_precision_tolerance: float | None = None
-
-    @property
-    def jobs(self) -> int:
-        """How many cells to measure at once on a CPU."""
-        return os.cpu_count() or 1 if self.parallel else 1
 
     def row(
         self,

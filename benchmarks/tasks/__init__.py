@@ -40,6 +40,10 @@ class Subject(Protocol):
     def weights_digest(self) -> str:
         """SHA-256 of the weights that were loaded."""
 
+    @property
+    def data_digests(self) -> Mapping[str, Any]:
+        """``images``, the number of those to evaluate on, and SHA-256 of what names each split's images, by split."""
+
     def calibration_images(self, count: int, seed: int) -> Tensor:
         """`count` images of the training split, preprocessed, B×C×H×W."""
 

@@ -14,7 +14,7 @@ from timm.data import create_transform, resolve_data_config
 from timm.models import load_checkpoint
 from timm.utils import accuracy
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from adfq.errors import AdfqError
@@ -56,19 +56,24 @@ class Classification:
     model: nn.Module
     weights_digest: str
     preprocessing: Mapping[str, Any]
-    train: Dataset[tuple[Tensor, int]] | None
-    validation: Dataset[tuple[Tensor, int]]
+    train: CheckedDataset | None
+    validation: CheckedDataset
     workers: int
+
+    @property
+    def data_digests(self) -> Mapping[str, Any]:
+        digests = {"images": len(self.validation), "validation": self.validation.digest}
+        return digests if self.train is None else {**digests, "train": self.train.digest}
 
     def calibration_images(self, count: int, seed: int) -> Tensor:
         if self.train is None:
             raise AdfqError("a quantized model is not calibrated again")
-        chosen = choose_images(len(self.train), count, seed)  # type: ignore[arg-type]
+        chosen = choose_images(len(self.train), count, seed)
         bar = tqdm(chosen, desc="reading calibration images", unit="image", delay=2, leave=False, disable=None)
         return torch.stack([self.train[index][0] for index in bar])
 
     def evaluation_images(self, count: int) -> Tensor:
-        available = len(self.validation)  # type: ignore[arg-type]
+        available = len(self.validation)
         return torch.stack([self.validation[index][0] for index in range(min(count, available))])
 
     def forward(self, model: nn.Module, images: Tensor) -> Tensor:
@@ -82,7 +87,7 @@ class Classification:
         Raises:
             AdfqError: naming the layer, if logits are not finite; for images that cannot be read.
         """
-        images = len(self.validation)  # type: ignore[arg-type]
+        images = len(self.validation)
         count = images if limit is None else min(limit, images)
         if count < 1:
             raise AdfqError("there are no images to evaluate on")

@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from adfq.errors import AdfqError
 from benchmarks.embedded.detectors import COUNTS
 from benchmarks.tasks.data import EMBEDDED
-from benchmarks.tasks.shared import check_place, one_line
+from benchmarks.tasks.shared import check_place, digest_file, one_line
 
 #: What is found, by the names that COCO's tools have for it.
 KINDS: Mapping[str, str] = {"bbox": "box", "segm": "mask"}
@@ -72,6 +72,11 @@ class CocoSplit:
         if missing:
             raise AdfqError(f"{self.file} names {_some(missing)}, which {self.folder} does not have")
         return images
+
+    @cached_property
+    def digest(self) -> str | None:
+        """SHA-256 of the annotations, which name the images; None where there are none."""
+        return digest_file(self.file) if self.file.is_file() else None
 
     def write_images(self, chosen: Iterable[int], file: Path) -> None:
         """Writes annotations of the chosen images, in that order and without what is to be found in them."""
@@ -137,6 +142,11 @@ class CocoSplit:
         # Labels are places in this list.
         if list(found) != list(classes):
             raise AdfqError(f"categories of {self.file} are in another order than the model's classes")
+
+
+def digest_splits(train: CocoSplit, validation: CocoSplit) -> dict[str, Any]:
+    """What `benchmarks.tasks.Subject.data_digests` says of a data set."""
+    return {"images": len(validation.images), "validation": validation.digest, "train": train.digest}
 
 
 class CheckedImages(Dataset[dict[str, Any]]):

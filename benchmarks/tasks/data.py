@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from adfq.errors import AdfqError
 from benchmarks.embedded.classifiers import SceneClassification
 from benchmarks.embedded.scenes import CATEGORIES
+from benchmarks.tasks.shared import digest_names
 
 EMBEDDED = "embedded"
 
@@ -37,6 +38,13 @@ class CheckedDataset(Dataset[tuple[Tensor, int]]):
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the files' names in order; of the labels, where images are not files."""
+        filenames = getattr(self.dataset, "filenames", None)
+        names = filenames() if filenames else getattr(self.dataset, "targets", range(len(self)))
+        return digest_names(map(str, names))
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         try:

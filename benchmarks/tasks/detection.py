@@ -27,6 +27,7 @@ from benchmarks.tasks.coco import (
     CocoSplit,
     average_precisions,
     check_results,
+    digest_splits,
     find_root,
     read_image,
 )
@@ -72,6 +73,10 @@ class Detection:
     validation: CocoSplit
     workers: int
     results: str | None = None
+
+    @property
+    def data_digests(self) -> Mapping[str, Any]:
+        return digest_splits(self.train, self.validation)
 
     def calibration_images(self, count: int, seed: int) -> Tensor:
         """As the pipeline for evaluation gives them, padded to the size of the largest."""

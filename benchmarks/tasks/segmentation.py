@@ -23,6 +23,7 @@ from benchmarks.tasks.coco import (
     average_precisions,
     check_results,
     cocotools,
+    digest_splits,
     find_root,
     is_number,
     read_image,
@@ -30,7 +31,7 @@ from benchmarks.tasks.coco import (
 )
 from benchmarks.tasks.prompts import BOXES, POINTS, Prompts, box_prompts, clip_box, point_prompts, read_prompts
 from benchmarks.tasks.sam_models import load_sam
-from benchmarks.tasks.shared import choose_images, digest_weights, first_non_finite
+from benchmarks.tasks.shared import choose_images, digest_file, digest_weights, first_non_finite
 
 #: What a cell's `task_arguments` may have, with what holds where they have it not.
 ARGUMENTS: Mapping[str, Any] = {"prompts": BOXES, "encoder_only": False}
@@ -116,6 +117,11 @@ class Segmentation:
     @property
     def model(self) -> nn.Module:
         return self.sam.get_submodule("image_encoder") if self.encoder_only else self.sam
+
+    @property
+    def data_digests(self) -> Mapping[str, Any]:
+        digests = digest_splits(self.train, self.validation)
+        return digests if self.detected is None else {**digests, "prompts": digest_file(Path(self.prompts))}
 
     def calibration_images(self, count: int, seed: int) -> Tensor:
         """Scaled, normalized and padded to B×3×S×S."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from traceback import clear_frames
 from typing import Any
@@ -46,6 +46,23 @@ def digest_weights(model: nn.Module, *more: str) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def digest_file(file: Path) -> str:
+    """SHA-256 of a file's content."""
+    with open(file, "rb") as stream:
+        digest = hashlib.sha256()
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def digest_names(names: Iterable[str]) -> str:
+    """SHA-256 of a list of files."""
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(f"{name}\n".encode())
     return digest.hexdigest()
 
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
 
+from benchmarks import executors
+from benchmarks.cells import Cell
 from benchmarks.cli import main
 from benchmarks.tasks import coco
 
@@ -29,3 +35,84 @@ def assert_refused(capsys: pytest.CaptureFixture[str]) -> Callable[[Sequence[str
 def few_scenes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the embedded scenes two for training and three for validation."""
     monkeypatch.setattr(coco, "COUNTS", {"train2017": 2, "val2017": 3})
+
+
+class CountingSubject:
+    """A task that costs nothing and counts what is asked of it."""
+
+    weights_digest = "weights"
+    data_digests: Mapping[str, Any] = {"images": 7, "validation": "a", "train": "b"}
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.evaluated: list[str] = []
+        self.raise_at: dict[int, BaseException] = {}  # instead of being evaluated for the n-th time
+        self.asked = 0
+
+    def calibration_images(self, count: int, seed: int) -> Tensor:
+        return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+    def evaluation_images(self, count: int) -> Tensor:
+        return self.calibration_images(2, 0)
+
+    def forward(self, model: nn.Module, images: Tensor) -> Any:
+        return model(images)
+
+    def evaluate(self, model: nn.Module, device: torch.device, limit: int | None, batch_size: int) -> dict[str, float]:
+        self.asked += 1
+        if error := self.raise_at.get(self.asked - 1):
+            raise error
+        self.evaluated.append(type(model).__name__)
+        return {"top1": float(len(self.evaluated)), "images": limit or 7}
+
+
+@pytest.fixture
+def subject(make_vit: Any, monkeypatch: pytest.MonkeyPatch) -> CountingSubject:
+    subject = CountingSubject(make_vit())
+    monkeypatch.setattr(executors, "load_subject", lambda cell: subject)
+    return subject
+
+
+@pytest.fixture
+def cells() -> list[Cell]:
+    fields = {"task": "classification", "model": "any", "data": "any", "calibration_size": 2}
+    return [Cell.create(method=method, **fields) for method in ("full_precision", "base_ptq", "repq_vit")]
+
+
+_FAULTS = """
+import os, signal, time
+from pathlib import Path
+from baselines.base_ptq import base_ptq
+
+def slow(network, images, bits):
+    log = Path(os.environ["FAULT_LOG"])
+    with open(log, "a") as file:
+        file.write("slow\\\\n")
+    while not log.with_name("hurry").exists():
+        time.sleep(0.1)
+    base_ptq(network, images, bits)
+
+def killed(network, images, bits, *, times=1, log=""):
+    with open(log, "a") as file:
+        file.write("x")
+    if Path(log).stat().st_size <= times:
+        os.kill(os.getpid(), signal.SIGKILL)
+    base_ptq(network, images, bits)
+
+def broken(network, images, bits):
+    raise MemoryError
+"""
+
+
+@pytest.fixture
+def fault_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package with methods that take their time (``slow``), die (``killed``) or fail (``broken``), installed."""
+    folder = tmp_path / "site"
+    information = folder / "faults-1.0.dist-info"
+    information.mkdir(parents=True)
+    (folder / "faults.py").write_text(_FAULTS.replace("\\\\n", "\\n"))
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: faults\nVersion: 1.0\n")
+    points = "".join(f"{name} = faults:{name}\n" for name in ("slow", "killed", "broken"))
+    (information / "entry_points.txt").write_text(f"[adfq.methods]\n{points}")
+    monkeypatch.syspath_prepend(folder)
+    return folder

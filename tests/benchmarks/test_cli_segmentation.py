@@ -17,9 +17,10 @@ pytest.importorskip("pycocotools")
 from benchmarks.cells import Cell
 from benchmarks.cli import main
 from benchmarks.embedded.sams import create_embedded_sam
+from benchmarks.executors import InProcess
 from benchmarks.reports import spec
 from benchmarks.results import ResultStore
-from benchmarks.runner import run_cells
+from benchmarks.scheduler import run_cells
 
 RUN = ["run", "segmentation", "--model", "embedded_sam", "--data", "embedded", "--method"]
 TABLE = """
@@ -113,8 +114,9 @@ def test_cells_that_ask_differently_do_not_share_what_they_ask(weights: Path, tm
         Cell.create(**fields, method="full_precision", limit=1, task_arguments=arguments)
         for arguments in ((), (("prompts", "points"),))
     ]
-    both = [record for _, record in run_cells(cells, ResultStore(tmp_path / "both"), torch.device("cpu"))]
-    ((_, alone),) = run_cells(cells[1:], ResultStore(tmp_path / "alone"), torch.device("cpu"))
+    executor = InProcess(torch.device("cpu"))
+    both = run_cells(cells, ResultStore(tmp_path / "both"), executor)
+    (alone,) = run_cells(cells[1:], ResultStore(tmp_path / "alone"), executor)
     assert both[0]["metrics"] != both[1]["metrics"] == alone["metrics"]
 
 
@@ -123,7 +125,7 @@ def test_a_table_asks_by_boxes(
 ) -> None:
     monkeypatch.setattr(spec, "_TABLES", tmp_path)
     (tmp_path / "9.toml").write_text(TABLE)
-    out = ["--out", str(tmp_path / "runs"), "--checkpoints", str(weights.parent), "--limit", "1", "--jobs", "1"]
+    out = ["--out", str(tmp_path / "runs"), "--checkpoints", str(weights.parent), "--limit", "1", "--jobs", "0"]
     assert main(["table", "9", *out]) == 0
     text = capsys.readouterr().out
     assert "Embedded SAM, mean IoU" in text
