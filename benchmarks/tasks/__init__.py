@@ -67,6 +67,7 @@ class Task:
             is calibrated. None where quantized models cannot be saved and loaded.
         model_names: the models that have a name.
         describe: metrics in words.
+        main_metrics: the metrics that results are compared by.
         data: an example of where users have theirs.
         batch_size: of evaluation, where none is asked for.
         options: of the command line, that not every task has.
@@ -78,6 +79,7 @@ class Task:
     attach: Callable[[Cell, nn.Module], Subject] | None
     model_names: Callable[[], list[str]]
     describe: Callable[[Mapping[str, float]], str]
+    main_metrics: tuple[str, ...]
     data: str
     batch_size: int
     options: tuple[str, ...] = ()
@@ -91,6 +93,7 @@ TASKS: Mapping[str, Task] = {
         attach_classification,
         classifier_names,
         describe_classification,
+        ("top1",),
         data="folder:/path/to/imagenet",
         batch_size=100,
     ),
@@ -99,6 +102,7 @@ TASKS: Mapping[str, Task] = {
         None,
         detector_names,
         describe_detection,
+        ("box_ap", "mask_ap"),
         data="/path/to/coco",
         batch_size=1,
         options=("config", "results"),
@@ -109,6 +113,7 @@ TASKS: Mapping[str, Task] = {
         None,
         sam_names,
         describe_segmentation,
+        ("mean_iou", "mask_ap"),
         data="/path/to/coco",
         batch_size=1,
         options=("results",),
