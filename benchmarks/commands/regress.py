@@ -17,6 +17,8 @@ from benchmarks.results import Record
 
 # Of a table's part: with one of these, committed records of other cells are not gone.
 _PART = ("models", "methods", "bits", "seeds", "data", "checkpoints", "calibration_size", "limit", "batch_size")
+# What a record need not have to be compared.
+_OPTIONAL = ("cost", "environment", "provenance")
 
 
 def add(commands: Commands) -> None:
@@ -75,9 +77,10 @@ def _read_records(directory: Path) -> list[Record]:
     for path in sorted((directory / "records").glob("*.json")):
         try:
             record: Record = json.loads(path.read_text(encoding="utf-8"))
-            if not (isinstance(record["config"], dict) and isinstance(record["metrics"], dict)):
+            parts = (record["config"], record["metrics"], *(record.get(name, {}) for name in _OPTIONAL))
+            if not all(isinstance(part, dict) for part in parts):
                 raise TypeError
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             warn(f"cannot read the record {path}; it is not compared")
             continue
         records.append(record)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,12 +21,18 @@ PART = [
 TOLERANCE = ["--tolerance", "time=1000x"]
 
 
-@pytest.fixture
-def reference(tmp_path: Path) -> Path:
-    """A folder of committed records."""
-    folder = tmp_path / "results"
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of two records, of full precision and of base PTQ."""
+    folder = tmp_path_factory.mktemp("measured")
     assert main(["table", "1", *PART, "--out", str(folder)]) == 0
     return folder
+
+
+@pytest.fixture
+def reference(measured: Path, tmp_path: Path) -> Path:
+    """A copy of them to compare with."""
+    return Path(shutil.copytree(measured, tmp_path / "results"))
 
 
 def records_of(folder: Path, method: str) -> list[Path]:
@@ -49,17 +56,15 @@ def test_nothing_has_moved_and_then_a_metric_has(
     capsys.readouterr()
 
     assert main(command) == 0
-    assert capsys.readouterr().out == (
-        "2 cells, 0 moved, 0 regressions (tolerance: accuracy 0.3 points, time ×1000)\n"
-    )
+    assert capsys.readouterr().out == ("2 cells, 0 moved, 0 regressions (tolerance: accuracy 0.3 points, time ×1000)\n")
     (suite,) = JUnitXml.fromfile(str(junit))
     assert [case.is_passed for case in suite] == [True, True]
 
     (path,) = records_of(reference, "base_ptq")
     change(path, 5.0)
-    measured = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs" / "records").iterdir()}
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs" / "records").iterdir()}
     assert main(command) == 1
-    assert {path: path.stat().st_mtime_ns for path in measured} == measured  # what has been measured counts
+    assert {path: path.stat().st_mtime_ns for path in times} == times  # what has been measured counts
     out = capsys.readouterr().out
     assert out.splitlines()[-1].startswith("2 cells, 1 moved, 1 regression (")
     assert [cell.strip() for cell in out.splitlines()[2].split("|")[1:6]] == [
@@ -82,11 +87,12 @@ def test_nothing_has_moved_and_then_a_metric_has(
 
 
 def test_a_damaged_record_is_said_and_its_cell_is_new(
-    reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    reference: Path, measured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (path,) = records_of(reference, "base_ptq")
     path.write_text(path.read_text()[:100])
-    command = ["regress", "1", *PART, "--against", str(reference), "--out", str(tmp_path / "runs")]
+    command = ["regress", "1", *PART, "--against", str(reference)]
+    command += ["--out", str(shutil.copytree(measured, tmp_path / "runs"))]
     assert main(command) == 0
     captured = capsys.readouterr()
     assert f"cannot read the record {path}" in captured.err
@@ -94,7 +100,14 @@ def test_a_damaged_record_is_said_and_its_cell_is_new(
     assert path.exists()
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"config": 1, "metrics": {}}', '{"config": {}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "[]", "{}", '{"config": {}}', '{"config": 1, "metrics": {}}'),
+        '{"config": {}, "metrics": {}, "cost": [1]}',
+        '{"config": {}, "metrics": {}, "provenance": null}',
+    ],
+)
 def test_a_folder_of_damaged_records_alone_has_none(
     content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
