@@ -32,6 +32,14 @@ def test_tables_hold_no_python() -> None:
     assert not list((ROOT / "tables").rglob("*.py"))
 
 
+def test_committed_results_are_not_installed() -> None:
+    setuptools = PROJECT["tool"]["setuptools"]
+    folders = {*setuptools["packages"], *setuptools["package-dir"].values()}
+    assert not any(folder.split(".")[0] == "results" for folder in folders)
+    assert not list((ROOT / "results").rglob("*.py"))
+    assert not any(".." in pattern for patterns in setuptools["package-data"].values() for pattern in patterns)
+
+
 def test_every_dependency_is_pinned() -> None:
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     pins = [Requirement(line) for line in lines]

@@ -180,11 +180,19 @@ def table_names() -> list[str]:
     return sorted(path.stem for path in _TABLES.glob("*.toml"))
 
 
+def tables_with(profile: str) -> list[str]:
+    """The tables that have a profile; AdfqError if none has."""
+    names = [name for name in table_names() if profile in _read_table(name)["profiles"]]
+    if not names:
+        raise AdfqError(f"no table has a profile {profile!r}")
+    return names
+
+
 def load_table(name: str, profile: str) -> Table:
     """Reads a table's specification; AdfqError for an unknown table or profile."""
     if name not in table_names():
         raise AdfqError(f"unknown table {name!r}; there are {', '.join(table_names())}")
-    spec = tomllib.loads((_TABLES / f"{name}.toml").read_text(encoding="utf-8"))
+    spec = _read_table(name)
     profiles = spec.pop("profiles")
     if profile not in profiles:
         raise AdfqError(f"table {name} has no profile {profile!r}; there are {', '.join(profiles)}")
@@ -193,6 +201,10 @@ def load_table(name: str, profile: str) -> Table:
     models = [Model(**{"preprocessing": {}, **model}) for model in fields.pop("models")]
     table = Table(name=name, profile=profile, models=models, rows=(), **fields)
     return replace(table, rows=[table.row(**row) for row in rows])
+
+
+def _read_table(name: str) -> dict[str, Any]:
+    return tomllib.loads((_TABLES / f"{name}.toml").read_text(encoding="utf-8"))
 
 
 def published_numbers(table: Table) -> pd.DataFrame:
