@@ -180,16 +180,27 @@ class Table:
         return entries
 
 
-def table_names() -> list[str]:
-    """The tables that there are."""
-    return sorted(path.stem for path in _TABLES.glob("*.toml"))
+def table_names(profile: str | None = None) -> list[str]:
+    """The tables that there are; of those that have a profile, where one is given.
+
+    Raises:
+        AdfqError: for a profile that no table has.
+    """
+    names = sorted(path.stem for path in _TABLES.glob("*.toml"))
+    if profile is None:
+        return names
+    profiles = {name: _read(name)["profiles"] for name in names}
+    if chosen := [name for name in names if profile in profiles[name]]:
+        return chosen
+    known = dict.fromkeys(known for each in profiles.values() for known in each)
+    raise AdfqError(f"no table has a profile {profile!r}; there are {', '.join(known)}")
 
 
 def load_table(name: str, profile: str) -> Table:
     """Reads a table's specification; AdfqError for an unknown table or profile."""
     if name not in table_names():
         raise AdfqError(f"unknown table {name!r}; there are {', '.join(table_names())}")
-    spec = tomllib.loads((_TABLES / f"{name}.toml").read_text(encoding="utf-8"))
+    spec = _read(name)
     profiles = spec.pop("profiles")
     if profile not in profiles:
         raise AdfqError(f"table {name} has no profile {profile!r}; there are {', '.join(profiles)}")
@@ -198,6 +209,10 @@ def load_table(name: str, profile: str) -> Table:
     models = [Model(**{"preprocessing": {}, **model}) for model in fields.pop("models")]
     table = Table(name=name, profile=profile, models=models, rows=(), **fields)
     return replace(table, rows=[table.row(**row) for row in rows])
+
+
+def _read(name: str) -> dict[str, Any]:
+    return tomllib.loads((_TABLES / f"{name}.toml").read_text(encoding="utf-8"))
 
 
 def published_numbers(table: Table) -> pd.DataFrame:
