@@ -147,10 +147,14 @@ def _pairs(option: str, arguments: Arguments) -> list[str]:
     """An option's words that `_pair` reads as these arguments."""
     words = []
     for key, value in arguments:
-        plain = f"{key}={value}"  # strings need quotes only where they would be read as something else
-        read = _pair(plain)[1]
-        literal = value if type(read) is type(value) and read == value else repr(value).replace("inf", "1e999")
-        words.append(f"{key}={literal}")
+        word = f"{key}={value}"
+        read = _pair(word)[1]
+        if read != value or type(read) is not type(value):
+            literal = repr(value)  # of a string, its quotes: without them it would be read as something else
+            if not isinstance(value, str):
+                literal = literal.replace("inf", "1e999")  # which is infinity to Python, and "inf" is a name
+            word = f"{key}={literal}"
+        words.append(word)
     return [option, *words] if words else []
 
 

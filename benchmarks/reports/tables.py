@@ -74,12 +74,17 @@ def render(table: Table, frame: pd.DataFrame, style: str) -> str:
         heading = f"**Table {table.name}. {table.title}** ({table.profile} profile)"
         return "\n\n".join([heading, table.caption, body, *remarks]) + "\n"
     wide = _wide(table, summary, r"\textbf{{{}}}".format, escape_latex)
+    if len(table.metrics) > 1 and not table.cost:  # a model's name stands once, above its metrics
+        metrics = [(model.label, name) for model in table.models for name in table.metrics.values()]
+        headings = [("", "Method"), ("", "W/A"), *metrics]
+        wide.columns = pd.MultiIndex.from_tuples([tuple(map(escape_latex, heading)) for heading in headings])
     latex = wide.to_latex(
         index=False,
         column_format="ll" + "r" * (wide.shape[1] - 2),
         caption=escape_latex(" ".join([f"{table.title}.", table.caption, *remarks])),
         label=f"tab:{table.name}-{table.profile}",
         position="t",
+        multicolumn_format="c",
     )
     return str(latex)
 
@@ -215,7 +220,7 @@ _LATEX = {character: f"\\{character}" for character in "%&_#${}"}
 _LATEX |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 _LATEX |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
 _LATEX |= {"×": r"$\times$", "±": r"$\pm$", "√": r"$\surd$", "−": "$-$", "α": r"$\alpha$", "∞": r"$\infty$"}
-_LATEX |= {"†": r"\dag{}", "‡": r"\ddag{}", "₁": "$_1$", "₂": "$_2$", "²": "$^2$"}
+_LATEX |= {"†": r"$\dagger$", "‡": r"$\ddagger$", "₁": "$_1$", "₂": "$_2$", "²": "$^2$"}
 
 
 def escape_latex(text: str) -> str:

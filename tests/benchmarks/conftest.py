@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
 
 import pytest
 
@@ -29,3 +32,13 @@ def assert_refused(capsys: pytest.CaptureFixture[str]) -> Callable[[Sequence[str
 def few_scenes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the embedded scenes two for training and three for validation."""
     monkeypatch.setattr(coco, "COUNTS", {"train2017": 2, "val2017": 3})
+
+
+@pytest.fixture(scope="module")
+def methods_read_once() -> Iterator[None]:
+    """Looks for methods among the installed packages once, which takes milliseconds, not for each of many cells."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            import_module("adfq.methods"), "entry_points", cache(entry_points)
+        )  # adfq.methods is a function too
+        yield
