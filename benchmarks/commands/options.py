@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import shlex
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -111,6 +112,50 @@ def create_cell(options: argparse.Namespace) -> Cell:
         command = options.command
         raise AdfqError(f"the following arguments are required: {', '.join(missing)} (see adfq {command} --help)")
     return Cell.create(**cell_fields(options))
+
+
+def command_line(cell: Cell) -> str:
+    """The ``adfq run`` that measures a cell, quoted for a shell: the inverse of `create_cell`."""
+    task = find_task(cell.task)
+    words: list[Any] = ["adfq", "run", cell.task, "--model", cell.model]
+    words += _pairs("--model-arg", cell.model_arguments)
+    if cell.checkpoint is not None:
+        words += ["--checkpoint", cell.checkpoint]
+    if cell.pretrained:
+        words.append("--pretrained")
+    words += ["--data", cell.data]
+    for name, value in (*cell.task_arguments, *cell.preprocessing):
+        words.append(f"--{name.replace('_', '-')}")
+        if name == "input_size":
+            words += value
+        elif name in ("mean", "std"):
+            words.append(",".join(map(repr, value)))
+        elif value is not True:
+            words.append(value)
+    words += ["--method", cell.method, *_pairs("--method-arg", cell.method_arguments)]
+    if cell.method != FULL_PRECISION:
+        words += ["--bits", cell.bits.replace("/", ""), "--seed", cell.seed]
+        words += ["--calibration-size", cell.calibration_size]
+    if cell.limit is not None:
+        words += ["--limit", cell.limit]
+    if cell.batch_size != task.batch_size:
+        words += ["--batch-size", cell.batch_size]
+    return shlex.join(map(str, words))
+
+
+def _pairs(option: str, arguments: Arguments) -> list[str]:
+    """An option's words that `_pair` reads as these arguments."""
+    words = []
+    for key, value in arguments:
+        word = f"{key}={value}"
+        read = _pair(word)[1]
+        if read != value or type(read) is not type(value):
+            literal = repr(value)  # of a string, its quotes: without them it would be read as something else
+            if not isinstance(value, str):
+                literal = literal.replace("inf", "1e999")  # which is infinity to Python, and "inf" is a name
+            word = f"{key}={literal}"
+        words.append(word)
+    return [option, *words] if words else []
 
 
 def cell_fields(options: argparse.Namespace) -> dict[str, Any]:

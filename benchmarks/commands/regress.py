@@ -12,7 +12,7 @@ from adfq.errors import AdfqError
 from benchmarks.commands.measure import add_measuring, measure_tables, write_text
 from benchmarks.commands.options import Commands, choose_part, table_entries
 from benchmarks.console import warn
-from benchmarks.reports.spec import load_table, tables_with
+from benchmarks.reports.spec import load_table, table_names
 from benchmarks.results import Record
 
 # Of a table's part: with one of these, committed records of other cells are not gone.
@@ -52,7 +52,7 @@ def add(commands: Commands) -> None:
 def _regress(options: argparse.Namespace) -> int:
     from benchmarks import regression  # junitparser
 
-    names = list(dict.fromkeys(options.names)) or tables_with(options.profile)
+    names = list(dict.fromkeys(options.names)) or table_names(options.profile)
     against = options.against or Path("results") / options.profile
     committed = _read_records(against)
     _check_overlap(names, options, committed, against)

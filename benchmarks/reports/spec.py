@@ -175,17 +175,20 @@ class Table:
         return entries
 
 
-def table_names() -> list[str]:
-    """The tables that there are."""
-    return sorted(path.stem for path in _TABLES.glob("*.toml"))
+def table_names(profile: str | None = None) -> list[str]:
+    """The tables that there are; of those that have a profile, where one is given.
 
-
-def tables_with(profile: str) -> list[str]:
-    """The tables that have a profile; AdfqError if none has."""
-    names = [name for name in table_names() if profile in _read_table(name)["profiles"]]
-    if not names:
-        raise AdfqError(f"no table has a profile {profile!r}")
-    return names
+    Raises:
+        AdfqError: for a profile that no table has.
+    """
+    names = sorted(path.stem for path in _TABLES.glob("*.toml"))
+    if profile is None:
+        return names
+    profiles = {name: _read_table(name)["profiles"] for name in names}
+    if chosen := [name for name in names if profile in profiles[name]]:
+        return chosen
+    known = dict.fromkeys(known for each in profiles.values() for known in each)
+    raise AdfqError(f"no table has a profile {profile!r}; there are {', '.join(known)}")
 
 
 def load_table(name: str, profile: str) -> Table:

@@ -66,24 +66,25 @@ def render(table: Table, frame: pd.DataFrame, style: str) -> str:
     if style == "csv":
         return str(frame.to_csv(index=False, float_format="%.4f"))
     summary = summarize(table, frame)
-    notes = _notes(table, frame, summary)
+    remarks = notes(table, frame, summary)
     if style == "md":
         wide = _wide(table, summary, "**{}**".format)
         alignment = ["left", "left", *["right"] * (wide.shape[1] - 2)]
         body = wide.to_markdown(index=False, disable_numparse=True, colalign=alignment)
         heading = f"**Table {table.name}. {table.title}** ({table.profile} profile)"
-        return "\n\n".join([heading, table.caption, body, *notes]) + "\n"
-    wide = _wide(table, summary, r"\textbf{{{}}}".format)
-    latex = (
-        wide.rename(columns=_escape)
-        .map(_escape)
-        .to_latex(
-            index=False,
-            column_format="ll" + "r" * (wide.shape[1] - 2),
-            caption=_escape(" ".join([f"{table.title}.", table.caption, *notes])),
-            label=f"tab:{table.name}-{table.profile}",
-            position="t",
-        )
+        return "\n\n".join([heading, table.caption, body, *remarks]) + "\n"
+    wide = _wide(table, summary, r"\textbf{{{}}}".format, escape_latex)
+    if len(table.metrics) > 1 and not table.cost:  # a model's name stands once, above its metrics
+        metrics = [(model.label, name) for model in table.models for name in table.metrics.values()]
+        headings = [("", "Method"), ("", "W/A"), *metrics]
+        wide.columns = pd.MultiIndex.from_tuples([tuple(map(escape_latex, heading)) for heading in headings])
+    latex = wide.to_latex(
+        index=False,
+        column_format="ll" + "r" * (wide.shape[1] - 2),
+        caption=escape_latex(" ".join([f"{table.title}.", table.caption, *remarks])),
+        label=f"tab:{table.name}-{table.profile}",
+        position="t",
+        multicolumn_format="c",
     )
     return str(latex)
 
@@ -116,19 +117,21 @@ def summarize(table: Table, frame: pd.DataFrame) -> pd.DataFrame:
     return summary
 
 
-def _wide(table: Table, summary: pd.DataFrame, emphasize: Callable[[str], str]) -> pd.DataFrame:
+def _wide(
+    table: Table, summary: pd.DataFrame, emphasize: Callable[[str], str], escape: Callable[[str], str] = str
+) -> pd.DataFrame:
     lines = []
     for (_, bits), group in summary.groupby(["row", "bits"], sort=False):
-        cells = {(row["model"], row["metric"]): row for row in _rows(group)}
-        line = {"Method": group["label"].iloc[0], "W/A": bits}
+        cells = {(row["model"], row["metric"]): row for row in as_rows(group)}
+        line = {"Method": escape(group["label"].iloc[0]), "W/A": bits}
         for model in table.models:
             for metric, name in table.metrics.items():
                 row = cells[model.key, metric]
-                text = _cell(table, summary, row)
+                text = escape(_cell(table, summary, row))
                 heading = model.label if len(table.metrics) == 1 else f"{model.label}, {name}"
-                line[heading] = emphasize(text) if row["best"] else text
+                line[escape(heading)] = emphasize(text) if row["best"] else text
             if table.cost:
-                line |= _costs(table, model, row)
+                line |= {escape(heading): text for heading, text in _costs(table, model, row).items()}
         lines.append(line)
     return pd.DataFrame(lines)
 
@@ -142,7 +145,8 @@ def _costs(table: Table, model: Model, row: Mapping[str, Any]) -> dict[str, str]
     }
 
 
-def _rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
+def as_rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """A frame's rows, by the names of its columns."""
     return [{str(name): value for name, value in row.items()} for row in frame.to_dict("records")]
 
 
@@ -153,14 +157,14 @@ def _cell(table: Table, summary: pd.DataFrame, row: Mapping[str, Any]) -> str:
     ours = f"{row['mean']:{number}}" + ("" if pd.isna(row["std"]) else f" ± {row['std']:{number}}")
     if not table.published:
         return ours if row["method"] == FULL_PRECISION else f"{ours} ({row['delta']:+{number}})"
-    if not _counts(table, summary, row):
+    if not counts(table, summary, row):
         ours += "‡"
     if pd.isna(row["published"]):
         return ours
     return f"{ours} / {row['published']:{number}}{'' if row['verified'] else '†'}"
 
 
-def _counts(table: Table, summary: pd.DataFrame, row: Mapping[str, Any]) -> bool:
+def counts(table: Table, summary: pd.DataFrame, row: Mapping[str, Any]) -> bool:
     """Whether full precision of the row's model agrees with the published number, in the row's metric."""
     if table.full_precision_tolerance is None or row["method"] == FULL_PRECISION or pd.isna(row["mean"]):
         return True
@@ -171,7 +175,8 @@ def _counts(table: Table, summary: pd.DataFrame, row: Mapping[str, Any]) -> bool
     return bool((difference <= table.full_precision_tolerance).any())
 
 
-def _notes(table: Table, frame: pd.DataFrame, summary: pd.DataFrame) -> list[str]:
+def notes(table: Table, frame: pd.DataFrame, summary: pd.DataFrame) -> list[str]:
+    """What the reader of a table must know, a sentence or a few each: images, seeds, failed cells, † and ‡."""
     images = _any_of(frame["images"].dropna().astype(int)) if "images" in frame else "no"
     measured = f"Measured on {images} images of {', '.join(sorted(set(frame['data'])))}"
     quantized = frame[frame["method"] != FULL_PRECISION]
@@ -195,11 +200,11 @@ def _notes(table: Table, frame: pd.DataFrame, summary: pd.DataFrame) -> list[str
         )
     if frame["failed"].any():
         failed = frame[frame["failed"]].drop_duplicates(["label", "bits", "model", "seed"])
-        cells = [f"{row['label']} {row['bits']} of {row['model']}, seed {row['seed']}" for row in _rows(failed)]
+        cells = [f"{row['label']} {row['bits']} of {row['model']}, seed {row['seed']}" for row in as_rows(failed)]
         notes.append(f"Failed, and left out of every number: {'; '.join(cells)}.")
     if table.published and not summary.dropna(subset=["mean", "published"])["verified"].all():
         notes.append("† Quoted from the literature without a source at hand.")
-    if not all(_counts(table, summary, row) for row in _rows(summary)):
+    if not all(counts(table, summary, row) for row in as_rows(summary)):
         notes.append(
             f"‡ Does not count: full precision of this model is missing or differs from the published number by more "
             f"than {table.full_precision_tolerance} points."
@@ -211,11 +216,15 @@ def _any_of(numbers: pd.Series[int]) -> str:
     return " or ".join(map(str, sorted(set(numbers))))
 
 
-_LATEX = {"%": r"\%", "&": r"\&", "_": r"\_", "#": r"\#", "×": r"$\times$", "±": r"$\pm$", "√": r"$\surd$"}
-_LATEX |= {"†": r"\dag{}", "‡": r"\ddag{}", "₁": "$_1$", "₂": "$_2$", "²": "$^2$", "α": r"$\alpha$", "∞": r"$\infty$"}
+_LATEX = {character: f"\\{character}" for character in "%&_#${}"}
+_LATEX |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+_LATEX |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
+_LATEX |= {"×": r"$\times$", "±": r"$\pm$", "√": r"$\surd$", "−": "$-$", "α": r"$\alpha$", "∞": r"$\infty$"}
+_LATEX |= {"†": r"$\dagger$", "‡": r"$\ddagger$", "₁": "$_1$", "₂": "$_2$", "²": "$^2$"}
 
 
-def _escape(text: str) -> str:
+def escape_latex(text: str) -> str:
+    """Text as LaTeX prints it."""
     return "".join(_LATEX.get(character, character) for character in text)
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -116,3 +119,13 @@ def fault_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (information / "entry_points.txt").write_text(f"[adfq.methods]\n{points}")
     monkeypatch.syspath_prepend(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def methods_read_once() -> Iterator[None]:
+    """Looks for methods among the installed packages once, which takes milliseconds, not for each of many cells."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            import_module("adfq.methods"), "entry_points", cache(entry_points)
+        )  # adfq.methods is a function too
+        yield
