@@ -13,7 +13,7 @@ from adfq.sites import POST_NORM_ROLES, Network, Recipe
 class PowerOfTwoChannelQuantizer(UniformQuantizer):
     """Uniform quantization with one scale a channel, each of them the largest one divided by 2^k, k = 0 … shifts.
 
-    A product with a weight then needs one integer accumulator: codes of a channel are shifted by their k. (The idea is
+    A product with a weight then needs one integer accumulator, into which codes of a channel go shifted. (The idea is
     the power-of-two factor of FQ-ViT, arXiv 2111.13824, which finds each k by its error.)
 
     Args:
