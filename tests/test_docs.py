@@ -96,14 +96,14 @@ def _commands(text: str) -> list[list[str]]:
 @pytest.fixture(scope="session")
 def places(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Makes, once, what stands behind a ``/path/to/…``."""
+    write = {"imagenet": _write_imagenet, "coco": _write_coco, "scenes": _write_scenes, "weights": _write_weights}
     made: dict[str, Path] = {}
 
     def find(name: str) -> Path:
         if name not in made:
-            made[name] = tmp_path_factory.mktemp(name)
-            {"imagenet": _write_imagenet, "coco": _write_coco, "scenes": _write_scenes, "weights": _write_weights}[
-                name
-            ](made[name])
+            folder = tmp_path_factory.mktemp(name)
+            write[name](folder)
+            made[name] = folder
         return made[name]
 
     return find
@@ -126,7 +126,10 @@ def _write_scenes(root: Path) -> None:
 
 def _write_coco(root: Path) -> None:
     """Scenes under the names of COCO's categories."""
-    from mmdet.datasets import CocoDataset
+    from benchmarks.tasks.mmdet_models import mmdetection
+
+    with mmdetection():
+        from mmdet.datasets import CocoDataset
 
     _write_scenes(root)
     for file in (root / "annotations").iterdir():
