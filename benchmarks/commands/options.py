@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ def add_table(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoints", type=Path, metavar="DIR", help="files MODEL.safetensors, .pth, .bin or .npz")
     parser.add_argument("--models", nargs="+", metavar="MODEL")
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="methods, or rows by their key in tables/*.toml")
+    parser.add_argument("--also", nargs="+", metavar="METHOD", help="methods beside the table's own, or --methods")
     parser.add_argument("--bits", nargs="+", metavar="W4A4")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="of calibration images and methods")
 
@@ -182,8 +183,11 @@ def choose_part(table: Table, options: argparse.Namespace) -> Table:
     if options.models:
         known = {name: model for model in table.models for name in (model.key, model.name)}
         table = replace(table, models=[_choose_model(name, known) for name in options.models])
-    if options.methods:
-        table = replace(table, rows=_choose_rows(table, options.methods))
+    rows = _choose_rows(table, options.methods) if options.methods else list(table.rows)
+    if options.also:
+        there = {row.key for row in rows}
+        rows += [row for row in _choose_rows(table, dict.fromkeys(options.also)) if row.key not in there]
+    table = replace(table, rows=rows)
     if options.calibration_size is not None:  # goes before what the methods of the table have
         table = replace(table, rows=[replace(row, calibration_size=options.calibration_size) for row in table.rows])
     if options.bits:
@@ -214,7 +218,7 @@ def _choose_model(name: str, known: dict[str, Model]) -> Model:
     return known[name]
 
 
-def _choose_rows(table: Table, names: Sequence[str]) -> list[Row]:
+def _choose_rows(table: Table, names: Iterable[str]) -> list[Row]:
     """The table's rows by their names; any other method makes a row of its own."""
     known = {row.key: row for row in table.rows}
     # Full precision is always there: differences are taken to it, and it tells whether a model is the published one.
