@@ -13,10 +13,15 @@ from benchmarks.results import Record, ResultStore
 from benchmarks.runner import resolve_device, run_cells
 
 
-def add_measuring(parser: Parser, out: str) -> None:
-    """The options of `measure_tables`; `out` is where records go by default."""
+def add_measuring(parser: Parser, out: str, option: str = "--out") -> None:
+    """The options of `measure_tables`; `out` is where records go by default, and `option` says where else."""
     parser.add_argument(
-        "--out", type=Path, default=Path(out), metavar="DIR", help=f"what is measured and made (default: {out})"
+        option,
+        dest="out",
+        type=Path,
+        default=Path(out),
+        metavar="DIR",
+        help=f"what is measured and made (default: {out})",
     )
     parser.add_argument(
         "--jobs", type=positive, metavar="N", help="cells at once (default: 1; one a core where models are small)"
