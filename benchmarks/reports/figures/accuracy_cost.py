@@ -35,9 +35,10 @@ COSTS = {
 
 _MARKERS = "os^Dv<>P"
 _COLORS = [style.COLORS[index] for index in (5, 1, 2, 4, 0, 6)]
+_LEADER = {"arrowstyle": "-", "color": style.GREY, "linewidth": 0.4, "relpos": (0, 0.5), "shrinkA": 2, "shrinkB": 0}
 _LINE = 1.35 * style.POINTS / 72  # from label to label, in inches
 # In inches.
-_WIDTH, _LABELS, _LEFT, _ABOVE, _BELOW, _RIGHT = 3.6, 1.9, 0.6, 0.1, 0.5, 0.1
+_WIDTH, _LEFT, _ABOVE, _BELOW, _CHARACTER = 3.6, 0.5, 0.15, 0.45, 0.055
 
 
 def draw_accuracy_cost(table: Table, summary: pd.DataFrame, file: Path, costs: Sequence[str] = tuple(COSTS)) -> None:
@@ -65,7 +66,8 @@ def plot_accuracy_cost(table: Table, summary: pd.DataFrame, costs: Sequence[str]
     if rows["bits"].nunique() > 1:
         rows = rows.assign(label=rows["label"] + ", " + rows["bits"])
     panel = max(2.0, _LINE * (len(rows) + 2))
-    width, height = _LEFT + _WIDTH + _LABELS + _RIGHT, len(costs) * (panel + _BELOW + _ABOVE)
+    labels = 0.05 * _WIDTH + _CHARACTER * (1 + max(map(len, [*rows["label"], *full["label"]])))
+    width, height = _LEFT + _WIDTH + labels, len(costs) * (panel + _BELOW + _ABOVE)
     figure = style.make_figure(width, height)
     for index, name in enumerate(costs):
         bottom = height - (index + 1) * (panel + _BELOW + _ABOVE) + _BELOW
@@ -107,6 +109,7 @@ def _write_labels(axes: Axes, rows: pd.DataFrame, full: pd.Series[float], column
     """Beside the panel, in the order of the points, so that no label hides another; a line leads to each."""
     named = pd.concat([rows, full.to_frame().T]).reset_index(drop=True)
     right = axes.get_xlim()[1]
+    axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())  # what is drawn from here on changes neither
     x, y = named[column].where(named["method"] != FULL_PRECISION, right).astype(float), named["mean"].astype(float)
     order = np.lexsort((-x, y))
     places = axes.transAxes.inverted().transform(axes.transData.transform(np.column_stack([x, y])))[order, 1]
@@ -118,15 +121,20 @@ def _write_labels(axes: Axes, rows: pd.DataFrame, full: pd.Series[float], column
             textcoords="axes fraction",
             va="center",
             fontsize=style.POINTS,
-            arrowprops={"arrowstyle": "-", "color": style.GREY, "linewidth": 0.4, "shrinkA": 0, "shrinkB": 0},
+            arrowprops=_LEADER,
             annotation_clip=False,
         )
 
 
 def _spread(places: NDArray[np.float64], gap: float) -> NDArray[np.float64]:
-    """Places between 0 and 1, in ascending order, moved apart to that gap and no farther than it takes."""
+    """Places between 0 and 1, in ascending order, moved apart to that gap by as little as it takes."""
     ranks = gap * np.arange(len(places))
-    upwards = np.maximum.accumulate(places - ranks)
-    downwards = np.minimum.accumulate((places - ranks)[::-1])[::-1]
-    # In between the two, everything keeps to the middle of where it belongs.
-    return np.asarray(np.clip((upwards + downwards) / 2, 0, 1 - ranks[-1]) + ranks)
+    pools: list[tuple[float, int]] = []  # neighbours that touch, about the middle of where they belong
+    for place in (places - ranks).tolist():
+        middle, size = place, 1
+        while pools and pools[-1][0] > middle:
+            other, count = pools.pop()
+            middle, size = (middle * size + other * count) / (size + count), size + count
+        pools.append((middle, size))
+    middles, sizes = zip(*pools, strict=True)
+    return np.asarray(np.clip(np.repeat(middles, sizes), 0, 1 - ranks[-1]) + ranks)

@@ -93,7 +93,7 @@ def plot_distributions(frame: pd.DataFrame) -> Figure:
     rows = max(int((frame["kind"] == kind).sum()) for kind in kinds)
     figure = style.make_figure(style.PAGE_WIDTH, style.rows_height(rows), layout="constrained")
     for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
-        _draw(axes, frame[frame["kind"] == kind])
+        _draw(axes, frame[frame["kind"] == kind], rows)
         axes.set_title(_TITLES[kind])
         style.dress(axes)
     handles = [
@@ -106,14 +106,14 @@ def plot_distributions(frame: pd.DataFrame) -> Figure:
     return figure
 
 
-def _draw(axes: Axes, frame: pd.DataFrame) -> None:
-    y = np.arange(len(frame))
+def _draw(axes: Axes, frame: pd.DataFrame, rows: int) -> None:
+    y, height = np.arange(len(frame)), 0.7 * len(frame) / rows  # the same in all panels
     axes.hlines(y, frame["min"], frame["max"], color=_COLOR, linewidth=0.7)
     for end in ("min", "max"):
         axes.plot(frame[end], y, "|", color=_COLOR, markersize=4, markeredgewidth=0.7)
     axes.hlines(y, frame["p1"], frame["p99"], color=_COLOR, linewidth=2)
     axes.barh(
-        y, frame["p75"] - frame["p25"], 0.7, frame["p25"], color=_BOX, edgecolor=_COLOR, linewidth=0.6, zorder=2.5
+        y, frame["p75"] - frame["p25"], height, frame["p25"], color=_BOX, edgecolor=_COLOR, linewidth=0.6, zorder=2.5
     )
     axes.plot(frame["p50"], y, "|", color="black", markersize=6, markeredgewidth=1.2, zorder=3)
     style.list_rows(axes, style.name_sites(list(frame["layer"]), list(frame["role"])))
@@ -124,9 +124,9 @@ def _scale(axes: Axes, frame: pd.DataFrame) -> None:
     """Linear where that shows the bulk, logarithmic beyond the bulk otherwise."""
     bulk = float(frame[["p25", "p75"]].abs().max(axis=1).median())
     if not 0 < bulk * _LINEAR < float(frame[["min", "max"]].abs().to_numpy().max()):
-        axes.set_xlabel("value")
+        axes.set_xlabel("activation value")
         return
     linear = 10.0 ** round(np.log10(bulk))  # a tick of the axis
     axes.set_xscale("symlog", linthresh=linear)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.set_xlabel(f"value (linear from {-linear:g} to {linear:g}, logarithmic beyond)")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", "−")))
+    axes.set_xlabel(f"activation value (logarithmic beyond ±{linear:g})")
