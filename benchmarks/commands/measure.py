@@ -18,10 +18,15 @@ from benchmarks.runner import resolve_device
 from benchmarks.scheduler import run_cells
 
 
-def add_measuring(parser: Parser, out: str) -> None:
-    """The options of `measure_tables`; `out` is where records go by default."""
+def add_measuring(parser: Parser, out: str, option: str = "--out") -> None:
+    """The options of `measure_tables`; `out` is where records go by default, and `option` says where else."""
     parser.add_argument(
-        "--out", type=Path, default=Path(out), metavar="DIR", help=f"what is measured and made (default: {out})"
+        option,
+        dest="out",
+        type=Path,
+        default=Path(out),
+        metavar="DIR",
+        help=f"what is measured and made (default: {out})",
     )
     parser.add_argument(
         "--jobs",

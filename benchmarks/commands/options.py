@@ -20,6 +20,9 @@ from benchmarks.tasks import TASKS, Task, find_task
 Commands = Any
 Parser = argparse.ArgumentParser
 
+#: Of --data.
+DATA_HELP = "embedded; folder:ROOT or torch/NAME:ROOT, as timm names them; of detection, segmentation COCO's folder"
+
 CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".npz")
 
 
@@ -40,6 +43,14 @@ def add_table(parser: argparse.ArgumentParser) -> None:
 def add_experiment(parser: argparse.ArgumentParser) -> None:
     """What decides a cell, named after its fields; what is not given is None."""
     parser.add_argument("task", choices=TASKS)
+    add_model(parser)
+    parser.add_argument("--data", required=True, metavar="SPEC", help=DATA_HELP)
+    add_prompts(parser)
+    add_method(parser)
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """A task's model, and what is done to images for it."""
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--model", help="an embedded model, any of timm's or MMDetection's, a SAM; 'adfq list models'")
     model.add_argument("--config", metavar="FILE", help="of detection: MMDetection's config of the model")
@@ -56,25 +67,26 @@ def add_experiment(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pretrained", action="store_true", default=None, help="download timm's weights where there is no checkpoint"
     )
-    parser.add_argument(
-        "--data",
-        required=True,
-        metavar="SPEC",
-        help="embedded; folder:ROOT or torch/NAME:ROOT, as timm names them; of detection, segmentation COCO's folder",
-    )
-    add_prompts(parser)
+    parser.add_argument("--input-size", type=int, nargs=3, metavar=("C", "H", "W"))
+    parser.add_argument("--mean", type=_floats, metavar="M,M,M")
+    parser.add_argument("--std", type=_floats, metavar="S,S,S")
+    parser.add_argument("--crop-pct", type=float)
+    parser.add_argument("--interpolation", choices=["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"])
+
+
+def add_method(parser: argparse.ArgumentParser) -> None:
+    """What quantizes the model."""
     parser.add_argument(
         "--encoder-only", action="store_true", default=None, help="of segmentation: quantize the image encoder alone"
     )
     parser.add_argument("--method", help="'adfq list methods'")
     parser.add_argument("--method-arg", dest="method_arguments", type=_pair, nargs="+", action="extend", metavar="K=V")
     parser.add_argument("--bits", help="weights and activations, 2 to 8 each (default: W4A4)")
+    add_seed(parser)
+
+
+def add_seed(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="of calibration images and method (default: 0)")
-    parser.add_argument("--input-size", type=int, nargs=3, metavar=("C", "H", "W"))
-    parser.add_argument("--mean", type=_floats, metavar="M,M,M")
-    parser.add_argument("--std", type=_floats, metavar="S,S,S")
-    parser.add_argument("--crop-pct", type=float)
-    parser.add_argument("--interpolation", choices=["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"])
 
 
 def add_prompts(parser: argparse.ArgumentParser) -> None:

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from benchmarks.cli import main
 from benchmarks.embedded import sams
-from benchmarks.reports import figures
-from benchmarks.reports.figures import Detections
+from benchmarks.reports.figures import pictures
+from benchmarks.reports.figures.pictures import Detections
 from benchmarks.tasks import coco
 
 pytest.importorskip("segment_anything")
@@ -33,13 +33,13 @@ def test_a_figure_of_masks(
     prompts: str | None, checkpoints: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown: dict[str, Sequence[Detections]] = {}
-    draw = figures.draw_detections
+    draw = pictures.draw_detections
 
     def spy(images: Sequence[object], columns: dict[str, Sequence[Detections]], *rest: object) -> None:
         shown.update(columns)
         draw(images, columns, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(figures, "draw_detections", spy)
+    monkeypatch.setattr(pictures, "draw_detections", spy)
     if prompts == "FILE":
         prompts = str(tmp_path / "found.bbox.json")
         boxes = [{"image_id": image, "category_id": 1, "bbox": [9, 9, 20, 20], "score": 0.9} for image in (1, 2)]
@@ -59,7 +59,7 @@ def test_a_figure_of_masks(
     [
         ([*FIGURE, "--prompts", "none.json"], "there are no prompts none.json; give boxes, points or a file"),
         ([*FIGURE, "--models", "sam"], "unknown model 'sam'; there are embedded_sam"),
-        (["figure", "detections", "--prompts", "boxes"], "detection has no --prompts"),
+        (["figure", "detections", "--prompts", "boxes"], "unrecognized arguments: --prompts boxes"),
         (["figure", "curves"], "argument kind: invalid choice: 'curves'"),
     ],
 )

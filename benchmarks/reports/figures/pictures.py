@@ -1,4 +1,4 @@
-"""Figures: what was found in images, side by side."""
+"""What was found in images, side by side."""
 
 from __future__ import annotations
 
@@ -9,26 +9,18 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
-from adfq.errors import AdfqError
+from benchmarks.reports.figures.style import COLORS, DPI, POINTS, check_file, make_figure, save
 from benchmarks.tasks.coco import read_mask
 
-SUFFIXES = (".png", ".svg")
-
-#: Okabe and Ito's, which colour-blind people tell apart. What follows each other differs in brightness too.
-_COLORS = ("#D55E00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#E69F00", "#CC79A7")
 #: Of boxes, for labels beyond the number of colours.
 _LINES: tuple[Any, ...] = ("-", (0, (3, 1.5)), (0, (1, 1)))
 _MASK_OPACITY = 0.35
-_POINTS = 6.5  # size of names
 _GAP = 0.06  # between pictures, in inches
-_DPI = 200
 
 Style = tuple[str, Any]
 
@@ -62,14 +54,6 @@ class Detections:
         kept = order[self.scores[order] >= score]
         masks = None if self.masks is None else self.masks[kept]
         return replace(self, boxes=self.boxes[kept], labels=self.labels[kept], scores=self.scores[kept], masks=masks)
-
-
-def check_file(file: Path) -> None:
-    """Raises AdfqError for a file that no figure can be written to."""
-    if file.suffix.lower() not in SUFFIXES:
-        raise AdfqError(f"cannot draw {file}: figures are {' or '.join(SUFFIXES)}")
-    if not file.absolute().parent.is_dir():
-        raise AdfqError(f"cannot write {file}: there is no directory {file.parent}")
 
 
 def read_coco(items: Sequence[Mapping[str, Any]], categories: Sequence[int], height: int, width: int) -> Detections:
@@ -137,8 +121,7 @@ def draw_detections(
     check_file(file)
     heights = [width * image.shape[0] / image.shape[1] for image in images]
     size = (len(columns) * (width + _GAP) - _GAP, sum(heights) + (len(heights) - 1) * _GAP)
-    figure = Figure(size, dpi=_DPI)
-    canvas = FigureCanvasAgg(figure)  # it knows how large names are
+    figure = make_figure(*size)
     bottom = size[1]
     for index, (image, height) in enumerate(zip(images, heights, strict=True)):
         bottom -= height
@@ -148,20 +131,17 @@ def draw_detections(
             left = column * (width + _GAP)
             axes = figure.add_axes((left / size[0], bottom / size[1], width / size[0], height / size[1]))
             _draw(axes, image, found, styles)
-            _write_names(axes, canvas, found, styles, categories)
+            _write_names(axes, found, styles, categories)
             if index == 0:
-                axes.set_title(heading, fontsize=_POINTS + 1.5, pad=3)
+                axes.set_title(heading, fontsize=POINTS + 1.5, pad=3)
         bottom -= _GAP
-    try:
-        figure.savefig(file, format=file.suffix[1:].lower(), dpi=_DPI, bbox_inches="tight", pad_inches=_GAP)
-    except OSError as error:
-        raise AdfqError(f"cannot write {file}: {error.strerror}") from None
+    save(figure, file, bbox_inches="tight", pad_inches=_GAP)
 
 
 def _styles(labels: Iterable[int]) -> dict[int, Style]:
     """Colour and line of each label."""
     return {
-        label: (_COLORS[rank % len(_COLORS)], _LINES[rank // len(_COLORS) % len(_LINES)])
+        label: (COLORS[rank % len(COLORS)], _LINES[rank // len(COLORS) % len(_LINES)])
         for rank, label in enumerate(dict.fromkeys(labels))
     }
 
@@ -195,13 +175,12 @@ def _draw(axes: Axes, image: NDArray[np.uint8], found: Detections, styles: Mappi
 
 def _write_names(
     axes: Axes,
-    canvas: FigureCanvasAgg,
     found: Detections,
     styles: Mapping[int, Style],
     categories: Sequence[str] | None,
 ) -> None:
     if not len(found):
-        axes.text(0.5, 0.04, "none", transform=axes.transAxes, ha="center", fontsize=_POINTS, **_paper("black"))
+        axes.text(0.5, 0.04, "none", transform=axes.transAxes, ha="center", fontsize=POINTS, **_paper("black"))
     taken: list[Bbox] = []
     for index in reversed(range(len(found))):  # the surest first
         label = int(found.labels[index])
@@ -209,21 +188,21 @@ def _write_names(
         words += [] if found.scores is None else [f"{found.scores[index]:.2f}"]
         if not words:
             continue
-        name = axes.text(0, 0, " ".join(words), fontsize=_POINTS, va="bottom", **_paper(styles[label][0]))
-        extent = name.get_window_extent(canvas.get_renderer()).padded(_DPI / 72)  # what the paper adds
+        name = axes.text(0, 0, " ".join(words), fontsize=POINTS, va="bottom", **_paper(styles[label][0]))
+        extent = name.get_window_extent().padded(DPI / 72)  # what the paper adds
         place = _find_room(axes, extent, found.boxes[index], taken)
         if place is None:
             name.remove()
         else:
             taken.append(place)
-            x, y = axes.transData.inverted().transform(place.padded(-_DPI / 72).p0)
+            x, y = axes.transData.inverted().transform(place.padded(-DPI / 72).p0)
             name.set_position((x, y))
 
 
 def _paper(color: str) -> dict[str, Any]:
     """What a name is written on; the padding makes one point on each side."""
     style = {"facecolor": "white", "edgecolor": color, "linewidth": 0.8, "alpha": 0.85}
-    return {"bbox": {"boxstyle": f"square,pad={1 / _POINTS}", **style}}
+    return {"bbox": {"boxstyle": f"square,pad={1 / POINTS}", **style}}
 
 
 def _find_room(axes: Axes, extent: Bbox, box: NDArray[Any], taken: Sequence[Bbox]) -> Bbox | None:

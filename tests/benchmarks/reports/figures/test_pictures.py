@@ -12,7 +12,7 @@ from PIL import Image
 from pycocotools import mask as rle
 
 from adfq import AdfqError
-from benchmarks.reports.figures import Detections, compare_masks, draw_detections, read_coco
+from benchmarks.reports.figures.pictures import Detections, compare_masks, draw_detections, read_coco
 from benchmarks.tasks.segmentation import Segmented
 
 GREY = np.full((40, 60, 3), 128, np.uint8)
@@ -112,7 +112,7 @@ def test_other_kinds_of_files_are_refused(tmp_path: Path, name: str) -> None:
 
 def test_a_place_that_cannot_be_written_to_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "taken.png").mkdir()
-    for name, problem in (("nowhere/figure.png", "there is no directory"), ("taken.png", "Is a directory")):
+    for name, problem in (("nowhere/figure.png", "there is no directory"), ("taken.png", "it is a directory")):
         with pytest.raises(AdfqError, match=rf"cannot write .*{name}: {problem}"):
             draw_detections([GREY], {"": [NOTHING]}, None, tmp_path / name)
 
