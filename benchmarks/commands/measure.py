@@ -17,6 +17,9 @@ from benchmarks.results import Record, ResultStore
 from benchmarks.runner import resolve_device
 from benchmarks.scheduler import run_cells
 
+#: A table with its cells in order, and the record of each; None where measuring has failed.
+Measured = tuple[Table, list[tuple[Entry, Record | None]]]
+
 
 def add_measuring(parser: Parser, out: str, option: str = "--out") -> None:
     """The options of `measure_tables`; `out` is where records go by default, and `option` says where else."""
@@ -45,13 +48,8 @@ def add_measuring(parser: Parser, out: str, option: str = "--out") -> None:
     add_common(parser)
 
 
-def measure_tables(
-    names: Sequence[str], options: argparse.Namespace
-) -> Iterator[tuple[Table, list[tuple[Entry, Record | None]]]]:
+def measure_tables(names: Sequence[str], options: argparse.Namespace) -> Iterator[Measured]:
     """Measures what the store does not have yet, table after table.
-
-    Yields:
-        Each table with its cells in order, and the record of each; None where measuring has failed.
 
     Raises:
         AdfqError: for the user's mistakes, before anything is measured where they can be seen.

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("methods_read_once")
 FILES = ["index.html", "report.md", "report.tex"]
 PART = [
     *("report", "1", "4", "--models", "embedded_vit", "--methods", "base_ptq", "--bits", "W4A4"),
-    *("--seeds", "0", "--limit", "20", "--calibration-size", "4", "--jobs", "1"),
+    *("--seeds", "0", "--limit", "20", "--calibration-size", "4", "--jobs", "0"),
 ]
 
 
@@ -94,3 +94,18 @@ def test_mistakes_are_one_line_and_exit_code_2(
     Path("file").touch()
     assert_refused(arguments, message)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_figures_come_from_records_and_from_files(tmp_path: Path, assert_refused: Any) -> None:
+    picture = tmp_path / "masks.svg"
+    picture.write_text("<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'/>")
+    table = ["report", "5", "--methods", "adfq_vit", "--seeds", "0", "--limit", "4", "--calibration-size", "2"]
+    command = [*table, "--jobs", "0", "--out", str(tmp_path / "runs")]
+    assert_refused([*command, "--figures", str(tmp_path / "none.png")], "there is no figure")
+    assert_refused([*command, "--figures", __file__], "there is no figure")
+    assert main([*command, "--figures", str(picture)]) == 0
+    drawn = [f"table5-embedded-{kind}.png" for kind in ("reconstruction", "accuracy-cost")]
+    assert all((tmp_path / "runs" / name).read_bytes().startswith(b"\x89PNG") for name in drawn)
+    markdown = (tmp_path / "runs" / "report.md").read_text()
+    assert all(name in markdown for name in (*drawn, "masks.svg"))
+    assert (tmp_path / "runs" / "index.html").read_text().count("data:image/") == 3
