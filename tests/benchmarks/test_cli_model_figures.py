@@ -55,11 +55,14 @@ def test_figures_of_the_embedded_vit(tmp_path: Path, drawn: list[Any]) -> None:
     assert len(errors) == 26
 
 
-def test_reconstruction_from_a_record(tmp_path: Path, drawn: list[Any], assert_refused: Refuse) -> None:
+def test_reconstruction_from_a_record(
+    tmp_path: Path, drawn: list[Any], assert_refused: Refuse, capsys: pytest.CaptureFixture[str]
+) -> None:
     record, other = tmp_path / "record.json", tmp_path / "other.json"
     modules = {"head": {"before": 1.0, "after": 0.5, "kept": True}}
     record.write_text(json.dumps({"report": {"modules": modules}}))
     draw("reconstruction", tmp_path, "--record", str(record))
+    assert capsys.readouterr().out == f"{tmp_path / 'reconstruction.png'}\n"
     assert drawn[0].to_dict("records") == [{"module": "head", **modules["head"]}]
     command = ["figure", "reconstruction", "--out", str(tmp_path / "figure.svg"), "--record"]
     assert_refused([*command, str(record), "--bits", "W3A3"], "what bits would say is in the record")

@@ -129,4 +129,4 @@ def _scale(axes: Axes, frame: pd.DataFrame) -> None:
     linear = 10.0 ** round(np.log10(bulk))  # a tick of the axis
     axes.set_xscale("symlog", linthresh=linear)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", "−")))
-    axes.set_xlabel(f"activation value (logarithmic beyond ±{linear:g})")
+    axes.set_xlabel(f"activation value\n(logarithmic beyond ±{linear:g})")

@@ -58,7 +58,7 @@ def plot_reconstruction(frame: pd.DataFrame) -> Figure:
             axes.scatter(frame[column].to_numpy()[places], places, s=16, linewidth=1.2, zorder=3, **look)
     axes.set_xscale("log")
     style.list_rows(axes, list(frame["module"]))
-    axes.set_xlabel("reconstruction error of the module's output (squared)")
+    axes.set_xlabel("reconstruction error (squared)")
     style.dress(axes)
     axes.tick_params(axis="x", which="minor", labelsize=style.POINTS)
     figure.legend(loc="outside lower center", ncols=3, fontsize=style.POINTS, frameon=False)

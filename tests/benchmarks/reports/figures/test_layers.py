@@ -163,10 +163,11 @@ def test_methods_without_outliers_are_refused(
         check_outliers(model, method, Bits(4, 4), arguments)
 
 
-def test_what_was_not_kept_has_a_mark_of_its_own(tmp_path: Path) -> None:
-    modules = {f"blocks.{block}.attn": {"before": 1.0, "after": 0.1, "kept": True} for block in range(30)}
+def test_what_was_not_kept_has_a_mark_of_its_own() -> None:
+    name = "mask_decoder.transformer.layers.{}.cross_attn_token_to_image"
+    modules = {name.format(index): {"before": 1.0, "after": 0.1, "kept": True} for index in range(30)}
     kept = collect_reconstruction({"modules": modules})
-    worse = collect_reconstruction({"modules": modules | {"blocks.3.attn": {"before": 1, "after": 2, "kept": False}}})
+    worse = collect_reconstruction({"modules": modules | {name.format(3): {"before": 1, "after": 2, "kept": False}}})
     labels = []
     for frame in (kept, worse):
         figure = plot_reconstruction(frame)
