@@ -174,6 +174,8 @@ class Processes:
 
     def _open(self) -> Any:
         if self.pool is None:
+            # It starts a process anew that has grown, as with a larger model.
+            warnings.filterwarnings("ignore", "A worker was restarted", UserWarning)
             threads = max(1, loky.cpu_count() // self.slots)
             self.pool = loky.ProcessPoolExecutor(
                 self.slots,

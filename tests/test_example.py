@@ -21,7 +21,7 @@ from benchmarks.tasks import coco
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "pow2_channels"
 NAME = "pow2_channels"
-SMALL = ["--bits", "W4A4", "--seeds", "0", "--calibration-size", "2", "--jobs", "1"]
+SMALL = ["--bits", "W4A4", "--seeds", "0", "--calibration-size", "2", "--jobs", "0"]
 
 
 @pytest.fixture(scope="module")

@@ -51,12 +51,9 @@ def _draw(measured: Sequence[Measured], directory: Path) -> Iterator[Figure]:
             file = directory / f"{name}-reconstruction.png"
             reconstruction.draw_reconstruction(reconstruction.collect_reconstruction(record["report"]), file)
             what = f"{entry.row.label} at {entry.cell.bits} on {entry.model.label}, seed {entry.cell.seed}"
-            yield Figure(
-                f"Optimization, table {table.name}",
-                f"Error of each module before and after optimization: {what}.",
-                file,
-            )
-        if table.cost and any(record for _, record in results):
+            text = f"Error of each module before and after optimization: {what}."
+            yield Figure(f"Optimization, table {table.name}", text, file)
+        if table.cost and any(record and record.get("cost") for _, record in results):
             file = directory / f"{name}-accuracy-cost.png"
             summary = summarize(table, tabulate_results(table, results))
             first = summary[summary["model"] == table.models[0].key]
