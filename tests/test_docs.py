@@ -54,7 +54,9 @@ LANGUAGES = {"sh", "python", "toml", ""}
 # Models that are small for their kind; of a table that has one of them, it is the one that is measured.
 _SMALLEST = ("deit_tiny_patch16_224.fb_in1k", "mask_rcnn_swin_tiny", "mobile_sam")
 
-_FULL_SIZE = re.compile(r"--profile (?!embedded)|_patch16_224|mobile_sam|vit_[blh]\b|mask_rcnn_swin")
+_FULL_SIZE = re.compile(r"--profile (?!embedded)|_patch16_224|mobile_sam|vit_[blh]\b|mask_rcnn_swin|--executor ray")
+
+_optimize_modules = sys.modules["adfq.methods"].optimize_modules  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -224,6 +226,14 @@ def _options(parser: argparse.ArgumentParser) -> set[str]:
     return found
 
 
+def _kind(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser of a command's kind, where it has kinds."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            return next(choice for name, choice in action.choices.items() if name == arguments[1])
+    return parser
+
+
 class _Runner:
     """Runs what a shell would run, in this process and small.
 
@@ -252,10 +262,16 @@ class _Runner:
         assert arguments[0] in parsers, f"there is no adfq {arguments[0]}"
         if tuple(arguments) in self.done:
             return
-        fewer = {"--limit": "1", "--jobs": "1", "--images": "1"}
+        fewer = {"--limit": "1", "--jobs": "0", "--images": "1"}
         if "--quantized" not in arguments:
             fewer["--calibration-size"] = "1"
-        known = _options(parsers[arguments[0]])
+        if "--executor" in arguments:
+            pytest.importorskip("ray")
+            fewer.pop("--jobs")
+            place = arguments.index("--address")
+            arguments = [*arguments[:place], *arguments[place + 2 :]]  # a cluster of this machine alone
+        self._prepare(arguments)
+        known = _options(_kind(parsers[arguments[0]], arguments))
         behind = [word for option, value in fewer.items() if option in known for word in (option, value)]
         placed = []
         for argument in arguments:
@@ -265,9 +281,21 @@ class _Runner:
                 argument = argument.replace(f"/path/to/{name}", str(self.places(place)))
             _provide(argument, self.places)
             placed.append(argument)
+        if arguments[:1] == ["regress"]:
+            behind += ["--tolerance", "time=1000x"]  # of a single image
+        if "reconstruction" in arguments:
+            self.monkeypatch.setattr(sys.modules["adfq.methods"], "optimize_modules", _optimize_modules)
+            behind += ["--method-arg", "iterations=1", "optimize_batch_size=1"]
         assert cli.main([*placed, *behind]) == 0
         if arguments[0] == "table":
             self.done.add(tuple(arguments))
+
+    def _prepare(self, arguments: Sequence[str]) -> None:
+        """Measures what a command reads that reads records."""
+        reads = {"results": "runs", "regress": "results/embedded"}.get(arguments[0])
+        if reads is not None and not Path(reads).exists():
+            small = ["--limit", "1", "--jobs", "0", "--calibration-size", "1"]
+            assert cli.main(["table", "1", *small, "--out", reads]) == 0
 
     def tox(self, arguments: Sequence[str]) -> None:
         """What an environment of tox runs, where that is adfq; the other one is that of the tests."""
