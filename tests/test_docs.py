@@ -54,7 +54,8 @@ LANGUAGES = {"sh", "python", "toml", ""}
 # Models that are small for their kind; of a table that has one of them, it is the one that is measured.
 _SMALLEST = ("deit_tiny_patch16_224.fb_in1k", "mask_rcnn_swin_tiny", "mobile_sam")
 
-_FULL_SIZE = re.compile(r"--profile (?!embedded)|_patch16_224|mobile_sam|vit_[blh]\b|mask_rcnn_swin|--executor ray")
+_FULL_SIZE = re.compile(r"--profile (?!embedded)|_patch16_224|mobile_sam|vit_[blh]\b|mask_rcnn_swin")
+_LONG = re.compile(r"--executor ray|regress|adfq report|adfq figure|pip install \./examples|-e tables$", re.MULTILINE)
 
 _optimize_modules = sys.modules["adfq.methods"].optimize_modules  # type: ignore[attr-defined]
 
@@ -353,7 +354,11 @@ def runner(
 @pytest.mark.parametrize(
     "block",
     [
-        pytest.param(block, id=block.name, marks=[pytest.mark.slow] if _FULL_SIZE.search(block.text) else [])
+        pytest.param(
+            block,
+            id=block.name,
+            marks=[pytest.mark.slow] if _FULL_SIZE.search(block.text) or _LONG.search(block.text) else [],
+        )
         for block in BLOCKS
         if block.language == "sh"
     ],

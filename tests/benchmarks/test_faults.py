@@ -77,6 +77,7 @@ def test_a_killed_table_goes_on_with_its_records(start: Any, tmp_path: Path) -> 
     assert calls(tmp_path) == ["slow", "slow"]
 
 
+@pytest.mark.slow
 def test_two_tables_on_one_store_share_the_work(start: Any, tmp_path: Path) -> None:
     (tmp_path / "hurry").touch()
     both = [start("--methods", "slow", "base_ptq", "--seeds", "0", "1", "--jobs", "0") for _ in range(2)]
