@@ -187,7 +187,8 @@ class Processes:
 
     def close(self) -> None:
         if self.pool is not None:
-            self.pool.shutdown(wait=True, kill_workers=True)
+            # Killed processes leave semaphores behind, about which Python warns.
+            self.pool.shutdown(wait=True, kill_workers=len(self.free) < self.slots)
             self.pool = None
 
 
