@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tarfile
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -96,3 +97,24 @@ def test_an_empty_folder_is_an_error(root: Path) -> None:
         image.unlink()
     with pytest.raises(AdfqError, match="Found 0 images"):
         open_split(f"folder:{root}", "train", classes=2)
+
+
+def test_another_list_of_files_has_another_digest(root: Path) -> None:
+    def digest(split: str) -> str:
+        return CheckedDataset(open_split(f"folder:{root}", split, classes=2), "RGB", pil_to_tensor).digest
+
+    first = {split: digest(split) for split in ("train", "validation")}
+    assert first == {split: digest(split) for split in first}
+    assert first["train"] != first["validation"]
+    (root / "train" / "cat" / "0.png").rename(root / "train" / "cat" / "9.png")
+    assert digest("train") != first["train"]
+    assert digest("validation") == first["validation"]
+
+
+def test_images_that_are_no_files_have_a_digest_by_their_labels() -> None:
+    def digest(targets: list[int]) -> str:
+        dataset = MagicMock(spec=["targets", "__len__"], targets=targets)
+        return CheckedDataset(dataset, "RGB", pil_to_tensor).digest
+
+    assert digest([0, 1, 1]) == digest([0, 1, 1])
+    assert len({digest([0, 1, 1]), digest([1, 0, 1]), digest([0, 1])}) == 3

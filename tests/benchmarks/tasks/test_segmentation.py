@@ -23,7 +23,7 @@ pytest.importorskip("pycocotools")
 
 from adfq import AdfqError
 from benchmarks.cells import Cell
-from benchmarks.embedded.coco import encode_mask
+from benchmarks.embedded.coco import encode_mask, write_coco
 from benchmarks.embedded.sams import create_embedded_sam
 from benchmarks.tasks import coco
 from benchmarks.tasks.segmentation import Segmentation, describe_segmentation, load_segmentation
@@ -577,3 +577,23 @@ def test_cocos_own_images(real_data: Path) -> None:
     assert metrics["images"] == 2
     assert metrics["mean_iou"] > 60
     assert subject.calibration_images(1, 0).shape == (1, 3, 1024, 1024)
+
+
+def test_other_annotations_or_prompts_have_other_digests(load: Callable[..., Segmentation], tmp_path: Path) -> None:
+    write_coco(tmp_path, SCENES)
+    first = load(tmp_path).data_digests
+    assert first == load(tmp_path).data_digests
+    assert first["images"] == SCENES["val2017"]
+    file = tmp_path / "annotations" / "instances_val2017.json"
+    file.write_text(file.read_text() + " ")
+    second = load(tmp_path).data_digests
+    assert second["validation"] != first["validation"]
+    assert second["train"] == first["train"]
+    truth = json.loads(file.read_text())
+    item = {**{key: truth["annotations"][0][key] for key in ("image_id", "category_id", "bbox")}, "score": 0.5}
+    prompts = tmp_path / "prompts.json"
+    digests = []
+    for score in (0.5, 0.25):
+        prompts.write_text(json.dumps([{**item, "score": score}]))
+        digests.append(load(tmp_path, prompts=str(prompts)).data_digests["prompts"])
+    assert digests[0] != digests[1]
