@@ -3,8 +3,8 @@
 from importlib.metadata import version
 
 from adfq.checkpoint import load, save
-from adfq.errors import AdfqError
+from adfq.errors import AdfqError, NonFiniteError
 from adfq.methods import methods, quantize
 
 __version__ = version("adfq")
-__all__ = ["AdfqError", "load", "methods", "quantize", "save"]
+__all__ = ["AdfqError", "NonFiniteError", "load", "methods", "quantize", "save"]

@@ -49,7 +49,7 @@ def quantize_weights(network: Network) -> None:
     """Finds the range of every weight and quantizes it; the full-precision weights stay at hand.
 
     Raises:
-        AdfqError: naming the layer, for weights that are not finite.
+        NonFiniteError: naming the layer, for weights that are not finite.
     """
     layers = list(network.weight_layers())
     with progress_bar("quantizing weights", len(layers)) as progress:
@@ -69,7 +69,7 @@ def calibrate_activations(network: Network, images: Tensor) -> None:
         images: B×C×H×W; moved to the model's device and dtype.
 
     Raises:
-        AdfqError: naming the site, for activations that are not finite.
+        NonFiniteError: naming the site, for activations that are not finite.
     """
     sites = [(name, found) for name, _, found in network.activation_quantizers() if not found.is_calibrated]
     if not sites:
@@ -115,4 +115,4 @@ def _naming(name: str, action: Callable[[], object]) -> None:
     try:
         action()
     except AdfqError as error:
-        raise AdfqError(f"{name}: {error}") from None
+        raise type(error)(f"{name}: {error}") from None

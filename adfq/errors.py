@@ -6,3 +6,10 @@ class AdfqError(ValueError):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+class NonFiniteError(AdfqError):
+    """Weights, activations or outputs that hold NaN or infinity: one model's failure under one method.
+
+    In a table it costs this cell alone.
+    """

@@ -157,7 +157,8 @@ def quantize(
 
     Raises:
         AdfqError: for unknown methods, options and bit-widths, models that have no adapter, missing or unusable
-            calibration images, and activations or weights that are not finite (naming the layer).
+            calibration images.
+        NonFiniteError: naming the layer, for activations or weights that are not finite.
     """
     check_method(method, options)
     model = copy.deepcopy(model)

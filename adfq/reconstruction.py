@@ -119,7 +119,8 @@ def optimize_modules(network: Network, images: Tensor, settings: Settings) -> di
         What became of each module, by name, in the order of the forward pass.
 
     Raises:
-        AdfqError: naming the site, for activations that are not finite; for a folder that cannot be written.
+        NonFiniteError: naming the site, for activations that are not finite.
+        AdfqError: for a folder that cannot be written.
     """
     images = network.place(images)
     network.model.requires_grad_(False)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adfq.calibration import progress_bar
-from adfq.errors import AdfqError
+from adfq.errors import AdfqError, NonFiniteError
 from adfq.layers import QuantConv2d, QuantMatMul, QuantWeightLayer
 from adfq.methods import Bits
 from adfq.quantizers import Quantizer, TwinGeluQuantizer, TwinSoftmaxQuantizer, UniformQuantizer
@@ -61,8 +61,8 @@ def ptq4vit(
 
     Raises:
         AdfqError: for unusable options, for a model whose output is neither images × classes nor a list
-            (``"hessian"``), for layers that do not contribute to it, and for weights, activations and gradients that
-            are not finite.
+            (``"hessian"``), and for layers that do not contribute to it.
+        NonFiniteError: for weights, activations and gradients that are not finite.
     """
     if search not in SEARCHES:
         raise AdfqError(f"unknown search {search!r}; there are {', '.join(SEARCHES)}")
@@ -140,7 +140,7 @@ def _fisher_loss(outputs: Tensor | list[Tensor]) -> Tensor:
 
 def _check_finite(name: str, values: Tensor) -> None:
     if not torch.isfinite(values).all():
-        raise AdfqError(f"{name}: values are not finite (NaN or infinity)")
+        raise NonFiniteError(f"{name}: values are not finite (NaN or infinity)")
 
 
 # --- what is searched on --------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ import psutil
 import torch
 from loky.process_executor import BrokenProcessPool
 
-from adfq.errors import AdfqError
+from adfq.errors import AdfqError, NonFiniteError
 from benchmarks.cells import Cell
 from benchmarks.console import collect_warnings, warn
 from benchmarks.results import Record
@@ -215,18 +215,18 @@ class Worker:
     def run(self, job: Job) -> Record | Failure:
         """
         Raises:
-            AdfqError: for the user's mistakes; everything else that goes wrong is this cell's failure alone.
+            AdfqError: for the user's mistakes. All else, values that are not finite among it, is this cell's failure.
         """
         try:
             with collect_warnings() as messages:
                 return self._measure(job, messages)
-        except AdfqError:
-            raise
         except Exception as error:
+            if isinstance(error, AdfqError) and not isinstance(error, NonFiniteError):
+                raise
             self.subject = None  # whatever state it is in, and its memory
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-            name = "" if isinstance(error, RuntimeError) else f"{type(error).__name__}: "
+            name = "" if isinstance(error, (RuntimeError, NonFiniteError)) else f"{type(error).__name__}: "
             return Failure(f"{name}{one_line(error)}", traceback.format_exc(), environment(self.device))
 
     def _measure(self, job: Job, messages: list[str]) -> Record:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from adfq.errors import AdfqError
+from adfq.errors import AdfqError, NonFiniteError
 
 MIN_BITS, MAX_BITS = 2, 8
 
@@ -104,12 +104,13 @@ class Quantizer(nn.Module, ABC):
         """Sets the buffers from a tensor of typical inputs and returns the quantizer.
 
         Raises:
-            AdfqError: if the tensor is empty or has values that are not finite.
+            AdfqError: if the tensor is empty.
+            NonFiniteError: if it has values that are not finite.
         """
         if x.numel() == 0:
             raise AdfqError("cannot calibrate on an empty tensor")
         if not torch.isfinite(x).all():
-            raise AdfqError("cannot calibrate on values that are not finite (NaN or infinity)")
+            raise NonFiniteError("cannot calibrate on values that are not finite (NaN or infinity)")
         self._find_range(x.detach().float())
         return self
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from adfq.errors import AdfqError
+from adfq.errors import AdfqError, NonFiniteError
 from benchmarks.cells import Cell
 from benchmarks.console import warn
 from benchmarks.embedded.classifiers import CLASSIFIERS
@@ -85,7 +85,8 @@ class Classification:
         """Top-1 and top-5 in percent.
 
         Raises:
-            AdfqError: naming the layer, if logits are not finite; for images that cannot be read.
+            NonFiniteError: naming the layer, if logits are not finite.
+            AdfqError: for images that cannot be read.
         """
         images = len(self.validation)
         count = images if limit is None else min(limit, images)
@@ -104,7 +105,7 @@ class Classification:
                 batch, labels = batch.to(device), labels.to(device)
                 logits = model(batch)
                 if not torch.isfinite(logits).all():
-                    raise AdfqError(f"{first_non_finite(model, batch)}: the output is not finite")
+                    raise NonFiniteError(f"{first_non_finite(model, batch)}: the output is not finite")
                 top1, top5 = accuracy(logits, labels, topk=(1, min(5, logits.shape[1])))
                 hits1 += float(top1) * len(labels)
                 hits5 += float(top5) * len(labels)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from adfq.errors import AdfqError
+from adfq.errors import AdfqError, NonFiniteError
 from benchmarks.cells import Cell
 from benchmarks.tasks.coco import (
     KINDS,
@@ -98,8 +98,8 @@ class Detection:
         the first four images, F being full precision's.
 
         Raises:
-            AdfqError: naming the layer, if the backbone's outputs are not finite; for images that cannot be read;
-                where results cannot be written.
+            NonFiniteError: naming the layer, if the backbone's outputs are not finite.
+            AdfqError: for images that cannot be read; where results cannot be written.
         """
         truth = self.validation.read_truth(limit)
         count = len(truth["images"])
@@ -165,7 +165,7 @@ class Detection:
         for images in self.evaluation_images(count).to(device).split(batch_size):
             outputs = model.backbone(images)
             if not all(output.isfinite().all() for output in outputs):
-                raise AdfqError(f"backbone.{first_non_finite(model.backbone, images)}: the output is not finite")
+                raise NonFiniteError(f"backbone.{first_non_finite(model.backbone, images)}: the output is not finite")
             expected = reference.backbone(images) if hasattr(model, "quantization") else outputs
             for stage, (output, other) in enumerate(zip(outputs, expected, strict=True), 1):
                 total = sums.setdefault(f"feature_error_{stage}", [0.0, 0.0])

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from adfq.errors import AdfqError
+from adfq.errors import AdfqError, NonFiniteError
 from benchmarks.cells import Cell
 from benchmarks.tasks.coco import (
     CocoSplit,
@@ -161,8 +161,8 @@ class Segmentation:
             batch_size: without effect; images are of different sizes, and one after the other.
 
         Raises:
-            AdfqError: naming the module, if an output is not finite; for annotations, images and prompts that cannot
-                be used; where results cannot be written.
+            NonFiniteError: naming the module, if an output is not finite.
+            AdfqError: for annotations, images and prompts that cannot be used; where results cannot be written.
         """
         from benchmarks.embedded.coco import encode_mask
 
@@ -315,7 +315,8 @@ def _segment(
         )
         if not all(output.isfinite().all() for output in (predictor.features, ious, logits)):
             record = {"image": image, "original_size": size, **some}
-            raise AdfqError(f"{first_non_finite(sam, [record], multimask_output=by_point)}: the output is not finite")
+            name = first_non_finite(sam, [record], multimask_output=by_point)
+            raise NonFiniteError(f"{name}: the output is not finite")
         best = ious.argmax(1)
         chosen = torch.arange(len(best)), best.cpu()
         yield masks.cpu()[chosen].numpy(), ious.cpu()[chosen].tolist()

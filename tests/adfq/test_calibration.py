@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from adfq import AdfqError
+from adfq import AdfqError, NonFiniteError
 from adfq.adapters import adapt
 from adfq.calibration import calibrate_activations, gather_batches, quantize_weights
 from adfq.quantizers import UniformQuantizer
@@ -141,21 +141,21 @@ def test_images_go_to_the_models_dtype(make_vit: MakeModel, make_images: MakeIma
 def test_an_image_that_is_not_finite_is_named(make_vit: MakeModel, make_images: MakeImages) -> None:
     images = make_images()
     images[2, 1, 5, 5] = float("inf")
-    with pytest.raises(AdfqError, match=r"^patch_embed\.proj\.input_quantizer: .*not finite"):
+    with pytest.raises(NonFiniteError, match=r"^patch_embed\.proj\.input_quantizer: .*not finite"):
         calibrate_activations(ready(make_vit()), images)
 
 
 def test_activations_that_are_not_finite_name_their_site(make_vit: MakeModel, make_images: MakeImages) -> None:
     network = ready(make_vit())
     network.model.get_submodule("blocks.1.norm2").weight.data[3] = float("nan")
-    with pytest.raises(AdfqError, match=r"^blocks\.1\.mlp\.fc1\.input_quantizer: .*not finite"):
+    with pytest.raises(NonFiniteError, match=r"^blocks\.1\.mlp\.fc1\.input_quantizer: .*not finite"):
         calibrate_activations(network, make_images())
 
 
 def test_operands_that_are_not_finite_name_their_site(make_vit: MakeModel, make_images: MakeImages) -> None:
     network = ready(make_vit(qk_norm=True))
     network.model.get_submodule("blocks.0.attn.k_norm").weight.data[3] = float("inf")
-    with pytest.raises(AdfqError, match=r"^blocks\.0\.attn\.scores\.right_quantizer: .*not finite"):
+    with pytest.raises(NonFiniteError, match=r"^blocks\.0\.attn\.scores\.right_quantizer: .*not finite"):
         calibrate_activations(network, make_images())
 
 
@@ -163,7 +163,7 @@ def test_operands_that_are_not_finite_name_their_site(make_vit: MakeModel, make_
 def test_weights_that_are_not_finite_name_their_layer(make_vit: MakeModel, name: str) -> None:
     model = make_vit()
     model.get_submodule(name).weight.data[0, 0] = float("nan")
-    with pytest.raises(AdfqError, match=rf"^{name}\.weight: .*not finite"):
+    with pytest.raises(NonFiniteError, match=rf"^{name}\.weight: .*not finite"):
         quantize_weights(ready(model))
 
 

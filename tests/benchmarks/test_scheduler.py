@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from adfq import AdfqError, reconstruction
+from adfq import AdfqError, NonFiniteError, reconstruction
 from benchmarks import runner
 from benchmarks.cells import Cell
 from benchmarks.executors import Failure, InProcess, Job, LostWorkerError
@@ -77,6 +77,7 @@ def test_other_data_are_said_and_not_mixed(
         (MemoryError(), "MemoryError"),
         (torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"), "CUDA out of memory. Tried to allocate"),
         (ZeroDivisionError("division by zero"), "ZeroDivisionError: division by zero"),
+        (NonFiniteError("head: the output is not finite"), "head: the output is not finite"),
     ],
 )
 def test_what_fails_is_recorded_and_the_rest_goes_on(
