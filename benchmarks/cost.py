@@ -80,7 +80,7 @@ def measure_cost(
         forward(model, images)
         for hook in hooks:
             hook.remove()
-        cost["forward_seconds"] = min(_time(partial(forward, model, images), device) for _ in range(_REPEATS))
+        cost["forward_seconds"] = min(time_of(partial(forward, model, images), device) for _ in range(_REPEATS))
     if seen:
         kept, values = map(sum, zip(*seen, strict=True))
         cost["outliers"] = 100 * kept / values
@@ -91,7 +91,8 @@ def _count(seen: list[tuple[int, int]], quantizer: OutlierQuantizer, inputs: tup
     seen.append((int(quantizer.outliers(inputs[0]).sum()), inputs[0].numel()))
 
 
-def _time(run: Callable[[], Any], device: torch.device) -> float:
+def time_of(run: Callable[[], Any], device: torch.device) -> float:
+    """How long a call takes, in seconds."""
     start = time.perf_counter()
     run()
     if device.type == "cuda":

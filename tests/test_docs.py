@@ -263,7 +263,7 @@ class _Runner:
         assert arguments[0] in parsers, f"there is no adfq {arguments[0]}"
         if tuple(arguments) in self.done:
             return
-        fewer = {"--limit": "1", "--jobs": "0", "--images": "1"}
+        fewer = {"--limit": "1", "--jobs": "0", "--images": "1", "--repeats": "1"}
         if "--quantized" not in arguments:
             fewer["--calibration-size"] = "1"
         if "--executor" in arguments:

@@ -1,0 +1,164 @@
+"""How fast quantizing and quantized models are, in multiples of full precision."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from adfq.errors import AdfqError
+from adfq.methods import FULL_PRECISION
+from benchmarks.cells import Cell
+from benchmarks.cost import peak_memory, time_of
+from benchmarks.embedded.classifiers import CLASSIFIERS
+from benchmarks.embedded.scenes import CATEGORIES
+from benchmarks.runner import quantize_model
+from benchmarks.tasks import Subject, load_subject
+from benchmarks.tasks.data import EMBEDDED
+
+#: The method whose optimization is measured apart, by the iteration.
+OPTIMIZED = "adfq_vit"
+
+# An iteration is what a run of more iterations takes longer than one of fewer.
+_FEWER, _MORE = 1, 3
+
+_COLUMNS = {
+    "calibration": "Calibration",
+    "forward": "Quantized forward",
+    "iteration": "AMO iteration",
+    "calibration_memory": "Calibration memory",
+    "forward_memory": "Forward memory",
+}
+
+
+def benchmark(
+    model: str, methods: Sequence[str], bits: str, images: int, repeats: int, device: torch.device
+) -> dict[str, Any]:
+    """Measures methods on one model, in turn and repeatedly, in this process.
+
+    A model that does not ship has random weights; images are those that ship, in the model's size. ADFQ-ViT is measured
+    without its optimization (AMO), and an iteration of that apart: over all modules, with all images, as a multiple of
+    one pass of the whole model forwards and backwards.
+
+    Args:
+        model: as `adfq run classification` has it.
+        methods: names of methods.
+        bits: for all of them.
+        images: for calibration and for each forward pass.
+        repeats: of everything.
+
+    Returns:
+        ``full_precision``: medians of ``forward`` and ``training`` (forwards and backwards) in seconds, and of
+        ``forward_memory`` in MB (None where the system does not tell); ``methods``: by name, medians of
+        ``calibration`` and ``forward`` as multiples of full precision's forward, of ``iteration`` of its training (only
+        of ADFQ-ViT), of ``calibration_memory`` and ``forward_memory`` as multiples of its memory.
+
+    Raises:
+        AdfqError: for unknown models and methods, unreadable bits, and models that cannot be quantized.
+    """
+    arguments = () if model in CLASSIFIERS else (("num_classes", len(CATEGORIES)),)
+    create = partial(
+        Cell.create, task="classification", model=model, model_arguments=arguments, data=EMBEDDED, bits=bits
+    )
+    cells = [
+        create(method=method, calibration_size=images, method_arguments=_arguments(method, iterations=0))
+        for method in methods
+        if method != FULL_PRECISION
+    ]
+    if not cells:
+        raise AdfqError("there is nothing to compare with full precision: give other methods")
+    subject = load_subject(create(method=FULL_PRECISION))
+    run = _Run(subject, images, device)
+    with tqdm(total=repeats * len(cells), desc="bench", unit="method", disable=None) as bar:
+        for _ in range(repeats):
+            for cell in cells:
+                run.measure(cell)
+                bar.update()
+    return run.summarize()
+
+
+def _arguments(method: str, iterations: int) -> tuple[tuple[str, Any], ...]:
+    return (("iterations", iterations),) if method == OPTIMIZED else ()
+
+
+class _Run:
+    def __init__(self, subject: Subject, images: int, device: torch.device) -> None:
+        self.subject, self.device = subject, device
+        self.images = subject.calibration_images(images, seed=0).to(device)
+        self.full: dict[str, list[float]] = defaultdict(list)
+        self.methods: dict[str, dict[str, list[float]]] = {}
+        self._forward(subject.model.to(device))  # what is slow once only
+
+    def measure(self, cell: Cell) -> None:
+        """Full precision and right after it a method."""
+        found = self.methods.setdefault(cell.method, defaultdict(list))
+        for key, value in self._forward(self.subject.model).items():
+            self.full[key].append(value)
+        model, cost = quantize_model(cell, self.subject, self.device)
+        found["calibration"].append(cost["calibration_seconds"])
+        if cost["calibration_memory"] is not None:
+            found["calibration_memory"].append(cost["calibration_memory"])
+        for key, value in self._forward(model).items():
+            found[key].append(value)
+        if cell.method == OPTIMIZED:
+            self.full["training"].append(time_of(self._train, self.device))
+            found["iteration"].append(self._iteration(cell))
+
+    def _forward(self, model: nn.Module) -> dict[str, float]:
+        with torch.inference_mode(), peak_memory(self.device) as peak:
+            seconds = time_of(partial(self.subject.forward, model, self.images), self.device)
+        return {"forward": seconds} | ({} if peak.megabytes is None else {"forward_memory": peak.megabytes})
+
+    def _train(self) -> None:
+        model: nn.Module = self.subject.model
+        model.requires_grad_(True)
+        self.subject.forward(model, self.images).square().mean().backward()
+        model.zero_grad()
+
+    def _iteration(self, cell: Cell) -> float:
+        batch = ("optimize_batch_size", len(self.images))
+        seconds: dict[int, float] = {}
+        for iterations in (_FEWER, _MORE):
+            arguments = (*_arguments(cell.method, iterations), batch)
+            _, cost = quantize_model(replace(cell, method_arguments=arguments), self.subject, self.device)
+            seconds[iterations] = cost["calibration_seconds"]
+        return (seconds[_MORE] - seconds[_FEWER]) / (_MORE - _FEWER)
+
+    def summarize(self) -> dict[str, Any]:
+        full = {key: statistics.median(values) for key, values in self.full.items()}
+        memory = full.get("forward_memory", math.nan)
+        unit = {
+            "calibration": full["forward"],
+            "forward": full["forward"],
+            "iteration": full.get("training", math.nan),
+            "calibration_memory": memory,
+            "forward_memory": memory,
+        }
+        return {
+            "full_precision": full,
+            "methods": {
+                method: {key: statistics.median(values) / unit[key] for key, values in found.items() if unit[key] > 0}
+                for method, found in self.methods.items()
+            },
+        }
+
+
+def render(found: dict[str, Any], label: Callable[[str], str]) -> str:
+    """Markdown of what `benchmark` has found; `label` names methods. Ends in a newline."""
+    rows = []
+    for method, values in found["methods"].items():
+        cells = {title: f"{values[key]:.2f}" if key in values else "" for key, title in _COLUMNS.items()}
+        rows.append({"Method": label(method), **cells})
+    frame = pd.DataFrame(rows)
+    frame = frame.loc[:, (frame != "").any()]
+    alignment = ["left", *["right"] * (frame.shape[1] - 1)]
+    return str(frame.to_markdown(index=False, disable_numparse=True, colalign=alignment)) + "\n"
