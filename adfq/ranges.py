@@ -31,8 +31,35 @@ def thin_out(values: Tensor) -> Tensor:
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, levels: int) -> Tensor:
     """Rounds `x` to scale·(q - zero_point) with q in 0 … levels-1; no gradient. Arguments broadcast."""
-    codes = (x / scale).round_().add_(zero_point).clamp_(0, levels - 1)
-    return codes.sub_(zero_point).mul_(scale)
+
+    def quantize(part: Tensor) -> Tensor:
+        codes = (part / scale).round_().add_(zero_point).clamp_(0, levels - 1)
+        return codes.sub_(zero_point).mul_(scale)
+
+    shared = scale.dim() == 0 or (scale.dim() == x.dim() and len(scale) == 1)
+    return in_parts(quantize, x) if shared else quantize(x)
+
+
+_PART = 2**18
+
+
+def in_parts(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`function` of `x`, on a CPU without gradients a few indices of the first dimension at a time.
+
+    Quantizing passes over its values again and again; a few of them stay in the processor's cache meanwhile, and need
+    no new memory.
+
+    Args:
+        function: of each index by itself, to a result of the same shape.
+        x: float32.
+    """
+    if torch.is_grad_enabled() or x.device.type != "cpu" or x.numel() <= _PART:
+        return function(x)
+    rows = max(1, _PART * len(x) // x.numel())
+    result = torch.empty_like(x)
+    for part, place in zip(x.split(rows), result.split(rows), strict=True):
+        place.copy_(function(part))
+    return result
 
 
 def minmax_range(values: Tensor, levels: int) -> Range:

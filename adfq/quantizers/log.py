@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adfq.errors import AdfqError
 from adfq.quantizers.base import Quantizer, rescale
-from adfq.ranges import PERCENTILES, quantiles, thin_out
+from adfq.ranges import PERCENTILES, in_parts, quantiles, thin_out
 
 
 class LogQuantizer(Quantizer):
@@ -53,7 +53,7 @@ class LogQuantizer(Quantizer):
 
     def _quantize(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
-            return self._levels_of((x / self.scale).clamp_(0, 1)).mul_(self.scale)
+            return in_parts(lambda part: self._levels_of((part / self.scale).clamp_(0, 1)).mul_(self.scale), x)
         with torch.no_grad():
             ratio = x / self.scale
             limited = ratio.clamp(0, 1)

@@ -8,7 +8,7 @@ from torch import Tensor
 from adfq.errors import AdfqError
 from adfq.quantizers.base import Quantizer
 from adfq.quantizers.uniform import UniformQuantizer, quantize_uniformly
-from adfq.ranges import minmax_range
+from adfq.ranges import in_parts, minmax_range
 
 
 class OutlierQuantizer(Quantizer):
@@ -35,6 +35,9 @@ class OutlierQuantizer(Quantizer):
         super()._find_range(x.masked_fill(self.outliers(x), 0.0))  # type: ignore[safe-super]
 
     def forward(self, x: Tensor) -> Tensor:
+        return in_parts(self._quantize_between, x)
+
+    def _quantize_between(self, x: Tensor) -> Tensor:
         outliers = self.outliers(x)
         return torch.where(outliers, x, super().forward(x.masked_fill(outliers, 0.0)))
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from adfq.errors import AdfqError
 from adfq.quantizers.log import LogQuantizer
+from adfq.ranges import in_parts
 
 SHIFTS = ("dynamic", "static")
 _EPSILON = 1e-6
@@ -51,7 +52,12 @@ class ShiftLogQuantizer(LogQuantizer):
 
     def _quantize(self, x: Tensor) -> Tensor:
         minimum = self.minimum if self.shift == "static" else x.detach().min()
-        return super()._quantize((x - minimum).add_(_EPSILON)).add_(minimum - _EPSILON)
+
+        def quantize(part: Tensor) -> Tensor:
+            shifted = (part - minimum).add_(_EPSILON)
+            return super(ShiftLogQuantizer, self)._quantize(shifted).add_(minimum - _EPSILON)
+
+        return in_parts(quantize, x)
 
     def describe(self) -> str:
         return f"{self.shift}ally shifted {super().describe()}"

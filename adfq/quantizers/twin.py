@@ -7,6 +7,7 @@ from torch import Tensor
 
 from adfq.errors import AdfqError
 from adfq.quantizers.base import Quantizer, straight_through
+from adfq.ranges import in_parts
 
 SPLITS = tuple(2.0**-i for i in range(20))
 
@@ -58,6 +59,8 @@ class TwinSoftmaxQuantizer(Quantizer):
         self.scale = scales[errors.argmin()]
 
     def _quantize(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return in_parts(lambda part: self._round(part, self.scale), x)
         return straight_through(x, self._round(x.detach(), self.scale), (x >= 0) & (x <= 1))
 
     def _round(self, x: Tensor, scale: Tensor) -> Tensor:
@@ -106,6 +109,8 @@ class TwinGeluQuantizer(Quantizer):
         self.scale = scales[errors.argmin()]
 
     def _quantize(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return in_parts(lambda part: self._round(part, self.scale), x)
         half = self.levels // 2
         inside = (x > -(half + 0.5) * self.negative_scale) & (x < (half - 0.5) * self.scale)
         return straight_through(x, self._round(x.detach(), self.scale), inside)

@@ -11,6 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import adfq.ranges
 from adfq import AdfqError
 from adfq.quantizers import (
     LogQuantizer,
@@ -18,6 +19,8 @@ from adfq.quantizers import (
     Quantizer,
     RunTimePatchOutlierQuantizer,
     ShiftLogQuantizer,
+    TwinGeluQuantizer,
+    TwinSoftmaxQuantizer,
     UniformQuantizer,
 )
 
@@ -572,3 +575,23 @@ def test_cuda_agrees_with_the_cpu(kind: str) -> None:
         # Division rounds alike, logarithms need not: a value on a boundary may take the neighbouring code.
         off = ~torch.isclose(other(x.cuda()).cpu(), on_cpu(x), rtol=1e-4, atol=1e-5)
         assert off.float().mean() <= 1e-2
+
+
+# --- in parts -------------------------------------------------------------------------------------------------------
+
+
+TWINS = {"twin softmax": TwinSoftmaxQuantizer, "twin gelu": TwinGeluQuantizer}
+
+
+@pytest.mark.parametrize("kind", [*MAKE, *TWINS])
+@pytest.mark.parametrize("size", [1, 150])
+def test_large_tensors_are_quantized_in_parts_to_the_same_bits(
+    kind: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = sample("log" if kind == "twin softmax" else kind, batch=7)
+    quantizer = {**MAKE, **TWINS}[kind](4).calibrate(x)
+    with torch.no_grad():
+        whole = quantizer(x)
+        monkeypatch.setattr(adfq.ranges, "_PART", size)
+        assert torch.equal(quantizer(x), whole)
+        assert torch.equal(quantizer(x.transpose(0, 1).contiguous().transpose(0, 1)), whole)
