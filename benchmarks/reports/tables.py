@@ -161,7 +161,8 @@ def _cell(table: Table, summary: pd.DataFrame, row: Mapping[str, Any]) -> str:
         ours += "‡"
     if pd.isna(row["published"]):
         return ours
-    return f"{ours} / {row['published']:{number}}{'' if row['verified'] else '†'}"
+    mark, difference = "" if row["verified"] else "†", row["mean"] - row["published"]
+    return f"{ours} / {row['published']:{number}}{mark} ({difference:+{number}})"
 
 
 def counts(table: Table, summary: pd.DataFrame, row: Mapping[str, Any]) -> bool:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
@@ -56,7 +57,7 @@ def test_the_cells_of_a_node_that_is_killed_run_again(cluster: Any, tmp_path: Pa
     executor = RayExecutor(CPU, 0.1, cluster.address)
     try:
         assert executor.slots == 2
-        thread = Thread(target=kill_a_node)
+        thread = threading.Thread(target=kill_a_node)
         thread.start()
         cells = [cell(0, "base_ptq"), *(cell(seed) for seed in range(3)), cell(0, "broken")]
         records = run_cells(cells, ResultStore(tmp_path), executor)
@@ -85,6 +86,36 @@ def test_a_table_on_a_cluster_goes_on_where_it_stopped(
     assert main([*small, "--jobs", "0"]) == 0  # elsewhere, from the same store
     assert capsys.readouterr().out == text
     assert {path: path.stat().st_mtime_ns for path in times} == times
+
+
+@pytest.mark.slow
+def test_after_ctrl_c_the_same_command_goes_on(
+    cluster: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster.add_node(num_cpus=1)
+    log, store = tmp_path / "log", tmp_path / "runs"
+    # What stands last is measured first.
+    table = ["table", "1", "--models", "embedded_vit", "--methods", "slow", "base_ptq", "--seeds", "0", "--limit", "4"]
+    command = [*table, "--bits", "W4A4", "--calibration-size", "2", "--out", str(store)]
+    command += ["--executor", "ray", "--address", cluster.address]
+
+    def press() -> None:
+        while not log.exists():  # until the slow one is being measured
+            time.sleep(0.1)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    thread = threading.Thread(target=press)
+    thread.start()
+    assert main(command) == 130
+    thread.join()
+    assert "interrupted" in capsys.readouterr().err
+    times = {path: path.stat().st_mtime_ns for path in (store / "records").iterdir()}
+    assert len(times) == 1
+
+    (tmp_path / "hurry").touch()
+    assert main(command) == 0
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    assert len(list((store / "records").iterdir())) == 3
 
 
 @pytest.mark.slow

@@ -131,9 +131,9 @@ def test_published_numbers_stand_beside_ours_and_unverified_ones_are_marked(full
         ("vit_small", "repq_vit", "W4/A4"): 64.0,
     }
     text = render(full, tabulate_results(full, measure(full, top1)), "md")
-    assert "81.39 / 81.39" in text
-    assert "64.00 / 65.05 " in text  # verified
-    assert "50.00 / 72.14†" in text  # ADFQ-ViT's ViT-S, quoted without a source
+    assert "81.39 / 81.39 (+0.00)" in text
+    assert "64.00 / 65.05 (-1.05)" in text  # verified
+    assert "50.00 / 72.14† (-22.14)" in text  # ADFQ-ViT's ViT-S, quoted without a source
     assert "† Quoted from the literature" in text
     assert "‡" not in text
 
