@@ -161,7 +161,8 @@ def _cell(table: Table, summary: pd.DataFrame, row: Mapping[str, Any]) -> str:
         ours += "‡"
     if pd.isna(row["published"]):
         return ours
-    mark, difference = "" if row["verified"] else "†", row["mean"] - row["published"]
+    mark = "" if row["verified"] else "†"
+    difference = round(row["mean"] - row["published"], table.digits) + 0.0  # not -0.0
     return f"{ours} / {row['published']:{number}}{mark} ({difference:+{number}})"
 
 

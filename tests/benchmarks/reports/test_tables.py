@@ -258,7 +258,7 @@ def test_each_model_has_a_column_of_each_metric(detection: Table) -> None:
     assert rows[0][2:] == [f"{model}, {metric}" for model in models for metric in ("box AP", "mask AP")]
     by_method = {row[0]: row[2:] for row in rows}
     # As published, with one decimal.
-    assert by_method["Full precision"] == ["46.0 / 46.0", "41.6 / 41.6", "50.4 / 50.4", "43.7 / 43.7"]
+    assert by_method["Full precision"] == [f"{number} / {number} (+0.0)" for number in (46.0, 41.6, 50.4, 43.7)]
     assert by_method["RepQ-ViT"] == ["36.0 / 36.1", "36.2 / 36.0", "50.0 / 47.0", "50.0 / 41.4"]
     assert by_method["PTQ4ViT"][:2] == ["6.5 / 6.9†", "6.6"]
     assert "‡" not in text
@@ -271,7 +271,7 @@ def test_a_metric_counts_by_its_own_full_precision(detection: Table) -> None:
     }
     text = render(detection, tabulate_results(detection, measure(detection, values)), "md")
     row = next(line for line in text.splitlines() if line.startswith("| RepQ-ViT"))
-    assert [cell.strip() for cell in row.split("|")[3:5]] == ["50.0 / 36.1", "50.0‡ / 36.0"]
+    assert [cell.strip() for cell in row.split("|")[3:5]] == ["50.0 / 36.1 (+13.9)", "50.0‡ / 36.0 (+14.0)"]
     assert "more than 0.1 points" in text
 
 
