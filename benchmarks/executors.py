@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -266,6 +267,8 @@ def _process_worker(device: str) -> Worker:
 
 def _prepare_process(threads: int, parent: int) -> None:
     torch.set_num_threads(threads)
+    # With loky as the default, data loaders cannot start processes of their own.
+    multiprocessing.set_start_method(None, force=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its processes
     warnings.showwarning = lambda message, *_: warn(str(message))
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()

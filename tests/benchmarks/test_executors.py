@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import loky
 import pytest
 import torch
+from PIL import Image
 
 from adfq import AdfqError
 from benchmarks import executors
@@ -45,6 +47,25 @@ def test_processes_give_what_one_process_gives(tmp_path: Path) -> None:
             run_cells(mistake, ResultStore(tmp_path / "together"), executor)
     finally:
         executor.close()
+
+
+def test_a_process_reads_pictures_with_processes_of_its_own(tmp_path: Path) -> None:
+    for folder in ("train/cat", "train/dog", "val/cat", "val/dog"):
+        (tmp_path / "pictures" / folder).mkdir(parents=True)
+        Image.effect_noise((40, 40), 80).convert("RGB").save(tmp_path / "pictures" / folder / "picture.jpg")
+    reads = replace(
+        cell(),
+        model="vit_tiny_patch16_224",
+        model_arguments=(("depth", 1), ("img_size", 32), ("num_classes", 2)),
+        data=f"folder:{tmp_path / 'pictures'}",
+    )
+    executor = Processes(["cpu"])
+    try:
+        (record,) = run_cells([reads], ResultStore(tmp_path), executor)
+    finally:
+        executor.close()
+    assert record is not None
+    assert record["metrics"]["images"] == 2
 
 
 def test_a_killed_process_costs_its_own_cell_alone(
