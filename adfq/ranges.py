@@ -53,7 +53,7 @@ def in_parts(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         function: of each index by itself, to a result of the same shape.
         x: float32.
     """
-    if torch.is_grad_enabled() or x.device.type != "cpu" or x.numel() <= _PART:
+    if torch.is_grad_enabled() or x.device.type != "cpu" or x.numel() <= _PART or len(x) == 1:
         return function(x)
     rows = max(1, _PART * len(x) // x.numel())
     result = torch.empty_like(x)

@@ -6,7 +6,7 @@ import argparse
 import json
 
 import adfq
-from benchmarks.commands.options import Commands, positive
+from benchmarks.commands.options import Commands, add_device, positive
 from benchmarks.reports.spec import METHOD_LABELS
 from benchmarks.runner import environment, resolve_device
 from benchmarks.speed import benchmark, render
@@ -20,7 +20,7 @@ def add(commands: Commands) -> None:
     bench.add_argument("--bits", default="W4A4", help="default: %(default)s")
     bench.add_argument("--images", type=positive, default=32, metavar="N", help="at once (default: %(default)s)")
     bench.add_argument("--repeats", type=positive, default=3, metavar="N", help="of everything (default: %(default)s)")
-    bench.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1 …")
+    add_device(bench)
     bench.add_argument("--json", action="store_true", help="one JSON object on the last line of stdout")
 
 

@@ -107,6 +107,10 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 
 def add_calibration(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calibration-size", type=int, metavar="N", help="calibration images")
+    add_device(parser)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1 …")
 
 
