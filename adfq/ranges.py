@@ -6,7 +6,8 @@ one scale and zero point per row.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -32,34 +33,61 @@ def thin_out(values: Tensor) -> Tensor:
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, levels: int) -> Tensor:
     """Rounds `x` to scale·(q - zero_point) with q in 0 … levels-1; no gradient. Arguments broadcast."""
 
-    def quantize(part: Tensor) -> Tensor:
-        codes = (part / scale).round_().add_(zero_point).clamp_(0, levels - 1)
-        return codes.sub_(zero_point).mul_(scale)
+    def quantize(part: Tensor, out: Tensor) -> None:
+        torch.div(part, scale, out=out).round_().add_(zero_point).clamp_(0, levels - 1).sub_(zero_point).mul_(scale)
 
-    shared = scale.dim() == 0 or (scale.dim() == x.dim() and len(scale) == 1)
-    return in_parts(quantize, x) if shared else quantize(x)
+    if scale.dim() == 0 or (scale.dim() == x.dim() and len(scale) == 1):
+        return in_parts(quantize, x)
+    result = x.new_empty(torch.broadcast_shapes(x.shape, scale.shape))
+    quantize(x, result)
+    return result
 
 
 _PART = 2**18
 
 
-def in_parts(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`function` of `x`, on a CPU without gradients a few indices of the first dimension at a time.
+def in_parts(function: Callable[[Tensor, Tensor], object], x: Tensor) -> Tensor:
+    """`function` of `x`; on a CPU, of a few indices of the first dimension at a time.
 
     Quantizing passes over its values again and again; a few of them stay in the processor's cache meanwhile, and need
     no new memory.
 
     Args:
-        function: of each index by itself, to a result of the same shape.
-        x: float32.
+        function: of each index by itself; writes its result, which has the shape of its first argument, to its second.
+            No gradient.
     """
-    if torch.is_grad_enabled() or x.device.type != "cpu" or x.numel() <= _PART or len(x) == 1:
-        return function(x)
-    rows = max(1, _PART * len(x) // x.numel())
     result = torch.empty_like(x)
+    rows = _rows_of_part(x)
     for part, place in zip(x.split(rows), result.split(rows), strict=True):
-        place.copy_(function(part))
+        function(part, place)
     return result
+
+
+def _rows_of_part(x: Tensor) -> int:
+    whole = x.device.type != "cpu" or x.numel() <= _PART
+    return max(1, len(x) if whole else _PART * len(x) // x.numel())
+
+
+def mean_errors(
+    values: Tensor, candidates: Sequence[Callable[[Tensor, slice], Tensor]], exponent: float = 2.0
+) -> Tensor:
+    """How far quantized values are off: mean |x - x̂|^exponent of each row, for each candidate.
+
+    Args:
+        values: G×n; no gradient.
+        candidates: each quantizes some columns of the rows in a slice, to a new tensor.
+
+    Returns:
+        len(candidates)×G, float64.
+    """
+    errors = torch.zeros(len(candidates), len(values), dtype=torch.float64, device=values.device)
+    columns = _rows_of_part(values[0]) if len(values) else 1
+    for start in range(0, len(values), step := _rows_of_part(values)):
+        rows = slice(start, start + step)
+        for part in values[rows].split(columns, dim=1):
+            for error, quantize in zip(errors, candidates, strict=True):
+                error[rows] += quantize(part, rows).sub_(part).abs_().pow_(exponent).sum(1)
+    return errors / values.shape[1]
 
 
 def minmax_range(values: Tensor, levels: int) -> Range:
@@ -85,13 +113,14 @@ def percentile_range(values: Tensor, levels: int) -> Range:
     uppers = quantiles(values, PERCENTILES, upper=True)
     lowers = quantiles(values, tuple(1 - p for p in PERCENTILES), upper=False)
     candidates = [_from_bounds(lower, upper, levels) for lower, upper in zip(lowers, uppers, strict=True)]
-    errors = [
-        fake_quantize(values, scale[:, None], zero_point[:, None], levels).sub_(values).square_().mean(1)
-        for scale, zero_point in candidates
-    ]
-    best = torch.stack(errors).argmin(0, keepdim=True)
+    errors = mean_errors(values, [partial(_quantize_rows, *candidate, levels) for candidate in candidates])
+    best = errors.argmin(0, keepdim=True)
     scales, zero_points = (torch.stack(parts).gather(0, best)[0] for parts in zip(*candidates, strict=True))
     return scales, zero_points
+
+
+def _quantize_rows(scales: Tensor, zero_points: Tensor, levels: int, part: Tensor, rows: slice) -> Tensor:
+    return fake_quantize(part, scales[rows, None], zero_points[rows, None], levels)
 
 
 def quantiles(values: Tensor, fractions: tuple[float, ...], upper: bool) -> Tensor:
@@ -113,8 +142,24 @@ def quantiles(values: Tensor, fractions: tuple[float, ...], upper: bool) -> Tens
     weights = (ranks - below)[:, None].to(values.dtype)
     if upper:
         below, above = count - 1 - below, count - 1 - above
-    nearest = values.topk(int(torch.maximum(below, above).max()) + 1, dim=1, largest=upper).values.T
+    nearest = _extremes(values, int(torch.maximum(below, above).max()) + 1, upper).T
     return torch.lerp(nearest[below], nearest[above], weights)
+
+
+_BLOCK = 32
+
+
+def _extremes(values: Tensor, count: int, largest: bool) -> Tensor:
+    """The `count` largest or smallest values of each row, the outermost first."""
+    blocks = values.shape[1] // _BLOCK
+    if count < blocks // 2:
+        # They lie in as many blocks at most, those with the outermost value of their own: few of the many are sorted.
+        body, rest = values.split((_BLOCK * blocks, values.shape[1] - _BLOCK * blocks), dim=1)
+        body = body.unflatten(1, (_BLOCK, blocks))
+        outermost = body.amax(1) if largest else body.amin(1)
+        chosen = outermost.topk(count, dim=1, largest=largest, sorted=False).indices
+        values = torch.cat((body.gather(2, chosen[:, None].expand(-1, _BLOCK, -1)).flatten(1), rest), dim=1)
+    return values.topk(count, dim=1, largest=largest).values
 
 
 def _from_bounds(lower: Tensor, upper: Tensor, levels: int) -> Range:
@@ -170,9 +215,8 @@ def _mse_range_of_row(values: Tensor, levels: int) -> Range:
         finer[:, :, 1] = (finer[:, :, 1] + offsets).clamp_(0, levels - 1)
         candidates = _best(finer.flatten(0, 1), points, weights, levels)
     if len(points) < len(values):
-        # One at a time: the values may be many.
-        errors = [_weighted_error(values, None, candidate[None], levels)[0] for candidate in candidates]
-        candidates = candidates[torch.stack(errors).argmin()][None]
+        quantize = [partial(_quantize_rows, *candidate.view(2, 1), levels) for candidate in candidates]
+        candidates = candidates[mean_errors(values[None], quantize, _EXPONENT)[:, 0].argmin()][None]
     return candidates[0, 0], candidates[0, 1]
 
 

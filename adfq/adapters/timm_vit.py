@@ -40,7 +40,7 @@ class QuantAttention(nn.Module):
         batch, tokens, _ = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         query, key, value = qkv.unbind(0)
-        scores = self.scores(self.q_norm(query), self.k_norm(key)) * self.scale
+        scores = self.scores(self.q_norm(query), self.k_norm(key)).mul_(self.scale)
         scores = maybe_add_mask(scores, resolve_self_attn_mask(tokens, scores, attn_mask, is_causal))
         context = self.context(self.attn_drop(self.softmax(scores)), value)
         context = self.norm(context.transpose(1, 2).reshape(batch, tokens, self.num_heads * self.head_dim))

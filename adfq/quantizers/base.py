@@ -109,7 +109,7 @@ class Quantizer(nn.Module, ABC):
         """
         if x.numel() == 0:
             raise AdfqError("cannot calibrate on an empty tensor")
-        if not torch.isfinite(x).all():
+        if not torch.isfinite(torch.stack(x.aminmax())).all():  # one pass, and no tensor of its size
             raise NonFiniteError("cannot calibrate on values that are not finite (NaN or infinity)")
         self._find_range(x.detach().float())
         return self

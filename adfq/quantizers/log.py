@@ -6,10 +6,11 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from adfq.errors import AdfqError
 from adfq.quantizers.base import Quantizer, rescale
-from adfq.ranges import PERCENTILES, in_parts, quantiles, thin_out
+from adfq.ranges import PERCENTILES, in_parts, mean_errors, quantiles, thin_out
 
 
 class LogQuantizer(Quantizer):
@@ -44,28 +45,28 @@ class LogQuantizer(Quantizer):
         x = thin_out(x.reshape(1, -1))
         candidates = quantiles(x, PERCENTILES, upper=True)[:, 0]
         # Percentiles of nearly empty tensors are 0: the largest value serves, or 1 where that is 0 as well.
-        fallback = x.max() if x.max() > 0 else torch.ones_like(candidates[0])
-        candidates = torch.where(candidates > 0, candidates, fallback)
-        errors = torch.stack(
-            [(self._levels_of((x / scale).clamp_(0, 1)) * scale - x).square_().mean() for scale in candidates]
-        )
-        return candidates[errors.argmin()]
+        largest = x.max()
+        candidates = torch.where(candidates > 0, candidates, largest if largest > 0 else torch.ones_like(largest))
+        errors = mean_errors(x, [lambda part, _, s=scale: self._round(part, s, torch.empty_like(part)) for scale in candidates])
+        return candidates[errors[:, 0].argmin()]
 
     def _quantize(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
-            return in_parts(lambda part: self._levels_of((part / self.scale).clamp_(0, 1)).mul_(self.scale), x)
+            return in_parts(lambda part, out: self._round(part, self.scale, out), x)
         with torch.no_grad():
             ratio = x / self.scale
             limited = ratio.clamp(0, 1)
-            values = self._levels_of(limited)
+            values = self._to_levels(limited.clone())
         return rescale(x, self.scale, ratio, values, limited.eq_(ratio))
 
-    def _levels_of(self, ratio: Tensor) -> Tensor:
-        """The nearest level (in the logarithm) of values in [0, 1]; -log 0 is infinite, beyond every code."""
+    def _round(self, x: Tensor, scale: Tensor, out: Tensor) -> Tensor:
+        return self._to_levels(torch.div(x, scale, out=out).clamp_(0, 1)).mul_(scale)
+
+    def _to_levels(self, ratio: Tensor) -> Tensor:
+        """Moves values in [0, 1] to the nearest level (in the logarithm), in place; log 0 is beyond every code."""
         steps_per_octave = 1 / math.log2(self.base)
-        codes = ratio.log2().mul_(-steps_per_octave).round_()
-        kept = codes < self.levels
-        return codes.div_(-steps_per_octave).exp2_().mul_(kept)
+        negative_codes = ratio.log2_().mul_(steps_per_octave).round_()
+        return F.threshold_(negative_codes, -self.levels, -math.inf).div_(steps_per_octave).exp2_()
 
     def describe(self) -> str:
         return f"logarithmic, {self.bits} bits, base {self.base:.4g}"

@@ -35,11 +35,12 @@ class OutlierQuantizer(Quantizer):
         super()._find_range(x.masked_fill(self.outliers(x), 0.0))  # type: ignore[safe-super]
 
     def forward(self, x: Tensor) -> Tensor:
-        return in_parts(self._quantize_between, x)
+        def quantize(part: Tensor, out: Tensor | None = None) -> Tensor:
+            outliers = self.outliers(part)
+            return torch.where(outliers, part, between(part.masked_fill(outliers, 0.0)), out=out)
 
-    def _quantize_between(self, x: Tensor) -> Tensor:
-        outliers = self.outliers(x)
-        return torch.where(outliers, x, super().forward(x.masked_fill(outliers, 0.0)))
+        between = super().forward
+        return quantize(x) if torch.is_grad_enabled() else in_parts(quantize, x)
 
     def describe(self) -> str:
         return f"per-patch outlier, {self.bits} bits, threshold {self.threshold:g}"

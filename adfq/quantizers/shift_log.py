@@ -53,9 +53,12 @@ class ShiftLogQuantizer(LogQuantizer):
     def _quantize(self, x: Tensor) -> Tensor:
         minimum = self.minimum if self.shift == "static" else x.detach().min()
 
-        def quantize(part: Tensor) -> Tensor:
-            shifted = (part - minimum).add_(_EPSILON)
-            return super(ShiftLogQuantizer, self)._quantize(shifted).add_(minimum - _EPSILON)
+        if torch.is_grad_enabled():
+            return super()._quantize((x - minimum).add_(_EPSILON)).add_(minimum - _EPSILON)
+
+        def quantize(part: Tensor, out: Tensor) -> None:
+            shifted = torch.sub(part, minimum, out=out).add_(_EPSILON)
+            self._round(shifted, self.scale, out).add_(minimum - _EPSILON)
 
         return in_parts(quantize, x)
 

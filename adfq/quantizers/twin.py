@@ -60,7 +60,7 @@ class TwinSoftmaxQuantizer(Quantizer):
 
     def _quantize(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
-            return in_parts(lambda part: self._round(part, self.scale), x)
+            return in_parts(lambda part, out: out.copy_(self._round(part, self.scale)), x)
         return straight_through(x, self._round(x.detach(), self.scale), (x >= 0) & (x <= 1))
 
     def _round(self, x: Tensor, scale: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ class TwinGeluQuantizer(Quantizer):
 
     def _quantize(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
-            return in_parts(lambda part: self._round(part, self.scale), x)
+            return in_parts(lambda part, out: out.copy_(self._round(part, self.scale)), x)
         half = self.levels // 2
         inside = (x > -(half + 0.5) * self.negative_scale) & (x < (half - 0.5) * self.scale)
         return straight_through(x, self._round(x.detach(), self.scale), inside)
