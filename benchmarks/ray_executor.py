@@ -20,7 +20,7 @@ _PATIENCE = 10
 
 
 class RayExecutor:
-    """Jobs on a cluster, each on a GPU with its share of the CPUs, or on CPUs of its own (`benchmarks.executors.Executor`).
+    """Jobs on a cluster, each on CPUs of its own, or on a GPU with its share of them (`benchmarks.executors.Executor`).
 
     Every machine has this project installed, and data and checkpoints under the same paths. What a job's method would
     keep for an interrupted run is not kept, for machines need not share a disk.

@@ -8,6 +8,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import pandas as pd
@@ -70,10 +71,10 @@ def benchmark(
     Returns:
         ``full_precision``: medians of ``forward`` and ``training`` (forwards and backwards) in seconds, of
         ``images_per_second`` forwards, and of ``forward_memory`` in MB (None where the system does not tell);
-        ``loading``, of other data than the embedded, which are not read but drawn: the median of ``images_per_second``
-        that evaluation could have, and ``workers``, the processes that read and preprocess them; ``methods``: by name, medians of
-        ``calibration`` and ``forward`` as multiples of full precision's forward, of ``iteration`` of its training (only
-        of ADFQ-ViT), of ``calibration_memory`` and ``forward_memory`` as multiples of its memory.
+        ``methods``: by name, medians of ``calibration`` and ``forward`` as multiples of full precision's forward, of
+        ``iteration`` of its training (only of ADFQ-ViT), of ``calibration_memory`` and ``forward_memory`` as multiples
+        of its memory; ``loading``, of other data than the embedded, which are not read but drawn: the median of
+        ``images_per_second`` that evaluation could have, and ``workers``, the processes that read and preprocess.
 
     Raises:
         AdfqError: for unknown models and methods, unreadable bits, unusable data, and models that cannot be quantized.
@@ -110,7 +111,8 @@ def _loading_rate(subject: Classification, batch_size: int, device: torch.device
     chosen = [index % available for index in range((1 + batches) * batch_size)]
     loaded = read_batches(subject.create_loader(chosen, batch_size, device))
     next(loaded)  # the start of the processes
-    return batches * batch_size / time_of(partial(deque, loaded, maxlen=0), device)
+    # Not to the end, where the processes are waited for.
+    return batches * batch_size / time_of(partial(deque, islice(loaded, batches), maxlen=0), device)
 
 
 def _arguments(method: str, iterations: int) -> tuple[tuple[str, Any], ...]:

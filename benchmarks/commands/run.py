@@ -62,5 +62,5 @@ def _run(options: argparse.Namespace) -> None:
         f"{cell.model}, {cell.method}, {cell.bits}: {said} "
         f"(calibration {timing['calibration']:.1f} s, evaluation {evaluation:.1f} s: "
         f"{record['metrics']['images'] / (evaluation - loading):.1f} images/s through the model, "
-        f"{loading / evaluation:.0%} of the time waiting for images)"
+        f"{100 * loading / evaluation:.0f} % of the time waiting for images)"
     )
