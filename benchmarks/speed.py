@@ -99,8 +99,10 @@ def benchmark(
             for cell in cells:
                 run.measure(cell)
                 bar.update()
-    loading = {"images_per_second": statistics.median(rates), "workers": subject.workers} if rates else None
-    return run.summarize() | ({} if loading is None else {"loading": loading})
+    found = run.summarize()
+    if rates:
+        found["loading"] = {"images_per_second": statistics.median(rates), "workers": subject.workers}
+    return found
 
 
 def _loading_rate(subject: Classification, batch_size: int, device: torch.device) -> float:
