@@ -215,7 +215,7 @@ def _mse_range_of_row(values: Tensor, levels: int) -> Range:
         finer[:, :, 1] = (finer[:, :, 1] + offsets).clamp_(0, levels - 1)
         candidates = _best(finer.flatten(0, 1), points, weights, levels)
     if len(points) < len(values):
-        quantize = [partial(_quantize_rows, *candidate.view(2, 1), levels) for candidate in candidates]
+        quantize = [partial(_quantize_rows, scale, zero_point, levels) for scale, zero_point in candidates[..., None]]
         candidates = candidates[mean_errors(values[None], quantize, _EXPONENT)[:, 0].argmin()][None]
     return candidates[0, 0], candidates[0, 1]
 

@@ -34,6 +34,9 @@ from benchmarks.tasks.shared import one_line
 #: Libraries that compute with threads of their own read these before they are loaded.
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
+#: A process that has its share of the cores counts no more of them.
+CORES = "LOKY_MAX_CPU_COUNT"
+
 
 @dataclass(frozen=True)
 class Job:
@@ -177,12 +180,12 @@ class Processes:
         if self.pool is None:
             # It starts a process anew that has grown, as with a larger model.
             warnings.filterwarnings("ignore", "A worker was restarted", UserWarning)
-            threads = max(1, loky.cpu_count() // self.slots)
+            share = max(1, loky.cpu_count() // self.slots)
             self.pool = loky.ProcessPoolExecutor(
                 self.slots,
                 initializer=_prepare_process,
-                initargs=(threads, os.getpid()),
-                env=dict.fromkeys(_THREADS, str(threads)),
+                initargs=(share, os.getpid()),
+                env=dict.fromkeys([*_THREADS, CORES], str(share)),
             )
         return self.pool
 

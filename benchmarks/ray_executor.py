@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from adfq.errors import AdfqError
-from benchmarks.executors import Failure, Job, LostWorkerError, run_in_process
+from benchmarks.executors import CORES, Failure, Job, LostWorkerError, run_in_process
 from benchmarks.results import Record
 from benchmarks.tasks.shared import one_line
 
@@ -20,7 +20,7 @@ _PATIENCE = 10
 
 
 class RayExecutor:
-    """Jobs on a cluster, each on a GPU or on a CPU's share of its own (`benchmarks.executors.Executor`).
+    """Jobs on a cluster, each on CPUs of its own, or on a GPU with its share of them (`benchmarks.executors.Executor`).
 
     Every machine has this project installed, and data and checkpoints under the same paths. What a job's method would
     keep for an interrupted run is not kept, for machines need not share a disk.
@@ -55,7 +55,9 @@ class RayExecutor:
         resources = ray.cluster_resources()
         if device.type == "cuda":
             self.slots = int(resources.get("GPU", 0))
-            options: dict[str, Any] = {"num_gpus": 1}
+            machines = [node["Resources"] for node in ray.nodes()]
+            shares = [int(machine.get("CPU", 0) // machine["GPU"]) for machine in machines if machine.get("GPU")]
+            options: dict[str, Any] = {"num_gpus": 1, "num_cpus": max(1, min(shares, default=1))}
         elif cell_memory is not None:
             self.slots, options = int(resources["CPU"]), {"num_cpus": 1, "memory": 1e9 * cell_memory}
         else:
@@ -64,8 +66,8 @@ class RayExecutor:
         if self.slots < 1:
             ray.shutdown()
             raise AdfqError(f"the Ray cluster has no {device.type}")
-        self.device = device.type
-        self.measure: Any = self.ray.remote(max_retries=0, **options)(run_in_process)
+        self.device, self.cores = device.type, int(options["num_cpus"])
+        self.measure: Any = self.ray.remote(max_retries=0, **options)(_run_with_cores)
 
     def submit(self, job: Job) -> Future[Record | Failure]:
         result: Future[Record | Failure] = Future()
@@ -85,8 +87,13 @@ class RayExecutor:
                 result.set_result(done.result())
 
         job = Job(job.cell, job.known)
-        self.measure.remote(job, self.device).future().add_done_callback(hand_over)
+        self.measure.remote(job, self.device, self.cores).future().add_done_callback(hand_over)
         return result
 
     def close(self) -> None:
         self.ray.shutdown()
+
+
+def _run_with_cores(job: Job, device: str, cores: int) -> Record | Failure:
+    os.environ[CORES] = str(cores)
+    return run_in_process(job, device)

@@ -189,7 +189,8 @@ def _threads(record: Record) -> Any:
 
 
 def _seconds(record: Record | None) -> float:
-    return sum(map(_number, (record or {}).get("timing", {}).values()))
+    timing = (record or {}).get("timing", {})
+    return sum(_number(value) for name, value in timing.items() if name != "loading")  # it is a part of evaluation
 
 
 def _differ(old: Record | None, new: Record | None) -> bool:

@@ -29,6 +29,7 @@ from benchmarks.cells import Cell
 from benchmarks.cost import measure_cost, peak_memory
 from benchmarks.results import Record
 from benchmarks.tasks import TASKS, Subject, find_task
+from benchmarks.tasks.shared import Stopwatch
 
 _COST_IMAGES = 32
 
@@ -92,21 +93,25 @@ def evaluate_model(
         cost: of quantizing the model; None for one that was saved.
 
     Returns:
-        The record: ``config``, ``metrics``, ``timing`` (seconds), ``cost`` (`benchmarks.cost`, and
-        ``evaluation_memory`` in MB), ``report`` of the method, ``environment``, ``provenance``, ``finished``.
+        The record: ``config``, ``metrics``, ``timing``, ``cost`` (`benchmarks.cost`, and ``evaluation_memory`` in MB),
+        ``report`` of the method, ``environment``, ``provenance``, ``finished``. ``timing`` is in seconds:
+        ``calibration``, ``evaluation``, and ``loading``, which is what evaluation has waited for images.
     """
     cost = {"calibration_seconds": 0.0} if cost is None else cost
-    start = time.perf_counter()
-    with peak_memory(device) as peak:
-        metrics = subject.evaluate(model, device, cell.limit, cell.batch_size)
-    seconds = time.perf_counter() - start
+    evaluation, loading = Stopwatch(), Stopwatch()
+    with evaluation, peak_memory(device) as peak:
+        metrics = subject.evaluate(model, device, cell.limit, cell.batch_size, loading)
     quantization = getattr(model, "quantization", None)
     # A detector does not take more images at once than it evaluates.
     images = subject.evaluation_images(min(_COST_IMAGES, cell.batch_size))
     return {
         "config": cell.config,
         "metrics": metrics,
-        "timing": {"calibration": cost["calibration_seconds"], "evaluation": seconds},
+        "timing": {
+            "calibration": cost["calibration_seconds"],
+            "evaluation": evaluation.seconds,
+            "loading": loading.seconds,
+        },
         "cost": {**cost, "evaluation_memory": peak.megabytes, **measure_cost(model, images, device, subject.forward)},
         "report": {} if quantization is None else quantization.report,
         "environment": environment(device),

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import pandas as pd
@@ -20,13 +21,17 @@ from adfq.methods import FULL_PRECISION
 from benchmarks.cells import Cell
 from benchmarks.cost import peak_memory, time_of
 from benchmarks.embedded.classifiers import CLASSIFIERS
-from benchmarks.embedded.scenes import CATEGORIES
 from benchmarks.runner import quantize_model
-from benchmarks.tasks import Subject, load_subject
-from benchmarks.tasks.data import EMBEDDED
+from benchmarks.tasks import Subject
+from benchmarks.tasks.classification import Classification, load_classification
+from benchmarks.tasks.data import EMBEDDED, count_classes
+from benchmarks.tasks.shared import read_batches
 
 #: The method whose optimization is measured apart, by the iteration.
 OPTIMIZED = "adfq_vit"
+
+# Of loading; a batch from each process.
+_ROUNDS = 4
 
 # An iteration is what a run of more iterations takes longer than one of fewer.
 _FEWER, _MORE = 1, 3
@@ -41,34 +46,42 @@ _COLUMNS = {
 
 
 def benchmark(
-    model: str, methods: Sequence[str], bits: str, images: int, repeats: int, device: torch.device
+    model: str,
+    methods: Sequence[str],
+    bits: str,
+    images: int,
+    repeats: int,
+    device: torch.device,
+    data: str = EMBEDDED,
 ) -> dict[str, Any]:
     """Measures methods on one model, in turn and repeatedly, in this process.
 
-    A model that does not ship has random weights; images are those that ship, in the model's size. ADFQ-ViT is measured
-    without its optimization (AMO), and an iteration of that apart: over all modules, with all images, as a multiple of
-    one pass of the whole model forwards and backwards.
+    A model that does not ship has random weights, and as many classes as the data. ADFQ-ViT is measured without its
+    optimization (AMO), and an iteration of that apart: over all modules, with all images, as a multiple of one pass of
+    the whole model forwards and backwards.
 
     Args:
         model: as `adfq run classification` has it.
         methods: names of methods.
         bits: for all of them.
-        images: for calibration and for each forward pass.
+        images: for calibration and for each forward pass, and in a batch that is loaded.
         repeats: of everything.
+        data: as `adfq run classification` has it.
 
     Returns:
-        ``full_precision``: medians of ``forward`` and ``training`` (forwards and backwards) in seconds, and of
-        ``forward_memory`` in MB (None where the system does not tell); ``methods``: by name, medians of
-        ``calibration`` and ``forward`` as multiples of full precision's forward, of ``iteration`` of its training (only
-        of ADFQ-ViT), of ``calibration_memory`` and ``forward_memory`` as multiples of its memory.
+        ``full_precision``: medians of ``forward`` and ``training`` (forwards and backwards) in seconds, of
+        ``images_per_second`` forwards, and of ``forward_memory`` in MB (None where the system does not tell);
+        ``methods``: by name, medians of ``calibration`` and ``forward`` as multiples of full precision's forward, of
+        ``iteration`` of its training (only of ADFQ-ViT), of ``calibration_memory`` and ``forward_memory`` as multiples
+        of its memory; ``loading``, of other data than the embedded, which are not read but drawn: the median of
+        ``images_per_second`` that evaluation could have, and ``workers``, the processes that read and preprocess.
 
     Raises:
-        AdfqError: for unknown models and methods, unreadable bits, and models that cannot be quantized.
+        AdfqError: for unknown models and methods, unreadable bits, unusable data, and models that cannot be quantized.
     """
-    arguments = () if model in CLASSIFIERS else (("num_classes", len(CATEGORIES)),)
-    create = partial(
-        Cell.create, task="classification", model=model, model_arguments=arguments, data=EMBEDDED, bits=bits
-    )
+    classes = None if model in CLASSIFIERS else count_classes(data)
+    arguments = () if classes is None else (("num_classes", classes),)
+    create = partial(Cell.create, task="classification", model=model, model_arguments=arguments, data=data, bits=bits)
     cells = [
         create(method=method, calibration_size=images, method_arguments=_arguments(method, iterations=0))
         for method in methods
@@ -76,14 +89,32 @@ def benchmark(
     ]
     if not cells:
         raise AdfqError("there is nothing to compare with full precision: give other methods")
-    subject = load_subject(create(method=FULL_PRECISION))
+    subject = load_classification(create(method=FULL_PRECISION))
     run = _Run(subject, images, device)
+    rates = []
     with tqdm(total=repeats * len(cells), desc="bench", unit="method", disable=None) as bar:
         for _ in range(repeats):
+            if data != EMBEDDED:
+                rates.append(_loading_rate(subject, images, device))
             for cell in cells:
                 run.measure(cell)
                 bar.update()
-    return run.summarize()
+    found = run.summarize()
+    if rates:
+        found["loading"] = {"images_per_second": statistics.median(rates), "workers": subject.workers}
+    return found
+
+
+def _loading_rate(subject: Classification, batch_size: int, device: torch.device) -> float:
+    """Images per second as evaluation loads them when no model holds it up."""
+    # Processes read a batch each, all at a time: batches come in rounds, from the first of one to that of another.
+    batches = _ROUNDS * subject.workers
+    available = len(subject.validation)
+    chosen = [index % available for index in range((1 + batches) * batch_size)]
+    loaded = read_batches(subject.create_loader(chosen, batch_size, device))
+    next(loaded)  # the start of the processes
+    # Not to the end, where the processes are waited for.
+    return batches * batch_size / time_of(partial(deque, islice(loaded, batches), maxlen=0), device)
 
 
 def _arguments(method: str, iterations: int) -> tuple[tuple[str, Any], ...]:
@@ -135,6 +166,7 @@ class _Run:
 
     def summarize(self) -> dict[str, Any]:
         full = {key: statistics.median(values) for key, values in self.full.items()}
+        full["images_per_second"] = len(self.images) / full["forward"]
         memory = full.get("forward_memory", math.nan)
         unit = {
             "calibration": full["forward"],

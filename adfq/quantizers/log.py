@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -47,8 +48,11 @@ class LogQuantizer(Quantizer):
         # Percentiles of nearly empty tensors are 0: the largest value serves, or 1 where that is 0 as well.
         largest = x.max()
         candidates = torch.where(candidates > 0, candidates, largest if largest > 0 else torch.ones_like(largest))
-        errors = mean_errors(x, [lambda part, _, s=scale: self._round(part, s, torch.empty_like(part)) for scale in candidates])
+        errors = mean_errors(x, [partial(self._try, scale) for scale in candidates])
         return candidates[errors[:, 0].argmin()]
+
+    def _try(self, scale: Tensor, x: Tensor, _: slice) -> Tensor:
+        return self._round(x, scale, torch.empty_like(x))
 
     def _quantize(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
@@ -66,7 +70,7 @@ class LogQuantizer(Quantizer):
         """Moves values in [0, 1] to the nearest level (in the logarithm), in place; log 0 is beyond every code."""
         steps_per_octave = 1 / math.log2(self.base)
         negative_codes = ratio.log2_().mul_(steps_per_octave).round_()
-        return F.threshold_(negative_codes, -self.levels, -math.inf).div_(steps_per_octave).exp2_()
+        return F.threshold(negative_codes, -self.levels, -math.inf, inplace=True).div_(steps_per_octave).exp2_()
 
     def describe(self) -> str:
         return f"logarithmic, {self.bits} bits, base {self.base:.4g}"

@@ -36,8 +36,7 @@ class OutlierQuantizer(Quantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         def quantize(part: Tensor, out: Tensor | None = None) -> Tensor:
-            outliers = self.outliers(part)
-            return torch.where(outliers, part, between(part.masked_fill(outliers, 0.0)), out=out)
+            return torch.where(self.outliers(part), part, between(part), out=out)
 
         between = super().forward
         return quantize(x) if torch.is_grad_enabled() else in_parts(quantize, x)
@@ -91,7 +90,8 @@ class RunTimePatchOutlierQuantizer(OutlierQuantizer):
 
     def _quantize(self, x: Tensor) -> Tensor:
         with torch.no_grad():
-            ranges = minmax_range(x.reshape(-1, x.shape[-1]), self.levels)
+            inner = x.masked_fill(self.outliers(x), 0.0)
+            ranges = minmax_range(inner.reshape(-1, x.shape[-1]), self.levels)
             covering, zero_point = (values.view(*x.shape[:-1], 1) for values in ranges)
             zero_point = (zero_point / self.scale).round_()
         return quantize_uniformly(x, covering * self.scale, zero_point, self.levels)

@@ -10,12 +10,16 @@ from benchmarks.commands.options import Commands, add_device, positive
 from benchmarks.reports.spec import METHOD_LABELS
 from benchmarks.runner import environment, resolve_device
 from benchmarks.speed import benchmark, render
+from benchmarks.tasks.data import EMBEDDED
 
 
 def add(commands: Commands) -> None:
     bench = commands.add_parser("bench", help="measure how fast methods are, in multiples of full precision")
     bench.set_defaults(action=_bench)
     bench.add_argument("--model", default="deit_small_patch16_224", help="a classifier (default: %(default)s)")
+    bench.add_argument(
+        "--data", default=EMBEDDED, metavar="SPEC", help="as for 'adfq run classification' (default: %(default)s)"
+    )
     bench.add_argument("--methods", nargs="+", metavar="METHOD", help="'adfq list methods' (default: all)")
     bench.add_argument("--bits", default="W4A4", help="default: %(default)s")
     bench.add_argument("--images", type=positive, default=32, metavar="N", help="at once (default: %(default)s)")
@@ -27,14 +31,14 @@ def add(commands: Commands) -> None:
 def _bench(options: argparse.Namespace) -> None:
     device = resolve_device(options.device)
     methods = list(dict.fromkeys(options.methods or adfq.methods()))
-    found = benchmark(options.model, methods, options.bits, options.images, options.repeats, device)
+    found = benchmark(options.model, methods, options.bits, options.images, options.repeats, device, options.data)
     where = environment(device)
     if options.json:
-        asked = {name: getattr(options, name) for name in ("model", "bits", "images", "repeats")}
+        asked = {name: getattr(options, name) for name in ("model", "data", "bits", "images", "repeats")}
         print(json.dumps({**asked, **found, "environment": where}))
         return
     full = found["full_precision"]
-    print(f"**{options.model}**, {options.bits}, {options.images} images of the embedded data, at once\n")
+    print(f"**{options.model}**, {options.bits}, {options.images} images of {options.data}, at once\n")
     print(render(found, lambda method: METHOD_LABELS.get(method, method)))
     memory = f" and {full['forward_memory']:.0f} MB" if "forward_memory" in full else ""
     training = f"; forwards and backwards takes {full['training']:.2f} s" if "training" in full else ""
@@ -43,6 +47,11 @@ def _bench(options: argparse.Namespace) -> None:
         f"{training}. Medians of {options.repeats}. ADFQ-ViT's calibration is without AMO; an AMO iteration, over all "
         f"modules, is a multiple of one pass of the model forwards and backwards.\n"
     )
+    if loading := found.get("loading"):
+        print(
+            f"{loading['workers']} processes read and preprocess {loading['images_per_second']:.0f} images/s, of which "
+            f"full precision takes {full['images_per_second']:.0f}.\n"
+        )
     print(
         f"{where['processor']}, {where['device']}, {where['threads']} threads; torch {where['torch']}, adfq at "
         f"{where['commit']}."

@@ -57,7 +57,10 @@ def _run(options: argparse.Namespace) -> None:
         print(json.dumps(record))
         return
     said, timing = find_task(cell.task).describe(record["metrics"]), record["timing"]
+    evaluation, loading = timing["evaluation"], timing["loading"]
     print(
         f"{cell.model}, {cell.method}, {cell.bits}: {said} "
-        f"(calibration {timing['calibration']:.1f} s, evaluation {timing['evaluation']:.1f} s)"
+        f"(calibration {timing['calibration']:.1f} s, evaluation {evaluation:.1f} s: "
+        f"{record['metrics']['images'] / (evaluation - loading):.1f} images/s through the model, "
+        f"{100 * loading / evaluation:.0f} % of the time waiting for images)"
     )

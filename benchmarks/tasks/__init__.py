@@ -24,6 +24,7 @@ from benchmarks.tasks.detection import describe_detection, load_detection
 from benchmarks.tasks.mmdet_models import detector_names
 from benchmarks.tasks.sam_models import sam_names
 from benchmarks.tasks.segmentation import ARGUMENTS, describe_segmentation, load_segmentation
+from benchmarks.tasks.shared import Stopwatch
 
 
 class Subject(Protocol):
@@ -53,8 +54,19 @@ class Subject(Protocol):
     def forward(self, model: nn.Module, images: Tensor) -> Any:
         """What a model computes of preprocessed images; what is measured of it is how long it takes."""
 
-    def evaluate(self, model: nn.Module, device: torch.device, limit: int | None, batch_size: int) -> dict[str, float]:
-        """Metrics of a model on the evaluation split, and ``images``, their number."""
+    def evaluate(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        limit: int | None,
+        batch_size: int,
+        loading: Stopwatch | None = None,
+    ) -> dict[str, float]:
+        """Metrics of a model on the evaluation split, and ``images``, their number.
+
+        Args:
+            loading: measures how long images are waited for.
+        """
 
 
 @dataclass(frozen=True)

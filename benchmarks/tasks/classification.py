@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from timm.data import create_transform, resolve_data_config
 from timm.models import load_checkpoint
 from timm.utils import accuracy
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 from tqdm import tqdm
 
 from adfq.errors import AdfqError, NonFiniteError
@@ -23,7 +23,10 @@ from benchmarks.console import warn
 from benchmarks.embedded.classifiers import CLASSIFIERS
 from benchmarks.tasks.data import EMBEDDED, CheckedDataset, open_split
 from benchmarks.tasks.shared import (
+    Stopwatch,
     choose_images,
+    count_workers,
+    create_loader,
     digest_weights,
     first_non_finite,
     one_line,
@@ -50,7 +53,7 @@ class Classification:
     Attributes:
         preprocessing: timm's data configuration, with nothing left to resolve.
         train: None where nothing is calibrated.
-        workers: how many processes read images for evaluation; 0 reads them in this one.
+        workers: how many processes read images for evaluation, at most; 0 reads them in this one.
     """
 
     model: nn.Module
@@ -80,8 +83,19 @@ class Classification:
         logits: Tensor = model(images)
         return logits
 
+    def create_loader(self, chosen: Sequence[int], batch_size: int, device: torch.device) -> Any:
+        """Batches of the chosen evaluation images, in that order: B×C×H×W, and B labels."""
+        return create_loader(Subset(self.validation, chosen), batch_size, self.workers, device)
+
     @torch.inference_mode()
-    def evaluate(self, model: nn.Module, device: torch.device, limit: int | None, batch_size: int) -> dict[str, float]:
+    def evaluate(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        limit: int | None,
+        batch_size: int,
+        loading: Stopwatch | None = None,
+    ) -> dict[str, float]:
         """Top-1 and top-5 in percent.
 
         Raises:
@@ -92,16 +106,11 @@ class Classification:
         count = images if limit is None else min(limit, images)
         if count < 1:
             raise AdfqError("there are no images to evaluate on")
-        loader = DataLoader(
-            Subset(self.validation, range(count)),
-            batch_size,
-            num_workers=self.workers,
-            pin_memory=device.type == "cuda",
-        )
+        loader = self.create_loader(range(count), batch_size, device)
         model = model.to(device).eval()
         hits1 = hits5 = 0.0
         with tqdm(total=count, desc="evaluating", unit="image", delay=2, leave=False, disable=None) as progress:
-            for batch, labels in read_batches(loader):
+            for batch, labels in read_batches(loader, loading):
                 batch, labels = batch.to(device), labels.to(device)
                 logits = model(batch)
                 if not torch.isfinite(logits).all():
@@ -154,7 +163,7 @@ def _open_data(cell: Cell, model: Any, calibrated: bool) -> Classification:
 
     train = open_checked("train") if calibrated else None
     # Scenes are drawn once and kept, which only works within one process.
-    workers = 0 if cell.data == EMBEDDED else min(os.cpu_count() or 1, 8)
+    workers = 0 if cell.data == EMBEDDED else count_workers()
     return Classification(model.eval(), digest_weights(model), config, train, open_checked("validation"), workers)
 
 

@@ -73,10 +73,25 @@ def open_split(spec: str, split: str, classes: int) -> Any:
     Raises:
         AdfqError: for a spec that cannot be read, data that is not there, another layout, another number of classes.
     """
+    dataset, found = _open(spec, split)
+    if found not in (classes, None):
+        raise AdfqError(f"{spec} has {found} classes, the model has {classes}")
+    return dataset
+
+
+def count_classes(spec: str) -> int | None:
+    """How many classes a data set has; None where it does not tell.
+
+    Raises:
+        AdfqError: for a data set whose validation split cannot be opened.
+    """
+    return _open(spec, "validation")[1]
+
+
+def _open(spec: str, split: str) -> tuple[Any, int | None]:
+    """A split and the number of its classes, if it tells."""
     if spec == EMBEDDED:
-        dataset: Any = SceneClassification(split)
-        _check_classes(spec, len(CATEGORIES), classes)
-        return dataset
+        return SceneClassification(split), len(CATEGORIES)
     name, colon, root = spec.partition(":")
     if not colon or not root:
         raise AdfqError(f"cannot read data {spec!r}; write embedded, folder:ROOT or torch/NAME:ROOT")
@@ -84,7 +99,7 @@ def open_split(spec: str, split: str, classes: int) -> Any:
         raise AdfqError(f"there is no {root}")
     try:
         if name == "folder":
-            dataset = create_dataset("", root=_find_split(Path(root), split), search_split=False)
+            dataset: Any = create_dataset("", root=_find_split(Path(root), split), search_split=False)
         else:
             dataset = create_dataset(name, root=root, split=split, download=False)
     except AdfqError:
@@ -95,9 +110,7 @@ def open_split(spec: str, split: str, classes: int) -> Any:
         raise AdfqError(f"{spec} can only be read in order; calibration needs random access")
     reader = getattr(dataset, "reader", dataset)
     found = getattr(reader, "class_to_idx", None) or getattr(dataset, "classes", None)
-    if found is not None:
-        _check_classes(spec, len(found), classes)
-    return dataset
+    return dataset, None if found is None else len(found)
 
 
 def _find_split(root: Path, split: str) -> str:
@@ -110,8 +123,3 @@ def _find_split(root: Path, split: str) -> str:
         f"{root} has no {first} split; expected {root}/train/CLASS/IMAGE and {root}/val/CLASS/IMAGE, or train.tar and "
         "val.tar with such folders"
     )
-
-
-def _check_classes(spec: str, found: int, classes: int) -> None:
-    if found != classes:
-        raise AdfqError(f"{spec} has {found} classes, the model has {classes}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from adfq.errors import AdfqError, NonFiniteError
@@ -33,7 +31,16 @@ from benchmarks.tasks.coco import (
 )
 from benchmarks.tasks.data import EMBEDDED
 from benchmarks.tasks.mmdet_models import load_detector, mmdetection
-from benchmarks.tasks.shared import choose_images, digest_weights, first_non_finite, one_line, read_batches
+from benchmarks.tasks.shared import (
+    Stopwatch,
+    choose_images,
+    count_workers,
+    create_loader,
+    digest_weights,
+    first_non_finite,
+    one_line,
+    read_batches,
+)
 
 _FEATURE_IMAGES = 4
 
@@ -62,7 +69,7 @@ class Detection:
     Attributes:
         model: MMDetection's, with its config as attribute `cfg`.
         preprocessing: the test pipeline and what the model itself does to images.
-        workers: how many processes read images for evaluation; 0 reads them in this one.
+        workers: how many processes read images for evaluation, at most; 0 reads them in this one.
         results: where to write what was found, in COCO's format: ``RESULTS.bbox.json`` and ``RESULTS.segm.json``.
     """
 
@@ -91,7 +98,14 @@ class Detection:
         return detector.extract_feat(images)
 
     @torch.inference_mode()
-    def evaluate(self, model: nn.Module, device: torch.device, limit: int | None, batch_size: int) -> dict[str, float]:
+    def evaluate(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        limit: int | None,
+        batch_size: int,
+        loading: Stopwatch | None = None,
+    ) -> dict[str, float]:
         """COCO's average precisions in percent, ``box_ap``, ``box_ap50``, ``box_ap75``, ``box_ap_small``,
         ``box_ap_medium``, ``box_ap_large``, and ``mask_ap`` … of a model that finds masks. Where no object has that
         size, there is no such metric. ``feature_error_1`` … are ‖F_q - F‖ / ‖F‖ of each of the backbone's outputs over
@@ -104,8 +118,11 @@ class Detection:
         truth = self.validation.read_truth(limit)
         count = len(truth["images"])
         model = model.to(device).eval()
-        errors = self._feature_errors(model, device, min(count, _FEATURE_IMAGES), batch_size)
-        found = self._detect(model, truth, batch_size, self.results)
+        loading = loading or Stopwatch()
+        with loading:
+            images = self.evaluation_images(min(count, _FEATURE_IMAGES))
+        errors = self._feature_errors(model, images.to(device), batch_size)
+        found = self._detect(model, truth, device, batch_size, loading, self.results)
         averages = [average_precisions(kind, truth, items) for kind, items in found.items()]
         return {name: value for metrics in (*averages, errors) for name, value in metrics.items()} | {"images": count}
 
@@ -117,7 +134,7 @@ class Detection:
             AdfqError: as `evaluate`.
         """
         truth = self.validation.read_truth(count)
-        found = self._detect(model.to(device).eval(), truth, 1)
+        found = self._detect(model.to(device).eval(), truth, device, 1, Stopwatch())
         classes = [category["name"] for category in truth["categories"]]
         ids = [category["id"] for category in truth["categories"]]
         images = []
@@ -128,7 +145,13 @@ class Detection:
         return images
 
     def _detect(
-        self, model: Any, truth: Mapping[str, Any], batch_size: int, results: str | None = None
+        self,
+        model: Any,
+        truth: Mapping[str, Any],
+        device: torch.device,
+        batch_size: int,
+        loading: Stopwatch,
+        results: str | None = None,
     ) -> dict[str, list[dict[str, Any]]]:
         """What a model finds in the truth's images, which are the first ones, in COCO's format, by kind."""
         from mmdet.evaluation import CocoMetric
@@ -143,9 +166,9 @@ class Detection:
                 # It writes files; averages it would round to three digits.
                 metric = CocoMetric(ann_file=str(file), outfile_prefix=prefix, format_only=True)
             metric.dataset_meta = dataset.dataset.metainfo
-            loader = DataLoader(dataset, batch_size, num_workers=min(self.workers, count), collate_fn=pseudo_collate)
+            loader = create_loader(dataset, batch_size, self.workers, device, collate_fn=pseudo_collate)
             with tqdm(total=count, desc="evaluating", unit="image", delay=2, leave=False, disable=None) as progress:
-                for batch in read_batches(loader):
+                for batch in read_batches(loader, loading):
                     with warnings.catch_warnings():
                         warnings.filterwarnings("ignore", "To copy construct")  # a cascade's masks, in its own code
                         samples = [sample.to_dict() for sample in model.test_step(batch)]
@@ -158,15 +181,15 @@ class Detection:
             except OSError as error:
                 raise AdfqError(f"cannot write {prefix}.{kinds[0]}.json: {error.strerror}") from None
 
-    def _feature_errors(self, model: Any, device: torch.device, count: int, batch_size: int) -> dict[str, float]:
+    def _feature_errors(self, model: Any, images: Tensor, batch_size: int) -> dict[str, float]:
         """By the name of the metric; 0 for the model in full precision itself."""
-        reference: Any = self.model.to(device).eval()
+        reference: Any = self.model.to(images.device).eval()
         sums: dict[str, list[float]] = {}
-        for images in self.evaluation_images(count).to(device).split(batch_size):
-            outputs = model.backbone(images)
+        for batch in images.split(batch_size):
+            outputs = model.backbone(batch)
             if not all(output.isfinite().all() for output in outputs):
-                raise NonFiniteError(f"backbone.{first_non_finite(model.backbone, images)}: the output is not finite")
-            expected = reference.backbone(images) if hasattr(model, "quantization") else outputs
+                raise NonFiniteError(f"backbone.{first_non_finite(model.backbone, batch)}: the output is not finite")
+            expected = reference.backbone(batch) if hasattr(model, "quantization") else outputs
             for stage, (output, other) in enumerate(zip(outputs, expected, strict=True), 1):
                 total = sums.setdefault(f"feature_error_{stage}", [0.0, 0.0])
                 total[0] += float((output.double() - other.double()).square().sum())
@@ -238,7 +261,7 @@ def load_detection(cell: Cell, results: str | None = None) -> Detection:
     preprocessing = json.loads(json.dumps(described, default=str))
     config = json.dumps({"model": model.cfg.model, **described}, sort_keys=True, default=str)
     # Scenes are so small that processes would not read them faster.
-    workers = 0 if cell.data == EMBEDDED else min(os.cpu_count() or 1, 8)
+    workers = 0 if cell.data == EMBEDDED else count_workers()
     digest = digest_weights(model, config)
     return Detection(model, digest, preprocessing, split("train2017"), validation, workers, results)
 

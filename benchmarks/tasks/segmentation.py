@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from adfq.errors import AdfqError, NonFiniteError
@@ -29,9 +30,19 @@ from benchmarks.tasks.coco import (
     read_image,
     read_rle,
 )
+from benchmarks.tasks.data import EMBEDDED
 from benchmarks.tasks.prompts import BOXES, POINTS, Prompts, box_prompts, clip_box, point_prompts, read_prompts
 from benchmarks.tasks.sam_models import load_sam
-from benchmarks.tasks.shared import choose_images, digest_file, digest_weights, first_non_finite
+from benchmarks.tasks.shared import (
+    Stopwatch,
+    choose_images,
+    count_workers,
+    create_loader,
+    digest_file,
+    digest_weights,
+    first_non_finite,
+    read_batches,
+)
 
 #: What a cell's `task_arguments` may have, with what holds where they have it not.
 ARGUMENTS: Mapping[str, Any] = {"prompts": BOXES, "encoder_only": False}
@@ -91,6 +102,24 @@ class _Scene:
         return np.array([cocotools("mask").decode(mask) for mask in self.rles], bool).reshape(shape)
 
 
+class _Scaled(Dataset[Tensor]):
+    """Images as `_scale` makes them.
+
+    Args:
+        images: what the split's annotations say of them.
+        side: the longer one, in pixels.
+    """
+
+    def __init__(self, split: CocoSplit, images: Sequence[Mapping[str, Any]], side: int) -> None:
+        self.split, self.images, self.side = split, images, side
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return _scale(_read_pixels(self.split, self.images[index]), self.side)
+
+
 @dataclass(frozen=True)
 class Segmentation:
     """A Segment Anything model with its train and evaluation split (`benchmarks.tasks.Subject`).
@@ -98,6 +127,7 @@ class Segmentation:
     Attributes:
         sam: segment_anything's.
         preprocessing: ``size`` of the longer side in pixels, ``mean`` and ``std`` by channel.
+        workers: how many processes read images for evaluation, at most; 0 reads them in this one.
         prompts: `BOXES` or `POINTS` of the ground truth, or the name of a file.
         detected: the file's prompts by the image's id; None for those of the ground truth.
         encoder_only: whether `model` is the image encoder alone, and everything else stays `sam`'s.
@@ -109,6 +139,7 @@ class Segmentation:
     preprocessing: Mapping[str, Any]
     train: CocoSplit
     validation: CocoSplit
+    workers: int = 0
     prompts: str = BOXES
     detected: Mapping[Hashable, Prompts] | None = None
     encoder_only: bool = False
@@ -145,7 +176,14 @@ class Segmentation:
                 self._ask(scene)
 
     @torch.inference_mode()
-    def evaluate(self, model: nn.Module, device: torch.device, limit: int | None, batch_size: int) -> dict[str, float]:
+    def evaluate(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        limit: int | None,
+        batch_size: int,
+        loading: Stopwatch | None = None,
+    ) -> dict[str, float]:
         """How well the masks of objects are found, in percent; crowds do not count.
 
         ``mean_iou`` is over all objects, and ``mean_iou_small``, ``mean_iou_medium``, ``mean_iou_large`` over those of
@@ -168,6 +206,8 @@ class Segmentation:
 
         truth = self._read_truth(limit)
         predictor = self._create_predictor(model, device)
+        images = _Scaled(self.validation, truth["images"], self.preprocessing["size"])
+        loader = create_loader(images, None, self.workers, device)
         annotations: list[Mapping[str, Any]] = []
         found: list[dict[str, Any]] = []
         areas: list[float] = []
@@ -175,10 +215,11 @@ class Segmentation:
         with tqdm(
             total=len(truth["images"]), desc="evaluating", unit="image", delay=2, leave=False, disable=None
         ) as bar:
-            for scene in self._scenes(truth):
+            for scene, image in zip(self._scenes(truth), read_batches(loader, loading), strict=True):
                 prompts, masks, scores = self._ask(scene), [], []
                 if len(prompts):
-                    for several, predicted in _segment(predictor, _read_pixels(self.validation, scene.image), prompts):
+                    size = scene.image["height"], scene.image["width"]
+                    for several, predicted in _segment(predictor, image, size, prompts):
                         masks += [encode_mask(mask) for mask in several]
                         scores += predicted
                 found += [
@@ -208,7 +249,8 @@ class Segmentation:
             if not len(prompts):
                 continue
             pixels = _read_pixels(self.validation, scene.image)
-            masks, scores = zip(*_segment(predictor, pixels, prompts), strict=True)
+            image = _scale(pixels, self.preprocessing["size"])
+            masks, scores = zip(*_segment(predictor, image, pixels.shape[:2], prompts), strict=True)
             truth = scene.masks if self.detected is None else None
             surest = prompts.scores or [score for several in scores for score in several]
             images.append(Segmented(pixels, prompts.boxes, prompts.points, truth, np.concatenate(masks), surest))
@@ -269,9 +311,9 @@ class Segmentation:
     def _read(self, split: CocoSplit, chosen: Sequence[int], label: str) -> Tensor:
         """Images as the image encoder gets them, one batch."""
         sam: Any = self.sam
-        bar = tqdm(chosen, desc=label, unit="image", delay=2, leave=False, disable=None)
-        images = [_scale(_read_pixels(split, split.images[index]), sam) for index in bar]
-        return torch.stack([sam.preprocess(image) for image in images]).cpu()
+        dataset = _Scaled(split, [split.images[index] for index in chosen], self.preprocessing["size"])
+        bar = tqdm(range(len(dataset)), desc=label, unit="image", delay=2, leave=False, disable=None)
+        return torch.stack([sam.preprocess(dataset[index].to(sam.device)) for index in bar]).cpu()
 
 
 def _read_pixels(split: CocoSplit, image: Mapping[str, Any]) -> NDArray[np.uint8]:
@@ -284,23 +326,26 @@ def _read_pixels(split: CocoSplit, image: Mapping[str, Any]) -> NDArray[np.uint8
     return pixels
 
 
-def _scale(pixels: NDArray[np.uint8], sam: Any) -> Tensor:
-    """An image H×W×3 so that the longer side is the model's, 3×h×w, values 0 to 255, on the model's device."""
+def _scale(pixels: NDArray[np.uint8], side: int) -> Tensor:
+    """An image H×W×3 so that its longer side has so many pixels, 3×h×w, values 0 to 255."""
     from segment_anything.utils.transforms import ResizeLongestSide
 
-    scaled = ResizeLongestSide(sam.image_encoder.img_size).apply_image(pixels)
-    return torch.from_numpy(scaled).permute(2, 0, 1).contiguous().to(sam.device)
+    return torch.from_numpy(ResizeLongestSide(side).apply_image(pixels)).permute(2, 0, 1).contiguous()
 
 
 def _segment(
-    predictor: Any, pixels: NDArray[np.uint8], prompts: Prompts
+    predictor: Any, image: Tensor, size: tuple[int, int], prompts: Prompts
 ) -> Iterator[tuple[NDArray[np.bool_], list[float]]]:
     """Masks n×H×W and the IoU that the model predicts of each, some prompts after the other.
 
     A box has one mask, as SAM's authors have it. A point has three, of which the one with the best prediction counts.
+
+    Args:
+        image: from `_scale`.
+        size: height and width that it had before; the masks have it.
     """
-    sam, size = predictor.model, pixels.shape[:2]
-    image = _scale(pixels, sam)
+    sam = predictor.model
+    image = image.to(sam.device)
     predictor.set_torch_image(image[None], size)
     by_point = prompts.points is not None
     if by_point:
@@ -380,8 +425,9 @@ def load_segmentation(cell: Cell, results: str | None = None) -> Segmentation:
     mean, std = (values.flatten().tolist() for values in (sam.pixel_mean, sam.pixel_std))
     preprocessing = {"size": sam.image_encoder.img_size, "mean": mean, "std": std}
     digest = digest_weights(sam, json.dumps(preprocessing))
+    workers = 0 if cell.data == EMBEDDED else count_workers()
     subject = Segmentation(
-        sam, digest, preprocessing, split("train2017"), validation, prompts, detected, encoder_only, results
+        sam, digest, preprocessing, split("train2017"), validation, workers, prompts, detected, encoder_only, results
     )
     subject.check(cell.limit)  # before the work
     return subject

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import math
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from traceback import clear_frames
 from typing import Any
 
+import loky
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -26,16 +29,64 @@ def choose_images(available: int, count: int, seed: int) -> list[int]:
     return chosen
 
 
-def read_batches(loader: DataLoader[Any]) -> Iterator[Any]:
-    """A loader's batches; an AdfqError from one of its processes stays one line."""
+class Stopwatch:
+    """Adds up how long whatever runs within it takes, in ``seconds``."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self._start
+
+
+def count_workers() -> int:
+    """How many processes are to read images: one for each core that this process may use, which are its share where
+    cells run side by side.
+    """
+    return int(loky.cpu_count())
+
+
+def create_loader(dataset: Any, batch_size: int | None, workers: int, device: torch.device, **options: Any) -> Any:
+    """A DataLoader that reads in order, ahead of the model.
+
+    Args:
+        batch_size: None for images one by one.
+        workers: how many processes read, at most; each makes whole batches. 0 reads in this process.
+        device: where the batches go.
+        **options: of DataLoader.
+    """
+    workers = min(workers, math.ceil(len(dataset) / (batch_size or 1)))
+    return DataLoader(dataset, batch_size, num_workers=workers, pin_memory=device.type == "cuda", **options)
+
+
+def read_batches(loader: DataLoader[Any], loading: Stopwatch | None = None) -> Iterator[Any]:
+    """A loader's batches; an AdfqError from one of its processes stays one line.
+
+    Args:
+        loading: measures how long batches are waited for, from the start of the loader's processes to their end.
+    """
     try:
-        yield from loader
+        yield from _wait_for(loader, loading or Stopwatch())
     except AdfqError as error:
         clear_frames(error.__traceback__)  # they keep the processes, which take seconds to end when nobody asks them to
         message = str(error).rpartition("AdfqError: ")[2].strip()  # a process wraps its error in a traceback
     else:
         return
     raise AdfqError(message)
+
+
+def _wait_for(loader: DataLoader[Any], loading: Stopwatch) -> Iterator[Any]:
+    with loading:
+        batches = iter(loader)
+    while True:
+        with loading:
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
 
 
 def digest_weights(model: nn.Module, *more: str) -> str:

@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import adfq.ranges
-from adfq.ranges import PERCENTILES, RANGES, fake_quantize, mse_range, percentile_range, quantiles, thin_out
+from adfq.ranges import (
+    PERCENTILES,
+    RANGES,
+    fake_quantize,
+    mean_errors,
+    mse_range,
+    percentile_range,
+    quantiles,
+    thin_out,
+)
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 
@@ -34,6 +43,27 @@ def test_quantiles_are_torchs_bit_for_bit(upper: bool, rows: int, count: int, se
     fractions = PERCENTILES if upper else tuple(1 - p for p in PERCENTILES)
     expected = torch.stack([torch.quantile(values, fraction, dim=1) for fraction in fractions])
     torch.testing.assert_close(quantiles(values, fractions, upper=upper), expected, rtol=0, atol=0)
+
+
+@quick
+@given(rows=st.integers(1, 3), count=st.integers(1000, 5000), kinds=st.integers(1, 6), seed=st.integers(0, 10**6))
+def test_quantiles_of_values_that_repeat(rows: int, count: int, kinds: int, seed: int) -> None:
+    values = torch.randint(kinds, (rows, count), generator=torch.Generator().manual_seed(seed)).float()
+    expected = torch.stack([torch.quantile(values, p, dim=1) for p in (0.99, *PERCENTILES)])
+    assert torch.equal(quantiles(values, (0.99, *PERCENTILES), upper=True), expected)
+
+
+@pytest.mark.parametrize("part", [7, 100, 1000])
+@pytest.mark.parametrize(("rows", "count"), [(1, 999), (13, 77)])
+@pytest.mark.parametrize("exponent", [2.0, 2.4])
+def test_mean_errors_in_parts_are_those_of_the_whole(
+    part: int, rows: int, count: int, exponent: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adfq.ranges, "_PART", part)
+    values, scales = heavy_tailed(rows, count, seed=5), torch.rand(2, rows, 1) + 0.1
+    candidates = [lambda part, rows, scale=scale: (part / scale[rows]).round() * scale[rows] for scale in scales]
+    expected = ((values / scales).round() * scales - values).double().abs().pow(exponent).mean(-1)
+    torch.testing.assert_close(mean_errors(values, candidates, exponent), expected, rtol=1e-5, atol=0)
 
 
 def test_quantiles_of_a_large_tensor() -> None:

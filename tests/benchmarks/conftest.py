@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks import executors
 from benchmarks.cells import Cell
 from benchmarks.cli import main
 from benchmarks.tasks import coco
+from benchmarks.tasks.shared import Stopwatch
 
 
 @pytest.fixture
@@ -40,6 +42,16 @@ def few_scenes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(coco, "COUNTS", {"train2017": 2, "val2017": 3})
 
 
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder in ImageNet's layout: two classes, with a picture of 40×40 pixels each for training and validation."""
+    root = tmp_path / "pictures"
+    for folder in ("train/cat", "train/dog", "val/cat", "val/dog"):
+        (root / folder).mkdir(parents=True)
+        Image.effect_noise((40, 40), 80).convert("RGB").save(root / folder / "picture.jpg")
+    return root
+
+
 class CountingSubject:
     """A task that costs nothing and counts what is asked of it."""
 
@@ -61,7 +73,9 @@ class CountingSubject:
     def forward(self, model: nn.Module, images: Tensor) -> Any:
         return model(images)
 
-    def evaluate(self, model: nn.Module, device: torch.device, limit: int | None, batch_size: int) -> dict[str, float]:
+    def evaluate(
+        self, model: nn.Module, device: torch.device, limit: int | None, batch_size: int, loading: Stopwatch
+    ) -> dict[str, float]:
         self.asked += 1
         if error := self.raise_at.get(self.asked - 1):
             raise error

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from PIL import Image
 
 from benchmarks.cli import main
 
@@ -25,6 +25,7 @@ def test_json_is_all_there_is_on_stdout(capsys: pytest.CaptureFixture[str]) -> N
     assert main([*RUN, "--method", "base_ptq", "--bits", "W4A4", "--calibration-size", "4", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert set(result) >= {"config", "metrics", "timing", "environment"}
+    assert 0 < result["timing"]["loading"] < result["timing"]["evaluation"]
     assert result["config"]["bits"] == "W4/A4"
     assert result["config"]["calibration_size"] == 4
     assert result["metrics"]["images"] == 20
@@ -33,7 +34,10 @@ def test_json_is_all_there_is_on_stdout(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_run_prints_one_readable_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*RUN, "--method", "full_precision"]) == 0
-    assert capsys.readouterr().out.startswith("embedded_swin, full_precision, W32/A32: top-1 ")
+    out = capsys.readouterr().out
+    assert out.startswith("embedded_swin, full_precision, W32/A32: top-1 ")
+    assert out.count("\n") == 1
+    assert re.search(r"evaluation \S+ s: \S+ images/s through the model, \d+ % of the time waiting for images\)$", out)
 
 
 def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
@@ -168,15 +172,12 @@ def test_unknown_models_are_answered_with_close_ones(capsys: pytest.CaptureFixtu
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_broken_image_is_one_line_that_names_it(
-    split: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    split: str, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for folder in ("train/cat", "train/dog", "val/cat", "val/dog"):
-        (tmp_path / folder).mkdir(parents=True)
-        Image.new("RGB", (40, 40)).save(tmp_path / folder / "picture.jpg")
-    broken = tmp_path / split / "dog" / "picture.jpg"
+    broken = pictures / split / "dog" / "picture.jpg"
     broken.write_bytes(broken.read_bytes()[:200])
     model = ["--model", "vit_tiny_patch16_224", "--model-arg", "img_size=32", "depth=1", "num_classes=2"]
-    data = ["--data", f"folder:{tmp_path}", "--calibration-size", "2"]
+    data = ["--data", f"folder:{pictures}", "--calibration-size", "2"]
     assert main(["run", "classification", *model, *data, "--method", "base_ptq"]) == 2
     warning, message, end = capsys.readouterr().err.split("\n")
     assert "random weights" in warning

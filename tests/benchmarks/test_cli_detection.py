@@ -50,6 +50,7 @@ def test_a_detector_is_measured(weights: str, tmp_path: Path, capsys: pytest.Cap
     assert record["metrics"]["images"] == 2
     assert record["metrics"]["feature_error_3"] == 0
     assert record["cost"]["forward_seconds"] > 0
+    assert 0 < record["timing"]["loading"] < record["timing"]["evaluation"]
     libraries = {"mmdet", "mmengine", "mmcv"}
     assert all(record[kind][library] for kind in ("environment", "provenance") for library in libraries)
     assert (tmp_path / "found.segm.json").is_file()

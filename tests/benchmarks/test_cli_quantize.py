@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from io import StringIO
@@ -12,7 +13,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-from PIL import Image
 
 import adfq
 from benchmarks.cli import main
@@ -93,13 +93,11 @@ def test_preprocessing_is_the_files_unless_given(file: Path, saved: dict[str, An
     assert other["metrics"] != saved["metrics"]
 
 
-def test_files_saved_in_python_are_measured_as_timm_would(tmp_path: Path) -> None:
-    for folder in ("cat", "dog"):
-        (tmp_path / "val" / folder).mkdir(parents=True)
-        Image.effect_noise((40, 40), 80).convert("RGB").save(tmp_path / "val" / folder / "picture.png")
+def test_files_saved_in_python_are_measured_as_timm_would(pictures: Path, tmp_path: Path) -> None:
+    shutil.rmtree(pictures / "train")  # nothing is calibrated
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=2)
     adfq.save(adfq.quantize(model, "base_ptq", calibration=torch.randn(2, 3, 32, 32)), tmp_path / "model")
-    command = ["run", "classification", "--quantized", str(tmp_path / "model"), "--data", f"folder:{tmp_path}"]
+    command = ["run", "classification", "--quantized", str(tmp_path / "model"), "--data", f"folder:{pictures}"]
     record = measure(command)
     assert record["config"]["model"] == "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
     assert record["metrics"]["images"] == 2

@@ -67,6 +67,7 @@ def test_a_sam_is_measured(weights: Path, tmp_path: Path, capsys: pytest.Capture
     assert "task_arguments" not in record["config"]
     assert record["metrics"]["images"] == 2
     assert record["cost"]["forward_seconds"] > 0
+    assert 0 < record["timing"]["loading"] < record["timing"]["evaluation"]
     assert all(record[kind]["segment_anything"] for kind in ("environment", "provenance"))
     assert [file.name for file in tmp_path.iterdir()] == ["found.segm.json"]
 

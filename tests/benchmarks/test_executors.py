@@ -10,7 +10,6 @@ from typing import Any
 import loky
 import pytest
 import torch
-from PIL import Image
 
 from adfq import AdfqError
 from benchmarks import executors
@@ -18,6 +17,7 @@ from benchmarks.cells import Cell
 from benchmarks.executors import InProcess, Processes, count_processes, create_local_executor
 from benchmarks.results import ResultStore
 from benchmarks.scheduler import run_cells
+from benchmarks.tasks.shared import count_workers
 
 CPU = torch.device("cpu")
 
@@ -49,15 +49,21 @@ def test_processes_give_what_one_process_gives(tmp_path: Path) -> None:
         executor.close()
 
 
-def test_a_process_reads_pictures_with_processes_of_its_own(tmp_path: Path) -> None:
-    for folder in ("train/cat", "train/dog", "val/cat", "val/dog"):
-        (tmp_path / "pictures" / folder).mkdir(parents=True)
-        Image.effect_noise((40, 40), 80).convert("RGB").save(tmp_path / "pictures" / folder / "picture.jpg")
+def test_a_process_counts_its_share_of_the_cores() -> None:
+    share = max(1, count_workers() // 2)
+    executor = Processes(["cpu", "cpu"])
+    try:
+        assert executor._open().submit(count_workers).result() == share
+    finally:
+        executor.close()
+
+
+def test_a_process_reads_pictures_with_processes_of_its_own(pictures: Path, tmp_path: Path) -> None:
     reads = replace(
         cell(),
         model="vit_tiny_patch16_224",
         model_arguments=(("depth", 1), ("img_size", 32), ("num_classes", 2)),
-        data=f"folder:{tmp_path / 'pictures'}",
+        data=f"folder:{pictures}",
     )
     executor = Processes(["cpu"])
     try:

@@ -127,6 +127,16 @@ def test_a_cluster_without_a_gpu_is_one_clear_error(cluster: Any) -> None:
         RayExecutor(torch.device("cuda"), 1, cluster.address)
 
 
+@pytest.mark.slow
+def test_a_gpu_has_its_share_of_the_cores(cluster: Any) -> None:
+    from benchmarks.ray_executor import RayExecutor
+
+    cluster.add_node(num_cpus=5, num_gpus=2)
+    executor = RayExecutor(torch.device("cuda"), None, cluster.address)
+    executor.close()
+    assert (executor.slots, executor.cores) == (2, 2)
+
+
 def test_mistakes_are_one_line(assert_refused: Callable[[Sequence[str], str], None], tmp_path: Path) -> None:
     table = ["table", "1", "--methods", "base_ptq", "--out", str(tmp_path)]
     assert_refused([*table, "--address", "127.0.0.1:1"], "add --executor ray")

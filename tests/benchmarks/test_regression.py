@@ -140,6 +140,14 @@ def test_a_metric_that_is_missing_now_is_a_regression_and_one_that_was_missing_i
     assert count(frame)["new"] == 0  # the cell is not
 
 
+def test_loading_is_not_counted_beside_the_evaluation_that_it_is_a_part_of(table: Table) -> None:
+    results = measure(table)
+    committed = records_of(results)  # older ones do not tell
+    pick(results, "repq_vit")["timing"]["loading"] = 1.0
+    frame = compare(results, committed, TOLERANCE)
+    assert set(frame[frame["row"] != "Full precision"]["seconds"]) == {21.5}
+
+
 @pytest.mark.parametrize(("seconds", "status"), [(0.45, None), (0.46, "slower"), (0.2, None), (0.19, "faster")])
 def test_time_is_a_multiple_of_full_precisions_in_the_same_run(
     table: Table, seconds: float, status: str | None

@@ -25,7 +25,7 @@ def test_a_record_says_what_was_measured_with_what(subject: Any, cells: list[Cel
     assert record["environment"]["memory_gb"] > 0.1
     assert record["provenance"] == runner.provenance(cells[1], subject)
     assert record["provenance"]["data"] == subject.data_digests
-    assert set(record["timing"]) == {"calibration", "evaluation"}
+    assert set(record["timing"]) == {"calibration", "evaluation", "loading"}
     assert record["cost"]["calibration_seconds"] == record["timing"]["calibration"] > 0
     assert record["cost"]["forward_seconds"] > 0
     assert "outliers" not in record["cost"]  # of per-patch quantizers alone

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ import torch
 from benchmarks import speed
 from benchmarks.cli import main
 from benchmarks.speed import benchmark, render
+from benchmarks.tasks.shared import count_workers
 
 SMALL = ["bench", "--model", "embedded_vit", "--images", "2", "--repeats", "1"]
 
@@ -23,6 +26,9 @@ def test_methods_are_measured_against_full_precision(capsys: pytest.CaptureFixtu
     assert (found["model"], found["bits"], found["images"], found["repeats"]) == ("embedded_vit", "W6A6", 2, 1)
     assert found["full_precision"]["forward"] > 0
     assert found["full_precision"]["training"] > 0
+    assert found["full_precision"]["images_per_second"] == pytest.approx(2 / found["full_precision"]["forward"])
+    assert found["data"] == "embedded"
+    assert "loading" not in found  # scenes are drawn
     assert list(found["methods"]) == ["base_ptq", "adfq_vit"]
     memory = {"calibration_memory", "forward_memory"}  # which not every system tells
     assert set(found["methods"]["base_ptq"]) - memory == {"calibration", "forward"}
@@ -39,6 +45,19 @@ def test_what_is_printed_is_markdown(capsys: pytest.CaptureFixture[str]) -> None
     heading = next(line for line in lines if line.startswith("| Method"))
     assert "AMO iteration" not in heading  # which only ADFQ-ViT has
     assert float(row.split("|")[2]) > 0
+
+
+def test_loading_is_measured_apart_from_the_model(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["bench", "--model", "vit_tiny_patch16_224", "--data", f"folder:{pictures}", "--methods", "base_ptq"]
+    command += ["--images", "2", "--repeats", "1"]
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["data"] == f"folder:{pictures}"
+    assert found["loading"]["workers"] == count_workers()
+    assert found["loading"]["images_per_second"] > 0
+    assert main(command) == 0
+    said = rf"^{count_workers()} processes read and preprocess \d+ images/s, of which full precision takes \d+\.$"
+    assert re.search(said, capsys.readouterr().out, re.MULTILINE)
 
 
 def test_medians_are_multiples_of_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,6 +96,8 @@ def test_an_iteration_is_what_more_iterations_take_longer(monkeypatch: pytest.Mo
         (["--bits", "W1A4"], "bits must be"),
         (["--images", "0"], "not a positive whole number"),
         (["--device", "abacus"], "cannot use device 'abacus'"),
+        (["--data", "folder"], "write embedded, folder:ROOT or torch/NAME:ROOT"),
+        (["--model", "deit_tiny_patch16_224", "--data", "folder:/no/such/place"], "there is no /no/such/place"),
     ],
 )
 def test_mistakes_are_one_line(

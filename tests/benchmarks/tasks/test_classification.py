@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import nn
 import adfq
 from adfq import AdfqError
 from benchmarks.cells import Cell
+from benchmarks.runner import evaluate_model
 from benchmarks.tasks.classification import Classification, load_classification
 
 CPU = torch.device("cpu")
@@ -57,6 +59,19 @@ def test_top1_and_top5_are_counted_over_all_images(load: Callable[..., Classific
     assert metrics["images"] == 70
     assert metrics["top1"] == pytest.approx(100 * hits[:, 0].sum().item() / 70)
     assert metrics["top5"] == pytest.approx(100 * hits[:, :5].sum().item() / 70)
+
+
+def test_slow_images_are_loading_and_not_the_model(load: Callable[..., Classification]) -> None:
+    subject = load()
+
+    def slow(image: Any) -> Any:
+        time.sleep(0.02)
+        return transform(image)
+
+    transform, subject.validation.transform = subject.validation.transform, slow
+    cell = Cell.create(task="classification", model="any", data="any", method="full_precision", limit=6, batch_size=4)
+    timing = evaluate_model(cell, subject, subject.model, CPU)["timing"]
+    assert 6 * 0.02 <= timing["loading"] <= timing["evaluation"]
 
 
 def test_calibration_images_come_from_the_train_split_and_follow_the_seed(load: Callable[..., Classification]) -> None:

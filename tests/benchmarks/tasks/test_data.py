@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from adfq import AdfqError
-from benchmarks.tasks.data import CheckedDataset, open_split
+from benchmarks.tasks.data import CheckedDataset, count_classes, open_split
 
 
 @pytest.fixture
@@ -64,6 +64,11 @@ def test_a_missing_split_says_what_was_expected(root: Path, gone: str, split: st
 def test_the_number_of_classes_must_fit_the_model(root: Path) -> None:
     with pytest.raises(AdfqError, match="has 2 classes, the model has 1000"):
         open_split(f"folder:{root}", "train", classes=1000)
+
+
+def test_classes_are_counted(root: Path) -> None:
+    assert count_classes(f"folder:{root}") == 2
+    assert count_classes("embedded") == 24
 
 
 def test_a_broken_image_is_named_and_never_replaced_by_its_neighbour(root: Path) -> None:

@@ -1,0 +1,68 @@
+"""Images are read by as many processes as there are cores to use, and what they are waited for is known."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from benchmarks.tasks.shared import Stopwatch, count_workers, create_loader, read_batches
+
+CPU = torch.device("cpu")
+
+
+class Slow(Dataset[Tensor]):
+    """Four images that take their time."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> Tensor:
+        time.sleep(0.02)
+        return torch.full((3, 2, 2), float(index))
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system does not bind processes to cores")
+def test_there_is_a_worker_for_each_core_that_may_be_used() -> None:
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        assert count_workers() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert 1 <= count_workers() <= len(allowed)
+
+
+def test_a_process_that_has_a_share_of_the_cores_counts_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
+    assert count_workers() == 1
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on fewer cores
+@pytest.mark.parametrize(("batch_size", "workers"), [(1, 4), (2, 2), (3, 2), (9, 1), (None, 4)])
+def test_no_worker_is_without_a_batch(batch_size: int | None, workers: int) -> None:
+    assert create_loader(Slow(), batch_size, 8, CPU).num_workers == workers
+    assert create_loader(Slow(), batch_size, 0, CPU).num_workers == 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_come_in_order(workers: int) -> None:
+    batches = read_batches(create_loader(Slow(), 2, workers, CPU))
+    assert [batch[:, 0, 0, 0].tolist() for batch in batches] == [[0, 1], [2, 3]]
+    images = read_batches(create_loader(Slow(), None, workers, CPU))
+    assert [image[0, 0, 0].item() for image in images] == [0, 1, 2, 3]
+
+
+def test_waiting_is_what_reading_takes_and_nothing_else() -> None:
+    whole, loading, model = Stopwatch(), Stopwatch(), Stopwatch()
+    with whole:
+        for _ in read_batches(create_loader(Slow(), 2, 0, CPU), loading):
+            with model:
+                time.sleep(0.05)
+    assert loading.seconds >= 4 * 0.02
+    assert model.seconds >= 2 * 0.05
+    assert loading.seconds + model.seconds <= whole.seconds
