@@ -4,7 +4,8 @@ from importlib.metadata import version
 
 from adfq.checkpoint import load, save
 from adfq.errors import AdfqError, NonFiniteError
+from adfq.export import export_onnx
 from adfq.methods import methods, quantize
 
 __version__ = version("adfq")
-__all__ = ["AdfqError", "NonFiniteError", "load", "methods", "quantize", "save"]
+__all__ = ["AdfqError", "NonFiniteError", "export_onnx", "load", "methods", "quantize", "save"]

@@ -7,7 +7,6 @@ import hashlib
 import inspect
 import json
 import os
-import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from adfq.adapters import Architecture, adapt, create, qualified_name
 from adfq.errors import AdfqError
+from adfq.files import replacing
 from adfq.layers import QuantMatMul, QuantWeightLayer
 from adfq.methods import Bits, Quantization, load_method
 from adfq.quantizers import Quantizer
@@ -68,21 +68,9 @@ def save(model: nn.Module, file: str | os.PathLike[str], notes: Mapping[str, Any
     if not isinstance(quantization, Quantization):
         raise AdfqError("only a model that adfq.quantize has quantized can be saved")
     content = _write(model, quantization, quantization.notes if notes is None else notes)
-    path = Path(file)
-    # Beside the target, so that it can take its place in one step.
-    temporary = path.parent / f"{path.name}.{secrets.token_hex(4)}.part"
-    try:
-        with temporary.open("xb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
+    with replacing(file) as temporary:
+        temporary.write_bytes(content)
         _check_rebuilds(model, quantization.architecture, temporary.read_bytes())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise AdfqError(f"cannot write {file}: {error.strerror}") from None
-    finally:
-        with suppress(OSError):  # it is gone where all went well
-            temporary.unlink()
 
 
 def load(file: str | os.PathLike[str]) -> nn.Module:

@@ -1,0 +1,385 @@
+"""Quantized models as ONNX files in which integers are multiplied with integers.
+
+In between `QuantizeLinear` and `DequantizeLinear` stand the values that quantization simulates (QDQ form, of the ONNX
+operator specification). onnxruntime takes a product whose operands both come out of a `DequantizeLinear` for what it
+is, and runs it on codes. What stands here makes every product such a one, as far as its quantizers allow it.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adfq.errors import AdfqError
+from adfq.files import replacing
+from adfq.layers import QuantConv2d, QuantMatMul, QuantWeightLayer
+from adfq.methods import Quantization
+from adfq.quantizers import (
+    LogQuantizer,
+    OutlierQuantizer,
+    Quantizer,
+    ShiftLogQuantizer,
+    TwinGeluQuantizer,
+    TwinSoftmaxQuantizer,
+    UniformQuantizer,
+)
+from adfq.sites import Network
+
+INPUT, OUTPUT = "images", "logits"
+
+_BITS = 8
+_LARGEST = 2**31 - 1  # bytes: what protobuf, which ONNX files are written in, can hold
+
+_GRIDS = "it has two steps in one tensor, and an integer product has one for each operand"
+
+#: Why quantizers have no form in ONNX; of several classes that one is of, the first counts.
+_REFUSED: Mapping[type[nn.Module], str] = {
+    OutlierQuantizer: "its outliers stay in float and its ranges differ from patch to patch, "
+    "and an integer product has codes alone, with one scale for each operand",
+    ShiftLogQuantizer: "it is shifted by the minimum of what else is in the batch, and powers of a base, shifted, are "
+    "no multiples of a step",
+    TwinSoftmaxQuantizer: _GRIDS,
+    TwinGeluQuantizer: _GRIDS,
+}
+
+_LOGARITHMIC = (
+    "logarithmic levels are no multiples of one step, so that no integers stand for them; "
+    "they are computed by float operators"
+)
+_FULL_PRECISION = "an operand is not quantized"
+_OVERLAPPING = "windows of the convolution overlap, and integer convolutions have one zero point for all channels"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What has become of a model's products: those with a weight, and the two of each attention.
+
+    Attributes:
+        integer: names of the products of integers.
+        floating: names of those that stay in float, with the reason.
+    """
+
+    integer: tuple[str, ...]
+    floating: Mapping[str, str]
+
+
+def export_onnx(model: nn.Module, file: str | os.PathLike[str]) -> Exported:
+    """Writes a quantized model to one ONNX file in QDQ form.
+
+    Its input ``images`` is float32, B×C×H×W with any B, its output ``logits`` B×classes. Activations become uint8 at
+    run time, with one scale each; weights are stored as int8, also where they are quantized to fewer bits, with a scale
+    and zero point for each output channel. What a method leaves in full precision stays float32.
+
+    Args:
+        model: from `adfq.quantize` or `adfq.load`; it is left untouched.
+        file: to write, or to replace.
+
+    Raises:
+        AdfqError: for a model that is not from `adfq.quantize`; naming the first site, for quantizers without a form
+            in ONNX and for activations of other than 8 bits; without the extra ``onnx``; for a model that cannot be
+            traced, or is larger than an ONNX file can be; for a file that cannot be written.
+    """
+    quantization = getattr(model, "quantization", None)
+    if not isinstance(quantization, Quantization):
+        raise AdfqError("only a model that adfq.quantize has quantized can be exported")
+    _check_exportable(model)
+    check_installed()
+    model = copy.deepcopy(model).cpu().float().eval()
+    exported = _convert(model)
+    with replacing(file) as temporary:
+        temporary.write_bytes(_serialize(model, quantization.architecture.input_size))
+    return exported
+
+
+def check_installed() -> None:
+    """Raises AdfqError where the extra ``onnx`` is not installed."""
+    try:
+        for package in ("onnx", "onnxscript", "onnxruntime"):
+            importlib.import_module(package)
+    except ImportError as error:
+        raise AdfqError(f"exporting needs {error.name}: pip install 'adfq[onnx]'") from None
+
+
+def trace(model: nn.Module, input_size: tuple[int, int, int]) -> Any:
+    """A model as ONNX, with any number of images.
+
+    Args:
+        model: on the CPU, float32, in evaluation mode.
+        input_size: channels, height, width.
+
+    Returns:
+        A torch.onnx.ONNXProgram.
+
+    Raises:
+        AdfqError: for a model that torch cannot trace.
+    """
+    images = torch.zeros(2, *input_size)  # of one alone torch would conclude that there is always one
+    try:
+        with torch.no_grad(), _quiet():
+            # By torch.export: the exporter that traces Python instead takes a batch of two for granted.
+            program: Any = torch.onnx.export(
+                model,
+                (images,),
+                dynamo=True,
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                verbose=False,
+            )
+    except Exception as error:  # whatever a model's code raises on tensors without values
+        raise AdfqError(f"cannot trace this {type(model).__name__}: {str(error).splitlines()[0]}") from None
+    graph = program.model.graph
+    # Where in Python all comes from: more bytes than the weights of a small model.
+    values = [*graph.inputs, *graph.initializers.values(), *(value for node in graph for value in node.outputs)]
+    for part in (graph, *graph, *values):
+        part.metadata_props.clear()
+    return program
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What torch has to say of its own code and of other packages is nothing to our users."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _serialize(model: nn.Module, input_size: tuple[int, int, int]) -> bytes:
+    if sum(tensor.nbytes for tensor in model.state_dict().values()) > _LARGEST:
+        raise AdfqError("the model is larger than 2 GB, which is the most that one ONNX file can hold")
+    content: bytes = trace(model, input_size).model_proto.SerializeToString()
+    return content
+
+
+def _check_exportable(model: nn.Module) -> None:
+    network = Network(model, {})
+    for site, _, quantizer in network.activation_quantizers():
+        problem = next((reason for cls, reason in _REFUSED.items() if isinstance(quantizer, cls)), None)
+        if problem is None and not isinstance(quantizer, LogQuantizer):
+            problem = _problem_of_uniform(quantizer)
+        if problem is not None:
+            raise AdfqError(f"{site} cannot be exported ({quantizer.describe()}): {problem}")
+    for name, layer in network.weight_layers():
+        weight = layer.weight_quantizer
+        by_row = isinstance(weight, UniformQuantizer) and weight.scale.numel() in (1, len(layer.weight))
+        if not by_row and isinstance(weight, Quantizer):
+            raise AdfqError(f"{name}.weight_quantizer cannot be exported ({weight.describe()}): only uniform ones can")
+
+
+def _problem_of_uniform(quantizer: Quantizer) -> str | None:
+    if not isinstance(quantizer, UniformQuantizer):
+        return "ONNX has no operator for it"
+    if quantizer.scale.numel() != 1:
+        return "integers are summed up in a product before they are scaled, so that an activation has one scale alone"
+    if quantizer.bits != _BITS:
+        return (
+            f"integer kernels take {_BITS} bits, and fewer would not make them faster; quantize activations to {_BITS}"
+        )
+    return None
+
+
+def _convert(model: nn.Module) -> Exported:
+    """Replaces, in place, every product by one that is traced to ONNX's operators."""
+    network = Network(model, {})
+    integer, floating = [], {}
+    for name, layer in list(network.weight_layers()):
+        reason = _why_float((layer.input_quantizer, layer.weight_quantizer))
+        if reason is None and isinstance(layer, QuantConv2d) and not _is_patchwise(layer):
+            reason = _OVERLAPPING
+        if reason is None:
+            integer.append(name)
+            model.set_submodule(name, _IntegerLayer(layer))
+        else:
+            floating[name] = reason
+            layer.input_quantizer = _convert_quantizer(layer.input_quantizer)
+    for name, product in list(network.matmuls()):
+        operands = product.left_quantizer, product.right_quantizer
+        reason = _why_float(operands)
+        if reason is None:
+            integer.append(name)
+            model.set_submodule(name, _IntegerProduct(product))
+        else:
+            floating[name] = reason
+            product.left_quantizer, product.right_quantizer = map(_convert_quantizer, operands)
+    return Exported(tuple(integer), floating)
+
+
+def _why_float(operands: tuple[nn.Module, nn.Module]) -> str | None:
+    if any(isinstance(quantizer, LogQuantizer) for quantizer in operands):
+        return _LOGARITHMIC
+    return None if all(isinstance(quantizer, UniformQuantizer) for quantizer in operands) else _FULL_PRECISION
+
+
+def _is_patchwise(layer: QuantConv2d) -> bool:
+    """Whether a convolution sees every pixel once, as a patch embedding does."""
+    size = tuple(layer.weight.shape[2:])
+    unpadded = layer.padding in ("valid", (0, 0))
+    return unpadded and layer.stride == size and layer.groups == 1 and tuple(layer.dilation) == (1, 1)
+
+
+def _convert_quantizer(quantizer: nn.Module) -> nn.Module:
+    if isinstance(quantizer, UniformQuantizer):
+        return _QuantizeDequantize(quantizer)
+    return _Logarithmic(quantizer) if isinstance(quantizer, LogQuantizer) else quantizer
+
+
+class _Grid(nn.Module):
+    """What `UniformQuantizer` rounds to, as ONNX has it: its zero point is a code.
+
+    Values are scale·(q - zero_point) + offset with an offset that is 0 unless the range leaves out 0, as that of
+    probabilities can, of which none is small.
+
+    Args:
+        signed: whether codes are int8 around 0, as kernels want weights, in place of uint8. (x86 multiplies uint8 with
+            int8, VNNI: half the time of two uint8.)
+
+    Attributes:
+        scale: float32, shape of the quantizer's without dimensions of 1.
+        zero_point: uint8 or int8, likewise.
+        offset: float32, likewise; None for 0.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    offset: Tensor | None
+
+    def __init__(self, quantizer: UniformQuantizer, signed: bool = False) -> None:
+        super().__init__()
+        self.shift, self.dtype = (quantizer.levels // 2, torch.int8) if signed else (0, torch.uint8)
+        # RepQ-ViT's is a mean of whole numbers. Steps are counted from 0 on either way, so that rounding it changes no
+        # value but those that are cut off, at the ends of the range, by less than a step.
+        wanted = quantizer.zero_point.squeeze().round()
+        zero_point = wanted.clamp(0, quantizer.levels - 1)
+        scale = quantizer.scale.squeeze()
+        self.register_buffer("scale", scale.clone())
+        self.register_buffer("zero_point", self.shift_codes(zero_point))
+        offset = scale * (zero_point - wanted)
+        self.register_buffer("offset", offset if offset.any() else None)
+
+    def shift_codes(self, codes: Tensor) -> Tensor:
+        """The quantizer's codes in the type that ONNX has them in."""
+        return (codes.int() - self.shift).to(self.dtype)
+
+    def quantize(self, x: Tensor) -> Tensor:
+        operands = [x if self.offset is None else x - self.offset, self.scale, self.zero_point]
+        codes: Tensor = torch.onnx.ops.symbolic("QuantizeLinear", operands, dtype=self.dtype, shape=x.shape)
+        return codes
+
+    def dequantize(self, codes: Tensor) -> Tensor:
+        """Without the offset; scales of their own are those of the last dimension."""
+        operands = [codes, self.scale, self.zero_point]
+        values: Tensor = torch.onnx.ops.symbolic(
+            "DequantizeLinear", operands, {"axis": codes.dim() - 1}, dtype=torch.float32, shape=codes.shape
+        )
+        return values
+
+
+class _QuantizeDequantize(nn.Module):
+    """An activation's uniform quantizer by itself."""
+
+    def __init__(self, quantizer: UniformQuantizer) -> None:
+        super().__init__()
+        self.grid = _Grid(quantizer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = self.grid.dequantize(self.grid.quantize(x))
+        return values if self.grid.offset is None else values + self.grid.offset
+
+
+class _Logarithmic(nn.Module):
+    """`LogQuantizer` in operators for which onnxruntime has vectorized kernels, as for powers of 2 it has none."""
+
+    scale: Tensor
+
+    def __init__(self, quantizer: LogQuantizer) -> None:
+        super().__init__()
+        self.register_buffer("scale", quantizer.scale.clone())
+        self.levels, self.step = quantizer.levels, math.log(quantizer.base)
+
+    def forward(self, x: Tensor) -> Tensor:
+        codes = ((x / self.scale).clamp(0, 1).log() * (-1 / self.step)).round()
+        # Log 0 is beyond every code.
+        return torch.where(codes < self.levels, (codes * -self.step).exp() * self.scale, 0.0)
+
+
+class _IntegerProduct(nn.Module):
+    """A `QuantMatMul` of two uniformly quantized operands.
+
+    (a + α)(b + β), of which the integers' part is ab, is ab + α·(b + β)'s column sums + a's row sums·β.
+    """
+
+    def __init__(self, product: QuantMatMul) -> None:
+        super().__init__()
+        assert isinstance(product.left_quantizer, UniformQuantizer)
+        assert isinstance(product.right_quantizer, UniformQuantizer)
+        self.left, self.right = _Grid(product.left_quantizer), _Grid(product.right_quantizer)
+        self.transpose_right = product.transpose_right
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        # Transposed before it is quantized: nothing may stand between the product and its operands.
+        right = right.transpose(-2, -1) if self.transpose_right else right
+        left, right = (
+            grid.dequantize(grid.quantize(operand)) for grid, operand in ((self.left, left), (self.right, right))
+        )
+        output = left @ right
+        if self.right.offset is not None:
+            output = output + left.sum(-1, keepdim=True) * self.right.offset
+            right = right + self.right.offset
+        if self.left.offset is not None:
+            output = output + right.sum(-2, keepdim=True) * self.left.offset
+        return output
+
+
+class _IntegerLayer(nn.Module):
+    """A linear layer, or a convolution that sees every pixel once, with uniformly quantized input and weight.
+
+    Such a convolution is a linear layer on patches. (onnxruntime's integer convolution has one zero point for all
+    output channels.)
+    """
+
+    codes: Tensor
+    bias: Tensor
+
+    def __init__(self, layer: QuantWeightLayer) -> None:
+        super().__init__()
+        assert isinstance(layer.input_quantizer, UniformQuantizer)
+        assert isinstance(layer.weight_quantizer, UniformQuantizer)
+        self.input, self.weight = _Grid(layer.input_quantizer), _Grid(layer.weight_quantizer, signed=True)
+        self.patch = tuple(layer.weight.shape[2:])
+        weight = layer.weight.detach()
+        codes = self.weight.shift_codes(layer.weight_quantizer.encode(weight))
+        self.register_buffer("codes", codes.flatten(1).T.contiguous())
+        bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach()
+        if self.input.offset is not None:  # see _IntegerProduct; this part of it is known already
+            bias = bias + weight.flatten(1).sum(1) * self.input.offset
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.patch:
+            height, width = self.patch
+            rows, columns = x.shape[2] // height, x.shape[3] // width
+            patches = x[:, :, : rows * height, : columns * width].unflatten(3, (columns, width))
+            x = patches.unflatten(2, (rows, height)).permute(0, 2, 4, 1, 3, 5).flatten(3)
+        x = self.input.dequantize(self.input.quantize(x))
+        # Of a matrix and a bias onnxruntime would make a Gemm, which it runs on integers only where the bias has codes.
+        output = (x[None] @ self.weight.dequantize(self.codes))[0] + self.bias
+        if self.weight.offset is not None:
+            output = output + x.sum(-1, keepdim=True) * self.weight.offset
+        return output.permute(0, 3, 1, 2) if self.patch else output

@@ -1,0 +1,256 @@
+"""Exported models compute what the simulation does, on integers; what cannot be exported says so."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import adfq
+from adfq import AdfqError, export_onnx, quantize
+from adfq.export import Exported, _Logarithmic
+from adfq.quantizers import LogQuantizer, Quantizer, UniformQuantizer
+from adfq.sites import Network
+from benchmarks import deployment
+from benchmarks.cells import Cell
+from benchmarks.tasks import load_subject
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+MakeModel = Callable[..., nn.Module]
+MakeImages = Callable[..., Tensor]
+
+
+@torch.no_grad()
+def difference(model: nn.Module, reference: nn.Module, images: Tensor) -> float:
+    """‖difference‖ / ‖logits‖."""
+    expected = reference(images)
+    return float((model(images) - expected).norm() / expected.norm())
+
+
+def uniform(model: nn.Module, site: str) -> UniformQuantizer:
+    quantizer = model.get_submodule(site)
+    assert isinstance(quantizer, UniformQuantizer)
+    return quantizer
+
+
+@pytest.fixture(scope="module")
+def models(make_vit: MakeModel) -> dict[str, nn.Module]:
+    """A small ViT by method, at W8/A8."""
+    images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    return {method: quantize(make_vit(), method, 8, 8, images) for method in ("base_ptq", "repq_vit")}
+
+
+@pytest.fixture(scope="module")
+def files(models: dict[str, nn.Module], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Exported]]:
+    """Their files, and what became of their products."""
+    folder = tmp_path_factory.mktemp("onnx")
+    return {method: (folder / method, export_onnx(model, folder / method)) for method, model in models.items()}
+
+
+def test_base_ptq_runs_on_integers_alone(files: dict[str, tuple[Path, Exported]], models: dict[str, nn.Module]) -> None:
+    file, exported = files["base_ptq"]
+    assert deployment.count_integer_products(file) == len(exported.integer) == 14  # embedding, 2 × (4 + 2), head
+    assert exported.integer[0] == "patch_embed.proj"
+    assert exported.floating == {}
+    runtime = deployment.OnnxModel(file)
+    for count in (1, 3):
+        images = torch.randn(count, 3, 32, 32)
+        assert runtime(images).shape == (count, 10)
+        # Rounding in another order moves a value to the next code now and then, and that is felt to the end.
+        assert difference(runtime, models["base_ptq"], images) < 0.02
+
+
+def test_repq_vits_probabilities_stay_in_float(
+    files: dict[str, tuple[Path, Exported]], models: dict[str, nn.Module]
+) -> None:
+    file, exported = files["repq_vit"]
+    assert deployment.count_integer_products(file) == len(exported.integer) == 12
+    assert list(exported.floating) == ["blocks.0.attn.context", "blocks.1.attn.context"]
+    assert all("logarithmic levels" in reason for reason in exported.floating.values())
+    runtime, images = deployment.OnnxModel(file), torch.randn(4, 3, 32, 32)
+    zero_point = uniform(models["repq_vit"], "blocks.0.attn.qkv.input_quantizer").zero_point
+    assert zero_point.frac() != 0  # so that the ends of its range are not quite the same
+    assert difference(runtime, models["repq_vit"], images) < 0.05
+
+
+def test_files_are_small_and_the_same_each_time(
+    files: dict[str, tuple[Path, Exported]], models: dict[str, nn.Module], tmp_path: Path
+) -> None:
+    file, _ = files["base_ptq"]
+    again = tmp_path / "again"
+    again.write_bytes(b"what was here before")
+    export_onnx(models["base_ptq"], again)
+    assert again.read_bytes() == file.read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["again"]
+    weights = sum(parameter.numel() for parameter in models["base_ptq"].parameters())
+    assert file.stat().st_size < weights + 100_000  # a byte each, and the graph
+    assert str(Path(adfq.__file__).parent).encode() not in file.read_bytes()
+
+
+def test_the_given_model_stays_as_it_is(models: dict[str, nn.Module], files: dict[str, tuple[Path, Exported]]) -> None:
+    assert files
+    for model in models.values():
+        assert len(list(Network(model, {}).matmuls())) == 4
+        assert model(torch.randn(1, 3, 32, 32)).isfinite().all()
+
+
+def test_kernels_that_saturate_are_not_used(
+    files: dict[str, tuple[Path, Exported]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, _ = files["base_ptq"]
+    images = torch.randn(4, 3, 32, 32)
+    expected = deployment.OnnxModel(file)(images)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+    torch.testing.assert_close(deployment.OnnxModel(file)(images), expected, rtol=0.02, atol=0.02)
+
+
+def test_ranges_without_zero_and_operands_in_full_precision(make_vit: MakeModel, tmp_path: Path) -> None:
+    """What does not come up in models of two blocks, in one of one."""
+    images = torch.randn(8, 3, 32, 32)
+    model = make_vit(depth=1)
+    with torch.no_grad():
+        model.get_parameter("blocks.0.mlp.fc2.weight")[:5].abs_().add_(0.5)
+        model.get_parameter("blocks.0.mlp.fc1.weight")[:5].abs_().neg_().sub_(0.5)
+    model = quantize(model, "base_ptq", 4, 8, images)
+    for layer, outside in (("fc1", lambda code: code > 15), ("fc2", lambda code: code < 0)):
+        assert outside(uniform(model, f"blocks.0.mlp.{layer}.weight_quantizer").zero_point).sum() >= 5
+    offsets = {
+        "patch_embed.proj.input_quantizer": -20.0,
+        "blocks.0.attn.scores.left_quantizer": 290.0,
+        "blocks.0.attn.scores.right_quantizer": -30.0,
+        "blocks.0.attn.context.left_quantizer": -3.0,
+        "blocks.0.mlp.fc1.input_quantizer": 300.0,
+    }
+    for site, zero_point in offsets.items():
+        uniform(model, site).zero_point.fill_(zero_point)
+    for layer, attribute in (("blocks.0.attn.proj", "input_quantizer"), ("head", "weight_quantizer")):
+        setattr(model.get_submodule(layer), attribute, nn.Identity())
+    file = tmp_path / "model"
+    exported = export_onnx(model, file)
+    assert exported.floating == dict.fromkeys(["blocks.0.attn.proj", "head"], "an operand is not quantized")
+    assert deployment.count_integer_products(file) == len(exported.integer) == 6
+    assert difference(deployment.OnnxModel(file), model, images) < 0.02
+
+
+def test_logarithmic_levels_are_those_of_the_quantizer() -> None:
+    values = torch.cat((torch.zeros(1), torch.logspace(-45, 0.5, 10_000)))
+    for bits in (2, 4, 8):
+        quantizer = LogQuantizer(bits).calibrate(torch.rand(1000))
+        with torch.no_grad():
+            torch.testing.assert_close(_Logarithmic(quantizer)(values), quantizer(values), rtol=1e-4, atol=1e-30)
+
+
+class Halves(Quantizer):
+    """A quantizer that nobody knows."""
+
+    def _find_range(self, x: Tensor) -> None:
+        self.scale = torch.tensor(0.5)
+
+    def _quantize(self, x: Tensor) -> Tensor:
+        return x
+
+
+def per_channel(model: nn.Module) -> None:
+    quantizer = uniform(model, "blocks.0.attn.qkv.input_quantizer")
+    quantizer.scale = quantizer.scale.expand(48).clone()
+
+
+def unknown(model: nn.Module) -> None:
+    model.blocks[0].attn.qkv.input_quantizer = Halves(8)  # type: ignore[union-attr, index]
+
+
+def logarithmic_weight(model: nn.Module) -> None:
+    model.blocks[1].mlp.fc2.weight_quantizer = LogQuantizer(8)  # type: ignore[union-attr, index]
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "bits", "change", "message"),
+    [
+        ("adfq_vit", {}, 8, None, r"blocks\.0\.attn\.qkv\.input_quantizer cannot .* outliers stay in float"),
+        ("adfq_vit", {"ppoq": False}, 8, None, r"blocks\.0\.mlp\.fc2\.input_quantizer .* shifted by the minimum"),
+        ("ptq4vit", {}, 8, None, r"(context\.left|fc2\.input)_quantizer cannot be exported .* two steps in one tensor"),
+        ("base_ptq", {}, 6, None, r"blocks\.0\.attn\.qkv\.input_quantizer .* 8 bits, .* quantize activations to 8"),
+        ("base_ptq", {}, 8, per_channel, r"blocks\.0\.attn\.qkv\.input_quantizer .* an activation has one scale alone"),
+        ("base_ptq", {}, 8, unknown, r"blocks\.0\.attn\.qkv\.input_quantizer .*Halves.* ONNX has no operator for it"),
+        ("base_ptq", {}, 8, logarithmic_weight, r"blocks\.1\.mlp\.fc2\.weight_quantizer .* only uniform ones can"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused(
+    method: str,
+    options: dict[str, Any],
+    bits: int,
+    change: Callable[[nn.Module], None] | None,
+    message: str,
+    make_vit: MakeModel,
+    make_images: MakeImages,
+    quick: Mapping[str, dict[str, Any]],
+    tmp_path: Path,
+) -> None:
+    model = quantize(make_vit(), method, 8, bits, make_images(), **quick[method], **options)
+    if change is not None:
+        change(model)
+    with pytest.raises(AdfqError, match=message) as error:
+        export_onnx(model, tmp_path / "model")
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_quantized_models_are_exported(make_vit: MakeModel, tmp_path: Path) -> None:
+    with pytest.raises(AdfqError, match=r"only a model that adfq\.quantize has quantized"):
+        export_onnx(make_vit(), tmp_path / "model")
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
+def test_the_missing_extra_is_named(
+    package: str, models: dict[str, nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(AdfqError, match=rf"exporting needs {package}: pip install 'adfq\[onnx\]'"):
+        export_onnx(models["base_ptq"], tmp_path / "model")
+
+
+def test_nothing_is_left_of_what_fails(
+    models: dict[str, nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = models["base_ptq"]
+    with pytest.raises(AdfqError, match=r"cannot write .*no/model: No such file"):
+        export_onnx(model, tmp_path / "no" / "model")
+    with monkeypatch.context() as patch:
+        patch.setattr("adfq.export._LARGEST", 1000)
+        with pytest.raises(AdfqError, match="larger than 2 GB"):
+            export_onnx(model, tmp_path / "model")
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model), "forward", lambda self, x: x[x > x.mean()].reshape(2, -1).tolist())
+        with pytest.raises(AdfqError, match=r"cannot trace this VisionTransformer: \S"):
+            export_onnx(model, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("embedded_vit", "repq_vit"),
+        pytest.param("embedded_vit", "base_ptq", marks=pytest.mark.slow),
+        pytest.param("embedded_swin", "repq_vit", marks=pytest.mark.slow),
+        pytest.param("embedded_swin", "base_ptq", marks=pytest.mark.slow),
+    ],
+)
+def test_predictions_are_those_of_the_simulation(name: str, method: str, tmp_path: Path) -> None:
+    cell = Cell.create(task="classification", model=name, method=method, data="embedded")
+    subject = load_subject(cell)
+    model = quantize(subject.model, method, 8, 8, subject.calibration_images(32, seed=1))
+    file = tmp_path / "model"
+    exported = export_onnx(model, file)
+    assert deployment.count_integer_products(file) == len(exported.integer)
+    assert all("context" in product for product in exported.floating)
+    images = subject.evaluation_images(500)
+    with torch.inference_mode():
+        simulated, predicted = (module(images).argmax(1) for module in (model, deployment.OnnxModel(file)))
+    assert (simulated == predicted).double().mean() >= 0.99
