@@ -55,7 +55,9 @@ LANGUAGES = {"sh", "python", "toml", ""}
 _SMALLEST = ("deit_tiny_patch16_224.fb_in1k", "mask_rcnn_swin_tiny", "mobile_sam")
 
 _FULL_SIZE = re.compile(r"--profile (?!embedded)|_patch16_224|mobile_sam|vit_[blh]\b|mask_rcnn_swin")
-_LONG = re.compile(r"--executor ray|regress|adfq report|adfq figure|pip install \./examples|-e tables$", re.MULTILINE)
+_LONG = re.compile(
+    r"--executor ray|regress|adfq report|adfq figure|adfq export|pip install \./examples|-e tables$", re.MULTILINE
+)
 
 _optimize_modules = sys.modules["adfq.methods"].optimize_modules  # type: ignore[attr-defined]
 
@@ -367,6 +369,7 @@ def test_commands_run(block: Block, runner: _Runner) -> None:
     for library, use in (
         ("mmdet", r"-e tables$|detection|table [\d ]*2"),
         ("segment_anything", r"-e tables$|sam|table [\d ]*3"),
+        ("onnxscript", r"adfq export"),
     ):
         if re.search(use, block.text, re.MULTILINE):
             pytest.importorskip(library)
