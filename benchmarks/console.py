@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import pandas as pd
 from tqdm import tqdm
 
 _collected: ContextVar[list[str] | None] = ContextVar("collected", default=None)
@@ -29,3 +30,9 @@ def collect_warnings() -> Iterator[list[str]]:
         yield messages
     finally:
         _collected.reset(token)
+
+
+def markdown_table(frame: pd.DataFrame, names: int = 1) -> str:
+    """A frame of text as Markdown: the first columns, which hold names, to the left, all others to the right."""
+    alignment = [*["left"] * names, *["right"] * (frame.shape[1] - names)]
+    return str(frame.to_markdown(index=False, disable_numparse=True, colalign=alignment))

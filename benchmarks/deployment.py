@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from adfq.adapters import create
 from adfq.export import INPUT, trace
 from adfq.methods import Quantization
+from benchmarks.console import markdown_table
 from benchmarks.cost import time_of
 from benchmarks.tasks import Subject
 
@@ -152,6 +153,4 @@ def render(models: Mapping[str, Mapping[Any, float]]) -> str:
         }
         for name, values in models.items()
     ]
-    frame = pd.DataFrame(rows)
-    alignment = ["left", *["right"] * (frame.shape[1] - 1)]
-    return str(frame.to_markdown(index=False, disable_numparse=True, colalign=alignment)) + "\n"
+    return markdown_table(pd.DataFrame(rows)) + "\n"

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from adfq.errors import AdfqError
 from adfq.methods import FULL_PRECISION
 from benchmarks.cells import Cell
+from benchmarks.console import markdown_table
 from benchmarks.cost import peak_memory, time_of
 from benchmarks.embedded.classifiers import CLASSIFIERS
 from benchmarks.runner import quantize_model
@@ -191,6 +192,4 @@ def render(found: dict[str, Any], label: Callable[[str], str]) -> str:
         cells = {title: f"{values[key]:.2f}" if key in values else "" for key, title in _COLUMNS.items()}
         rows.append({"Method": label(method), **cells})
     frame = pd.DataFrame(rows)
-    frame = frame.loc[:, (frame != "").any()]
-    alignment = ["left", *["right"] * (frame.shape[1] - 1)]
-    return str(frame.to_markdown(index=False, disable_numparse=True, colalign=alignment)) + "\n"
+    return markdown_table(frame.loc[:, (frame != "").any()]) + "\n"

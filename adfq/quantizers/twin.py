@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,24 @@ GELU_DEPTH = 0.16997124254703522
 _WIDTHS = 100  # positive scales tried alone: 1/100 … 100/100 of the largest value
 
 
-class TwinSoftmaxQuantizer(Quantizer):
+class _TwinQuantizer(Quantizer):
+    """Rounds to two grids by `_round`; a gradient passes where the values are `_inside` them."""
+
+    def _quantize(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return in_parts(lambda part, out: out.copy_(self._round(part, self.scale)), x)
+        return straight_through(x, self._round(x.detach(), self.scale), self._inside(x))
+
+    @abstractmethod
+    def _round(self, x: Tensor, scale: Tensor) -> Tensor:
+        """The values that `x` is quantized to with another scale, a new tensor; no gradient."""
+
+    @abstractmethod
+    def _inside(self, x: Tensor) -> Tensor:
+        """Which values no grid cuts off: bool, the shape of `x`."""
+
+
+class TwinSoftmaxQuantizer(_TwinQuantizer):
     """A fine grid from 0 to a split point and a coarse grid to 1, for post-softmax attention.
 
     Values up to the split are on the fine grid, values above it on the coarse one, none of them below the split
@@ -58,10 +77,8 @@ class TwinSoftmaxQuantizer(Quantizer):
         errors = torch.stack([(self._round(x, scale) - x).square_().mean() for scale in scales])
         self.scale = scales[errors.argmin()]
 
-    def _quantize(self, x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
-            return in_parts(lambda part, out: out.copy_(self._round(part, self.scale)), x)
-        return straight_through(x, self._round(x.detach(), self.scale), (x >= 0) & (x <= 1))
+    def _inside(self, x: Tensor) -> Tensor:
+        return (x >= 0) & (x <= 1)
 
     def _round(self, x: Tensor, scale: Tensor) -> Tensor:
         # In this order nothing leaves [0, steps]: rounding keeps the order, and the limits are whole numbers.
@@ -76,7 +93,7 @@ class TwinSoftmaxQuantizer(Quantizer):
         return f"twin uniform for softmax, {self.bits} bits{', sum of both grids' if self.released else ''}"
 
 
-class TwinGeluQuantizer(Quantizer):
+class TwinGeluQuantizer(_TwinQuantizer):
     """A grid for the values below zero with a fixed scale and another for those above, for post-GELU activations.
 
     GELU's negative lobe has a known depth, so that its scale is 0.16997 / 2^(bits-1) and codes -2^(bits-1) … 0; the
@@ -108,12 +125,9 @@ class TwinGeluQuantizer(Quantizer):
         errors = torch.stack([(self._round(positive, scale) - positive).square_().mean() for scale in scales])
         self.scale = scales[errors.argmin()]
 
-    def _quantize(self, x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
-            return in_parts(lambda part, out: out.copy_(self._round(part, self.scale)), x)
+    def _inside(self, x: Tensor) -> Tensor:
         half = self.levels // 2
-        inside = (x > -(half + 0.5) * self.negative_scale) & (x < (half - 0.5) * self.scale)
-        return straight_through(x, self._round(x.detach(), self.scale), inside)
+        return (x > -(half + 0.5) * self.negative_scale) & (x < (half - 0.5) * self.scale)
 
     def _round(self, x: Tensor, scale: Tensor) -> Tensor:
         half = self.levels // 2

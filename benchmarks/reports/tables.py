@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from adfq.methods import FULL_PRECISION
+from benchmarks.console import markdown_table
 from benchmarks.reports.spec import METHOD_LABELS, Entry, Model, Table, published_numbers
 from benchmarks.results import Record
 
@@ -69,8 +70,7 @@ def render(table: Table, frame: pd.DataFrame, style: str) -> str:
     remarks = notes(table, frame, summary)
     if style == "md":
         wide = _wide(table, summary, "**{}**".format)
-        alignment = ["left", "left", *["right"] * (wide.shape[1] - 2)]
-        body = wide.to_markdown(index=False, disable_numparse=True, colalign=alignment)
+        body = markdown_table(wide, names=2)
         heading = f"**Table {table.name}. {table.title}** ({table.profile} profile)"
         return "\n\n".join([heading, table.caption, body, *remarks]) + "\n"
     wide = _wide(table, summary, r"\textbf{{{}}}".format, escape_latex)
