@@ -118,7 +118,7 @@ def test_a_description_is_of_the_options_given(capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "required: run|quantize|describe|table|"),
+        ([], "required: run|quantize|export|describe|table|"),
         (["run", "classification", "--data", "embedded"], "required: --model, --method"),
         ([*RUN, "--method", "magic"], "unknown method 'magic'; there are full_precision, adfq_vit"),
         ([*RUN, "--method", "base_ptq", "--bits", "W1A4"], "bits must be a whole number from 2 to 8"),
