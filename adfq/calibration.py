@@ -46,7 +46,7 @@ def gather_batches(calibration: Iterable[Any] | Tensor | None) -> Tensor:
 
 
 def quantize_weights(network: Network) -> None:
-    """Finds the range of every weight and quantizes it; the full-precision weights stay at hand.
+    """Finds the range of every weight, which counts as quantized from then on; full precision stays at hand.
 
     Raises:
         NonFiniteError: naming the layer, for weights that are not finite.
@@ -54,7 +54,7 @@ def quantize_weights(network: Network) -> None:
     layers = list(network.weight_layers())
     with progress_bar("quantizing weights", len(layers)) as progress:
         for name, layer in layers:
-            _naming(f"{name}.weight", layer.quantize_weight)
+            _naming(f"{name}.weight", layer.find_weight_range)
             progress.update()
 
 

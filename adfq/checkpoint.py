@@ -341,6 +341,7 @@ def _load_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
         layer.weight.requires_grad_(
             isinstance(layer.weight_quantizer, nn.Identity)
         )  # as QuantWeightLayer.freeze has it
+        layer.frozen = True
     for name, packed in codes.items():
         _set_weight(name, layers[name], packed)
 

@@ -21,12 +21,13 @@ class QuantWeightLayer(nn.Module, ABC):
         fixed_positions: whether all inputs have the same token positions; False where the size of the image decides.
         weight, bias: as in the layer that it replaces, in full precision until `freeze`.
         input_quantizer, weight_quantizer: a `Quantizer`, or nn.Identity for full precision.
-        quantized_weight: the weight's quantized values between `quantize_weight` and `freeze`, else None.
+        learned_weight: until `freeze`, quantized values in place of those that the weight's quantizer gives; or None.
+        frozen: whether `weight` itself holds quantized values.
     """
 
     weight: nn.Parameter
     bias: nn.Parameter | None
-    quantized_weight: Tensor | None
+    learned_weight: Tensor | None
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, role: str, fixed_positions: bool = True) -> None:
         super().__init__()
@@ -36,25 +37,36 @@ class QuantWeightLayer(nn.Module, ABC):
         self.bias = cast("nn.Parameter | None", layer.bias)
         self.input_quantizer: nn.Module = nn.Identity()
         self.weight_quantizer: nn.Module = nn.Identity()
-        self.register_buffer("quantized_weight", None, persistent=False)
+        self.register_buffer("learned_weight", None, persistent=False)
+        self.frozen = False
 
-    @torch.no_grad()
-    def quantize_weight(self) -> None:
-        """Finds the weight's range and quantizes it, once; `forward` uses the result."""
+    def find_weight_range(self) -> None:
+        """Calibrates the weight's quantizer; from then on `forward` computes with quantized values."""
         if isinstance(self.weight_quantizer, Quantizer):
             self.weight_quantizer.calibrate(self.weight)
-            self.quantized_weight = self.weight_quantizer(self.weight)
 
     @torch.no_grad()
+    def quantize_weight(self) -> Tensor:
+        """The values that the layer computes with."""
+        if self.learned_weight is not None:
+            return self.learned_weight
+        quantizer = self.weight_quantizer
+        if self.frozen or not isinstance(quantizer, Quantizer) or not quantizer.is_calibrated:
+            return self.weight
+        # Anew in each of the few passes before the model is frozen: that costs less than the memory of all quantized
+        # weights beside the full-precision ones.
+        quantized: Tensor = quantizer(self.weight)
+        return quantized
+
     def freeze(self) -> None:
-        """Makes the quantized weight the weight; the full-precision one is gone."""
-        if self.quantized_weight is not None:
-            self.weight = nn.Parameter(self.quantized_weight, requires_grad=False)
-            self.quantized_weight = None
+        """Makes the quantized weight the weight, once and for all; the full-precision one is gone."""
+        quantized = self.quantize_weight()
+        if quantized is not self.weight:
+            self.weight, self.learned_weight = nn.Parameter(quantized, requires_grad=False), None
+        self.frozen = True
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight if self.quantized_weight is None else self.quantized_weight
-        return self._apply_weight(self.input_quantizer(x), weight)
+        return self._apply_weight(self.input_quantizer(x), self.quantize_weight())
 
     @abstractmethod
     def _apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:

@@ -161,7 +161,7 @@ def quantize(
         NonFiniteError: naming the layer, for activations or weights that are not finite.
     """
     check_method(method, options)
-    model = copy.deepcopy(model)
+    model = _copy(model)
     model.eval()  # which not every model gives back
     if method == FULL_PRECISION:
         return model
@@ -185,6 +185,16 @@ def quantize(
     )
     network.model.eval()
     return network.model
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A copy whose parameters take memory of their own only once they, or the model's, are written to."""
+    copies: dict[int, Any] = {
+        id(parameter): nn.Parameter(parameter.detach()._lazy_clone(), parameter.requires_grad)
+        for parameter in model.parameters()
+        if type(parameter) is nn.Parameter
+    }
+    return copy.deepcopy(model, copies)
 
 
 def adfq_vit(

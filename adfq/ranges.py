@@ -56,7 +56,7 @@ def in_parts(function: Callable[[Tensor, Tensor], object], x: Tensor) -> Tensor:
         function: of each index by itself; writes its result, which has the shape of its first argument, to its second.
             No gradient.
     """
-    result = torch.empty_like(x)
+    result = torch.empty_like(x, memory_format=torch.contiguous_format)
     rows = _rows_of_part(x)
     for part, place in zip(x.split(rows), result.split(rows), strict=True):
         function(part, place)
@@ -86,7 +86,8 @@ def mean_errors(
         rows = slice(start, start + step)
         for part in values[rows].split(columns, dim=1):
             for error, quantize in zip(errors, candidates, strict=True):
-                error[rows] += quantize(part, rows).sub_(part).abs_().pow_(exponent).sum(1)
+                off = quantize(part, rows).sub_(part)
+                error[rows] += (off.square_() if exponent == 2 else off.abs_().pow_(exponent)).sum(1)
     return errors / values.shape[1]
 
 

@@ -369,7 +369,7 @@ class _Reconstruction:
             quantized = torch.rand_like(tensor) < settings.mix_probability
             mixed[key] = torch.where(quantized, self.quantized_inputs[key][chosen], tensor)
         for layer, rounding in self.roundings:
-            layer.quantized_weight = rounding.soft().to(layer.weight.dtype)
+            layer.learned_weight = rounding.soft().to(layer.weight.dtype)
         with (
             torch.autocast(self.targets.device.type, torch.bfloat16, enabled=settings.autocast),
             self._scores() as scores,
@@ -423,7 +423,7 @@ class _Reconstruction:
 
     def _round(self) -> None:
         for layer, rounding in self.roundings:
-            layer.quantized_weight = rounding.hard().to(layer.weight.dtype)
+            layer.learned_weight = rounding.hard().to(layer.weight.dtype)
 
     def _error(self) -> float:
         """The reconstruction error with the inputs that the quantized network gives, on the images that judge."""
@@ -440,15 +440,15 @@ class _Reconstruction:
             for name, quantizer in self.quantizers.items()
             for key, buffer in quantizer.state_dict().items()
         }
-        weights = {name: layer.quantized_weight for name, layer in self.layers.items()}
+        weights = {name: layer.learned_weight for name, layer in self.layers.items()}
         return buffers | {name: weight.clone() for name, weight in weights.items() if weight is not None}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         for name, quantizer in self.quantizers.items():
             quantizer.load_state_dict({key: state[f"{name}.{key}"] for key in quantizer.state_dict()})
         for name, layer in self.layers.items():
-            if name in state:
-                layer.quantized_weight = state[name].to(layer.weight.device)
+            learned = state.get(name)
+            layer.learned_weight = None if learned is None else learned.to(layer.weight.device)
 
 
 def _by_key(arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> Iterator[tuple[int | str, Any]]:

@@ -145,15 +145,15 @@ class Network:
     def full_precision(self) -> Iterator[None]:
         """Within it, the model computes as if it had no quantizers."""
         sites = [(owner, attribute, getattr(owner, attribute)) for _, owner, attribute, _ in self._activation_sites()]
-        weights = [(layer, layer.quantized_weight) for _, layer in self.weight_layers()]
+        weights = [(layer, layer.weight_quantizer, layer.learned_weight) for _, layer in self.weight_layers()]
         try:
             for owner, attribute, _ in sites:
                 setattr(owner, attribute, nn.Identity())
-            for layer, _ in weights:
-                layer.quantized_weight = None
+            for layer, _, _ in weights:
+                layer.weight_quantizer, layer.learned_weight = nn.Identity(), None
             yield
         finally:
             for owner, attribute, quantizer in sites:
                 setattr(owner, attribute, quantizer)
-            for layer, weight in weights:
-                layer.quantized_weight = weight
+            for layer, quantizer, weight in weights:
+                layer.weight_quantizer, layer.learned_weight = quantizer, weight

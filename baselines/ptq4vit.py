@@ -85,9 +85,6 @@ def ptq4vit(
         network.attach(_recipe(bits, released))
         for observer in observers:
             search_scales(observer.product(_COARSE), observer.product(_FINE), rounds)
-            if isinstance(observer.layer, QuantWeightLayer):
-                with torch.no_grad():
-                    observer.layer.quantized_weight = observer.layer.weight_quantizer(observer.layer.weight)
             progress.update()
 
 

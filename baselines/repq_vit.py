@@ -39,7 +39,7 @@ def repq_vit(network: Network, images: Tensor, bits: Bits) -> None:
     calibrate_activations(network, images)
     for norm, layer, padding in pairs:
         reparameterize(norm, layer, padding)
-        layer.quantize_weight()
+        layer.find_weight_range()
 
 
 @torch.no_grad()

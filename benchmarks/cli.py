@@ -11,6 +11,7 @@ from typing import NoReturn
 
 import adfq
 from adfq.errors import AdfqError
+from benchmarks.allocator import keep_freed_memory
 from benchmarks.commands import COMMANDS
 from benchmarks.console import warn
 
@@ -30,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for library in ("timm", "huggingface_hub"):  # what matters of their warnings comes as our own errors
         logging.getLogger(library).setLevel(logging.ERROR)
     warnings.showwarning = lambda message, *_: warn(str(message))
+    keep_freed_memory()
     try:
         options = _parser().parse_args(arguments)
         action: Callable[[argparse.Namespace], int | None] = options.action

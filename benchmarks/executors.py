@@ -24,6 +24,7 @@ import torch
 from loky.process_executor import BrokenProcessPool
 
 from adfq.errors import AdfqError, NonFiniteError
+from benchmarks.allocator import keep_freed_memory
 from benchmarks.cells import Cell
 from benchmarks.console import collect_warnings, warn
 from benchmarks.results import Record
@@ -265,6 +266,7 @@ def run_in_process(job: Job, device: str) -> Record | Failure:
 
 @cache
 def _process_worker(device: str) -> Worker:
+    keep_freed_memory()
     return Worker(torch.device(device))
 
 

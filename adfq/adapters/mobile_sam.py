@@ -81,7 +81,9 @@ class QuantTinyAttention(nn.Module):
         qkv = self.qkv(self.norm(x)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         query, key, value = qkv.split(self.sizes, -1)
         scores = self.scores(query * self.scale, key) + self.attention_biases[:, self.attention_bias_idxs]
-        context = self.context(self.softmax(scores), value)
+        probs = self.softmax(scores)
+        del scores  # as large as what is still to come
+        context = self.context(probs, value)
         output: Tensor = self.proj(context.transpose(1, 2).flatten(2))
         return output
 

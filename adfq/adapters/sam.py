@@ -69,7 +69,9 @@ class QuantEncoderAttention(nn.Module):
             scores = add_decomposed_rel_pos(
                 scores.flatten(0, 1), query.flatten(0, 1), self.rel_pos_h, self.rel_pos_w, *[(height, width)] * 2
             ).unflatten(0, (batch, self.num_heads))
-        context = self.context(self.softmax(scores), value)
+        probs = self.softmax(scores)
+        del scores  # as large as what is still to come
+        context = self.context(probs, value)
         output: Tensor = self.proj(context.transpose(1, 2).reshape(batch, height, width, -1))
         return output
 
@@ -97,7 +99,9 @@ class QuantDecoderAttention(nn.Module):
             for projection, x in ((self.q_proj, q), (self.k_proj, k), (self.v_proj, v))
         )
         scores = self.scores(query, key) / self.scale
-        context = self.context(self.softmax(scores), value)
+        probs = self.softmax(scores)
+        del scores  # as large as what is still to come
+        context = self.context(probs, value)
         output: Tensor = self.out_proj(context.transpose(1, 2).flatten(2))
         return output
 

@@ -42,7 +42,9 @@ class QuantAttention(nn.Module):
         query, key, value = qkv.unbind(0)
         scores = self.scores(self.q_norm(query), self.k_norm(key)).mul_(self.scale)
         scores = maybe_add_mask(scores, resolve_self_attn_mask(tokens, scores, attn_mask, is_causal))
-        context = self.context(self.attn_drop(self.softmax(scores)), value)
+        probs = self.softmax(scores)
+        del scores  # as large as what is still to come
+        context = self.context(self.attn_drop(probs), value)
         context = self.norm(context.transpose(1, 2).reshape(batch, tokens, self.num_heads * self.head_dim))
         if self.gate is not None:
             context = context * self.gate(x).sigmoid()

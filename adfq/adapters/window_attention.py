@@ -39,8 +39,10 @@ class QuantWindowAttention(nn.Module):
         bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
         scores = self.scores(query * self.scale, key) + bias
         if mask is not None:
-            windows = scores.view(-1, len(mask), self.num_heads, tokens, tokens) + mask[:, None]
-            scores = windows.view(-1, self.num_heads, tokens, tokens)
-        context = self.context(self.attn_drop(self.softmax(scores)), value)
+            scores = scores.unflatten(0, (-1, len(mask))) + mask[:, None]
+            scores = scores.flatten(0, 1)
+        probs = self.softmax(scores)
+        del scores  # as large as what is still to come
+        context = self.context(self.attn_drop(probs), value)
         output: Tensor = self.proj_drop(self.proj(context.transpose(1, 2).reshape(batch, tokens, -1)))
         return output

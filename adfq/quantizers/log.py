@@ -13,6 +13,14 @@ from adfq.errors import AdfqError
 from adfq.quantizers.base import Quantizer, rescale
 from adfq.ranges import PERCENTILES, in_parts, mean_errors, quantiles, thin_out
 
+#: How many levels each base has from one power of two to the next.
+_LEVELS_OF_OCTAVE = {2.0: 1, 2**0.5: 2}
+
+# Of float32: where its exponent stands, what its 23 bits of mantissa count, and a small number whose half is normal.
+_EXPONENT = 0x7F800000
+_ONE = 2**23
+_SMALLEST = 2.0**-125
+_ROOT = torch.tensor(2.0).sqrt().item()
 
 class LogQuantizer(Quantizer):
     """q = round(-log_base(x/scale)), x̂ = scale·base^-q; codes of 2^bits and above give 0.
@@ -21,7 +29,7 @@ class LogQuantizer(Quantizer):
 
     Args:
         bits: 2 to 8.
-        base: ratio of neighbouring levels, above 1.
+        base: ratio of neighbouring levels, √2 or 2.
 
     Attributes:
         scale: float32 scalar, the largest value: of three high percentiles the one with the smallest mean
@@ -33,8 +41,8 @@ class LogQuantizer(Quantizer):
 
     def __init__(self, bits: int, base: float = 2**0.5) -> None:
         super().__init__(bits)
-        if not 1 < base < math.inf:
-            raise AdfqError(f"the base of a logarithmic quantizer must be above 1, got {base}")
+        if base not in _LEVELS_OF_OCTAVE:
+            raise AdfqError(f"the base of a logarithmic quantizer must be 2 or √2 (2**0.5), got {base}")
         self.base = base
 
     def _find_range(self, x: Tensor) -> None:
@@ -59,18 +67,34 @@ class LogQuantizer(Quantizer):
             return in_parts(lambda part, out: self._round(part, self.scale, out), x)
         with torch.no_grad():
             ratio = x / self.scale
-            limited = ratio.clamp(0, 1)
-            values = self._to_levels(limited.clone())
-        return rescale(x, self.scale, ratio, values, limited.eq_(ratio))
+            values = self._to_levels(ratio * 2)
+            inside = ratio.clamp(0, 1).eq_(ratio)
+        return rescale(x, self.scale, ratio, values, inside)
 
     def _round(self, x: Tensor, scale: Tensor, out: Tensor) -> Tensor:
-        return self._to_levels(torch.div(x, scale, out=out).clamp_(0, 1)).mul_(scale)
+        return self._to_levels(torch.div(x, scale / 2, out=out)).mul_(scale)
 
-    def _to_levels(self, ratio: Tensor) -> Tensor:
-        """Moves values in [0, 1] to the nearest level (in the logarithm), in place; log 0 is beyond every code."""
-        steps_per_octave = 1 / math.log2(self.base)
-        negative_codes = ratio.log2_().mul_(steps_per_octave).round_()
-        return F.threshold(negative_codes, -self.levels, -math.inf, inplace=True).div_(steps_per_octave).exp2_()
+    def _to_levels(self, doubled: Tensor) -> Tensor:
+        """Moves x/scale to the nearest level (in the logarithm), of which there is none above 1.
+
+        A logarithm and a power for each value would take longer than all else; a float's bits hold both. Without the
+        mantissa it is the power of two below; from a mantissa that is made smaller by that of the middle between two
+        powers, a value below the middle borrows from the exponent, and one above it does not.
+
+        Args:
+            doubled: 2·x/scale, float32; overwritten. (Twice, since what borrows is halved. Values that are not finite
+                stay so.)
+        """
+        bits = doubled.clamp_(_SMALLEST, 2).view(torch.int32)
+        steps = _LEVELS_OF_OCTAVE[self.base]
+        middle, *second = [math.ceil(_ONE * (2 ** ((step + 0.5) / steps) - 1)) for step in range(steps)]
+        lower = [(bits - higher).bitwise_and_(_EXPONENT).view(torch.float32) for higher in second]
+        bits.sub_(middle).bitwise_and_(_EXPONENT)
+        for power in lower:  # where the two are not the same power, the level is √2 times the lower one
+            torch.lerp(power, doubled, _ROOT - 1, out=doubled)
+        # Between the last code's level and what would be the next one's; and what was 0 is again.
+        limit = max(self.base ** (0.5 - self.levels), _SMALLEST)
+        return F.threshold(doubled, limit, 0.0, inplace=True)
 
     def describe(self) -> str:
         return f"logarithmic, {self.bits} bits, base {self.base:.4g}"

@@ -24,12 +24,12 @@ class _TwinQuantizer(Quantizer):
 
     def _quantize(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
-            return in_parts(lambda part, out: out.copy_(self._round(part, self.scale)), x)
+            return in_parts(lambda part, out: self._round(part, self.scale, out), x)
         return straight_through(x, self._round(x.detach(), self.scale), self._inside(x))
 
     @abstractmethod
-    def _round(self, x: Tensor, scale: Tensor) -> Tensor:
-        """The values that `x` is quantized to with another scale, a new tensor; no gradient."""
+    def _round(self, x: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
+        """The values that `x` is quantized to with another scale, in `out` or a new tensor; no gradient."""
 
     @abstractmethod
     def _inside(self, x: Tensor) -> Tensor:
@@ -80,14 +80,14 @@ class TwinSoftmaxQuantizer(_TwinQuantizer):
     def _inside(self, x: Tensor) -> Tensor:
         return (x >= 0) & (x <= 1)
 
-    def _round(self, x: Tensor, scale: Tensor) -> Tensor:
+    def _round(self, x: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
         # In this order nothing leaves [0, steps]: rounding keeps the order, and the limits are whole numbers.
         split = scale * self.steps
         fine = (x / scale).clamp_(0, self.steps).round_().mul_(scale)
         coarse = torch.maximum(x, split).clamp_(max=1).mul_(self.steps).round_().div_(self.steps)
         if self.released:
-            return fine.add_(coarse)
-        return torch.where(x <= split, fine, torch.maximum(coarse, split))
+            return torch.add(fine, coarse, out=out)
+        return torch.where(x <= split, fine, torch.maximum(coarse, split, out=coarse), out=out)
 
     def describe(self) -> str:
         return f"twin uniform for softmax, {self.bits} bits{', sum of both grids' if self.released else ''}"
@@ -129,11 +129,10 @@ class TwinGeluQuantizer(_TwinQuantizer):
         half = self.levels // 2
         return (x > -(half + 0.5) * self.negative_scale) & (x < (half - 0.5) * self.scale)
 
-    def _round(self, x: Tensor, scale: Tensor) -> Tensor:
+    def _round(self, x: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
         half = self.levels // 2
-        above = (x / scale).round_().clamp_(0, half - 1)
-        below = (x / self.negative_scale).round_().clamp_(-half, 0)
-        return above.mul_(scale).add_(below.mul_(self.negative_scale))
+        below = (x / self.negative_scale).round_().clamp_(-half, 0).mul_(self.negative_scale)
+        return torch.div(x, scale, out=out).round_().clamp_(0, half - 1).mul_(scale).add_(below)
 
     def describe(self) -> str:
         return f"twin uniform for GELU, {self.bits} bits"
