@@ -44,6 +44,7 @@ class QuantWeightLayer(nn.Module, ABC):
         """Calibrates the weight's quantizer; from then on `forward` computes with quantized values."""
         if isinstance(self.weight_quantizer, Quantizer):
             self.weight_quantizer.calibrate(self.weight)
+            self.frozen = False
 
     @torch.no_grad()
     def quantize_weight(self) -> Tensor:

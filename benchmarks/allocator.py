@@ -14,9 +14,9 @@ _LARGE = 2**28  # tensors of so many bytes are still given back, lest they leave
 def keep_freed_memory() -> None:
     """Has this process keep the memory of freed tensors for the next ones.
 
-    glibc gives tensors above 32 MB back to the system, and the end of its heap. The same pages are then fetched anew for
-    each layer, which takes a third of a quantized model's forward pass. Where the C library is another one, nothing
-    happens.
+    glibc gives tensors above 32 MB back to the system, and the end of its heap. The same pages are then fetched anew
+    for each layer, which takes a third of a quantized model's forward pass. Where the C library is another one,
+    nothing happens.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

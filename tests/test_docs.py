@@ -446,8 +446,8 @@ def test_python_runs(page: Path, places: Callable[[str], Path], monkeypatch: pyt
     if "my_method" in names:
         model = timm.create_model("deit_tiny_patch16_224", depth=1, embed_dim=48)
         monkeypatch.setattr(sys.modules["adfq.methods"], "load_method", lambda _: names["my_method"])
-        quantized = adfq.quantize(model, "my_method", 4, 4, torch.randn(2, 3, 224, 224), base=4.0)
-        assert quantized.blocks[0].attn.context.left_quantizer.base == 4.0  # type: ignore[union-attr, index]
+        quantized = adfq.quantize(model, "my_method", 4, 4, torch.randn(2, 3, 224, 224), base=2**0.5)
+        assert quantized.blocks[0].attn.context.left_quantizer.base == 2**0.5  # type: ignore[union-attr, index]
 
 
 # --- what is shown and what there is --------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ _ONE = 2**23
 _SMALLEST = 2.0**-125
 _ROOT = torch.tensor(2.0).sqrt().item()
 
+
 class LogQuantizer(Quantizer):
     """q = round(-log_base(x/scale)), x̂ = scale·base^-q; codes of 2^bits and above give 0.
 

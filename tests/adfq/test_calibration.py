@@ -185,5 +185,5 @@ def test_weights_alone_can_be_quantized(make_vit: MakeModel, make_images: MakeIm
     network = ready(model, activations=False)
     quantize_weights(network)
     calibrate_activations(network, images)
-    assert all(layer.quantized_weight is not None for _, layer in network.weight_layers())
+    assert all(len(layer.quantize_weight().unique()) <= len(layer.weight) * 16 for _, layer in network.weight_layers())
     assert not torch.allclose(network.model(images), plain, rtol=1e-2)

@@ -283,7 +283,7 @@ def exchange_quantizer(model: nn.Module, quantizer: nn.Module) -> None:
     layer = model.get_submodule("blocks.0.mlp.fc1")
     layer.weight_quantizer = quantizer
     if isinstance(quantizer, Quantizer):
-        layer.quantize_weight()
+        layer.find_weight_range()
         layer.freeze()
 
 

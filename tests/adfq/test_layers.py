@@ -82,16 +82,13 @@ def test_input_and_weight_are_quantized(kind: str) -> None:
     plain, weight = layer(x), layer.weight.detach().clone()
     layer.input_quantizer = UniformQuantizer(3).calibrate(x)
     layer.weight_quantizer = UniformQuantizer(3, "row")
-    layer.quantize_weight()
+    layer.find_weight_range()
     expected_weight = UniformQuantizer(3, "row").calibrate(weight)(weight)
     quantized = layer(x)
     assert torch.equal(layer.weight, weight)  # still at hand
-    assert layer.quantized_weight is not None
-    assert torch.equal(layer.quantized_weight, expected_weight)
-    assert "quantized_weight" not in layer.state_dict()  # it follows from the weight
+    assert torch.equal(layer.quantize_weight(), expected_weight)
 
-    layer.input_quantizer, layer.weight.data = nn.Identity(), expected_weight
-    layer.quantized_weight = None
+    layer.input_quantizer, layer.weight_quantizer, layer.weight.data = nn.Identity(), nn.Identity(), expected_weight
     expected = layer(UniformQuantizer(3).calibrate(x)(x))
     assert torch.equal(quantized, expected)
     assert not torch.allclose(quantized, plain)
@@ -101,11 +98,11 @@ def test_input_and_weight_are_quantized(kind: str) -> None:
 def test_freezing_keeps_the_result_and_drops_the_full_precision_weight(kind: str) -> None:
     layer, x = make_layer(kind)
     layer.weight_quantizer = UniformQuantizer(2, "row")
-    layer.quantize_weight()
+    layer.find_weight_range()
     before = layer(x)
     layer.freeze()
     assert torch.equal(layer(x), before)
-    assert layer.quantized_weight is None
+    assert layer.frozen
     assert not layer.weight.requires_grad
     assert all(len(row.unique()) <= 4 for row in layer.weight)
     assert set(layer.state_dict()) == {"weight", "bias", "weight_quantizer.scale", "weight_quantizer.zero_point"}
@@ -115,30 +112,43 @@ def test_freezing_keeps_the_result_and_drops_the_full_precision_weight(kind: str
 def test_freezing_a_full_precision_layer_changes_nothing(kind: str) -> None:
     layer, _ = make_layer(kind)
     weight = layer.weight
-    layer.quantize_weight()
+    layer.find_weight_range()
     layer.freeze()
     assert layer.weight is weight
 
 
 @both_kinds
-def test_the_weight_is_quantized_once_and_not_in_forward(kind: str) -> None:
+def test_a_learned_weight_stands_in_for_what_the_quantizer_gives(kind: str) -> None:
+    layer, x = make_layer(kind)
+    layer.weight_quantizer = UniformQuantizer(2, "row")
+    layer.find_weight_range()
+    layer.learned_weight = learned = torch.ones_like(layer.weight)
+    assert "learned_weight" not in layer.state_dict()  # it becomes the weight
+    before = layer(x)
+    layer.freeze()
+    assert torch.equal(layer.weight, learned)
+    assert torch.equal(layer(x), before)
+    assert layer.learned_weight is None
+
+
+@both_kinds
+def test_a_frozen_weight_is_not_quantized_again(kind: str) -> None:
     layer, x = make_layer(kind)
     quantizer = layer.weight_quantizer = CountingQuantizer(4, "row")
-    layer.quantize_weight()
-    assert quantizer.calls == 1
-    layer(x)
+    layer.find_weight_range()
     layer.freeze()
+    assert quantizer.calls == 1
     layer(x)
     assert quantizer.calls == 1
 
 
-def test_a_changed_weight_can_be_quantized_again() -> None:
+def test_a_changed_weight_can_get_another_range() -> None:
     layer, x = make_layer("linear")
     layer.weight_quantizer = UniformQuantizer(4, "row")
-    layer.quantize_weight()
+    layer.find_weight_range()
     before = layer(x) - layer.bias
     layer.weight.data *= 2
-    layer.quantize_weight()
+    layer.find_weight_range()
     torch.testing.assert_close(layer(x) - layer.bias, 2 * before)
 
 

@@ -67,6 +67,23 @@ def test_the_given_model_is_left_untouched(
 
 
 @every_method
+def test_the_quantized_model_does_not_change_with_the_given_one_nor_the_other_way(
+    method: str, quick: Quick, make_vit: MakeModel, make_images: MakeImages
+) -> None:
+    model, images = make_vit(), make_images()
+    quantized, again = (quantize(model, method, calibration=images, **quick[method]) for _ in range(2))
+    expected, state = quantized(images), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in again.parameters():
+            parameter.zero_()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(quantized(images), expected)
+
+
+@every_method
 @pytest.mark.parametrize("family", ["vit", "swin"])
 def test_the_result_is_in_evaluation_mode(
     method: str, quick: Quick, family: str, make_vit: MakeModel, make_swin: MakeModel, make_images: MakeImages
@@ -123,7 +140,8 @@ def test_every_site_is_quantized_and_weights_once_and_for_all(
     sites = len(layers) + 2 * len(list(network.matmuls()))
     assert len(list(network.activation_quantizers())) == sites
     for name, layer in layers:
-        assert layer.quantized_weight is None
+        assert layer.frozen
+        assert layer.learned_weight is None
         assert not layer.weight.requires_grad, name
         assert all(len(row.unique()) <= 16 for row in layer.weight.flatten(1)), name
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -214,6 +215,7 @@ def test_a_granularity_that_does_not_fit_the_shape(granularity: str, shape: tupl
         (lambda: UniformQuantizer(4, range="entropy"), "minmax, percentile, mse"),
         (lambda: ShiftLogQuantizer(4, shift="frozen"), "dynamic, static"),
         (lambda: LogQuantizer(4, 1.0), "base"),
+        (lambda: LogQuantizer(4, 3.0), "must be 2 or √2"),
         (lambda: LogQuantizer(4, float("nan")), "base"),
         (lambda: PerPatchOutlierQuantizer(4, 0.0), "threshold"),
         (lambda: PerPatchOutlierQuantizer(4, float("nan")), "threshold"),
@@ -237,6 +239,31 @@ def test_log_error_is_at_most_half_a_step_of_the_logarithm(base: float, bits: in
     x = torch.logspace(float(smallest.log10()), float(quantizer.scale.log10()), 2000).clamp(max=float(quantizer.scale))
     steps = (quantizer(x) / x).double().log2() / np.log2(base)
     assert steps.abs().max() <= 0.5 + 1e-4
+
+
+@pytest.mark.parametrize("base", [2.0, 2**0.5])
+@pytest.mark.parametrize("bits", [2, 4, 6, 8])
+def test_log_takes_the_nearer_level_on_either_side_of_the_middle_between_two(base: float, bits: int) -> None:
+    quantizer = LogQuantizer(bits, base)
+    quantizer.scale = torch.tensor(1.0)
+    codes = torch.arange(min(quantizer.levels, 120 if base == 2 else 240), dtype=torch.float64)
+    # In double precision, and 10⁻⁷ away from it, where a float32 of about this size next differs.
+    middles = base ** -(codes + 0.5)
+    for factor, offset in ((1 - 1.5e-7, 1), (1 + 1.5e-7, 0)):
+        expected = base ** -(codes + offset)
+        expected[codes + offset >= quantizer.levels] = 0
+        found = quantizer((middles * factor).float()).double()
+        torch.testing.assert_close(found, expected, rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("base", [2.0, 2**0.5])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_what_log_quantizers_are_given_that_is_no_number_does_not_become_one(base: float, gradients: bool) -> None:
+    nan = torch.tensor([math.nan, -math.nan, 0.5])
+    for quantizer in (LogQuantizer(4, base), ShiftLogQuantizer(4, base, "static"), ShiftLogQuantizer(4, base)):
+        quantizer.calibrate(torch.rand(100))
+        with torch.set_grad_enabled(gradients):
+            assert quantizer(nan).isfinite().tolist()[:2] == [False, False]
 
 
 def test_log_gives_zero_beyond_its_last_code_and_the_largest_level_above_its_range() -> None:

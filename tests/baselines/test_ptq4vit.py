@@ -216,8 +216,6 @@ def test_a_sample_finds_scales_that_are_nearly_the_best_on_everything(
             chosen, scores = quantizer.scale, []
             for scale in [chosen, *(values.abs().max() / (2 ** (bits - 1) - 0.5) * factor for factor in FACTORS)]:
                 quantizer.scale = scale
-                if isinstance(layer, QuantWeightLayer):
-                    layer.quantized_weight = layer.weight_quantizer(layer.weight)
                 scores.append(float(((layer(*inputs) - output) * gradient).square().sum()))
             quantizer.scale = chosen
             assert scores[0] <= 1.05 * min(scores), name
@@ -310,8 +308,7 @@ def test_what_every_site_gets(family: str, make_vit: MakeModel, make_swin: MakeM
             assert len(quantizer.scale.unique()) > 10
         else:
             assert quantizer.scale.shape == ()
-        assert layer.quantized_weight is not None
-        codes = layer.quantized_weight / quantizer.scale
+        codes = layer.quantize_weight() / quantizer.scale
         torch.testing.assert_close(codes, codes.round(), rtol=0, atol=1e-4)
         assert -8 <= codes.round().min() <= codes.round().max() <= 7
         assert layer.weight.grad is None

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from benchmarks import speed
 from benchmarks.cli import main
@@ -64,7 +65,7 @@ def test_medians_are_multiples_of_full_precision(monkeypatch: pytest.MonkeyPatch
     seconds = iter([9.0, *(value for full, quantized in ((1, 3), (2, 5), (4, 100)) for value in (full, quantized))])
     costs = iter([{"calibration_seconds": value, "calibration_memory": None} for value in (8.0, 6.0, 7.0)])
     monkeypatch.setattr(speed, "time_of", lambda *_: float(next(seconds)))
-    monkeypatch.setattr(speed, "quantize_model", lambda *_: (None, next(costs)))
+    monkeypatch.setattr(speed, "quantize_model", lambda *_: (nn.Identity(), next(costs)))
     found = benchmark("embedded_vit", ["base_ptq"], "W4A4", 1, 3, torch.device("cpu"))
     assert found["full_precision"]["forward"] == 2
     values = found["methods"]["base_ptq"]
@@ -75,10 +76,10 @@ def test_medians_are_multiples_of_full_precision(monkeypatch: pytest.MonkeyPatch
 def test_an_iteration_is_what_more_iterations_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, object]] = []
 
-    def quantize(cell: speed.Cell, *_: object) -> tuple[None, dict[str, float | None]]:
+    def quantize(cell: speed.Cell, *_: object) -> tuple[nn.Module, dict[str, float | None]]:
         asked.append(dict(cell.method_arguments))
         seconds = {0: 2.0, 1: 10.0, 3: 16.0}[dict(cell.method_arguments)["iterations"]]
-        return None, {"calibration_seconds": seconds, "calibration_memory": None}
+        return nn.Identity(), {"calibration_seconds": seconds, "calibration_memory": None}
 
     monkeypatch.setattr(speed, "time_of", lambda *_: 1.5)
     monkeypatch.setattr(speed, "quantize_model", quantize)
