@@ -7,6 +7,7 @@ import inspect
 import re
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import entry_points
@@ -189,11 +190,11 @@ def quantize(
 
 def _copy(model: nn.Module) -> nn.Module:
     """A copy whose parameters take memory of their own only once they, or the model's, are written to."""
-    copies: dict[int, Any] = {
-        id(parameter): nn.Parameter(parameter.detach()._lazy_clone(), parameter.requires_grad)
-        for parameter in model.parameters()
-        if type(parameter) is nn.Parameter
-    }
+    copies: dict[int, Any] = {}
+    for parameter in model.parameters():
+        # Memory that torch has not allocated, such as that of a file, cannot be shared.
+        with suppress(RuntimeError):
+            copies[id(parameter)] = nn.Parameter(parameter.detach()._lazy_clone(), parameter.requires_grad)
     return copy.deepcopy(model, copies)
 
 
