@@ -38,7 +38,7 @@ def ptq4vit(
     *,
     search: str = "hessian",
     rounds: int = 3,
-    gradient_batch_size: int = 4,
+    gradient_batch_size: int = 1,
     released: bool = False,
 ) -> None:
     """Symmetric uniform quantization, twin uniform after softmax and GELU; the input image stays in full precision.
@@ -56,7 +56,7 @@ def ptq4vit(
     Options:
         search: ``"hessian"``, or ``"mse"`` for errors that all weigh the same.
         rounds: how many times the search goes over both scales of a layer.
-        gradient_batch_size: images in one pass forwards and backwards; bounds the memory.
+        gradient_batch_size: images in one pass forwards and backwards; more take more memory, which is quicker on a GPU.
         released: after softmax, the sum of both grids, as the released code computes it.
 
     Raises:

@@ -78,7 +78,7 @@ def test_every_method_quantizes_sam_on_a_real_image(
     model = ["--model", "vit_b", "--checkpoint", str(tmp_path / "vit_b.pth"), "--data", str(real_data / "coco")]
     options = {
         "adfq_vit": ["iterations=1", "optimize_batch_size=1"],
-        "ptq4vit": ["rounds=1", "gradient_batch_size=1"],
+        "ptq4vit": ["rounds=1"],
     }.get(method)
     further = ["--calibration-size", "1", "--limit", "1", *(["--method-arg", *options] if options else [])]
     assert main(["run", "segmentation", *model, "--method", method, *further, "--json"]) == 0
