@@ -56,7 +56,7 @@ def ptq4vit(
     Options:
         search: ``"hessian"``, or ``"mse"`` for errors that all weigh the same.
         rounds: how many times the search goes over both scales of a layer.
-        gradient_batch_size: images in one pass forwards and backwards; more take more memory, which is quicker on a GPU.
+        gradient_batch_size: images in one pass forwards and backwards; more take more memory, but less time on a GPU.
         released: after softmax, the sum of both grids, as the released code computes it.
 
     Raises:
