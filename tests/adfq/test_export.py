@@ -233,15 +233,9 @@ def test_nothing_is_left_of_what_fails(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("name", "method"),
-    [
-        ("embedded_vit", "repq_vit"),
-        pytest.param("embedded_vit", "base_ptq", marks=pytest.mark.slow),
-        pytest.param("embedded_swin", "repq_vit", marks=pytest.mark.slow),
-        pytest.param("embedded_swin", "base_ptq", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["base_ptq", "repq_vit"])
+@pytest.mark.parametrize("name", ["embedded_vit", "embedded_swin"])
 def test_predictions_are_those_of_the_simulation(name: str, method: str, tmp_path: Path) -> None:
     cell = Cell.create(task="classification", model=name, method=method, data="embedded")
     subject = load_subject(cell)
