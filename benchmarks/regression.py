@@ -55,7 +55,8 @@ def compare(
     Metrics, of which more is better, are compared in points. Times are compared as multiples of full precision's
     forward pass, of the same model in the same run, and never in seconds: ``forward``, and ``calibration``, which
     counts as `CALIBRATION_FLOOR` where it is shorter. A time has changed only if it has for all seeds of its cell:
-    the seed does not decide how long anything takes, and other work on the machine seldom meets every one. Times
+    the seed does not decide how long anything takes, and other work on the machine seldom meets every one. So has a
+    metric on another processor than the committed one's, whose rounding moves single seeds either way. Times
     measured with other numbers of threads are ``"not compared"``, for more threads speed full precision up more than
     they do simulated quantization.
 
@@ -81,7 +82,8 @@ def compare(
     rows: list[dict[str, Any]] = []
     for entry, record, metrics in cells.values():
         old = before.get(_key(entry.cell.config))
-        cell = {**_describe(entry), "seconds": _seconds(record), "other": _differ(old, record)}
+        elsewhere = _environment(old, "processor") != _environment(record, "processor")
+        cell = {**_describe(entry), "seconds": _seconds(record), "other": _differ(old, record), "elsewhere": elsewhere}
         if record is None or old is None:
             rows.append({**cell, "quantity": "", "status": "failed" if record is None else "new"})
             continue
@@ -90,13 +92,14 @@ def compare(
         if reference.id != entry.cell.id:
             new_reference = cells[reference.id][1] if reference.id in cells else None
             of_old, of_new = _times(old, before.get(_key(reference.config))), _times(record, new_reference)
-            comparable = _threads(old) == _threads(record)
+            comparable = _environment(old, "threads") == _environment(record, "threads")
             rows += [{**cell, **row} for row in _compare_times(of_old, of_new, comparable)]
     if whole:
         there = {_key(entry.cell.config) for entry, _, _ in cells.values()}
         rows += [_gone(record["config"]) for key, record in before.items() if key not in there]
-    columns = [*_COLUMNS, "configuration"]
+    columns = [*_COLUMNS, "configuration", "elsewhere"]
     frame = pd.DataFrame(rows, columns=columns)
+    _judge_metrics(frame)
     _judge_times(frame, tolerance)
     return frame[list(_COLUMNS)]
 
@@ -166,6 +169,14 @@ def _compare_times(old: Mapping[str, float], new: Mapping[str, float], comparabl
         yield {"quantity": name, "before": before, "now": now, "change": change, "status": status}
 
 
+def _judge_metrics(frame: pd.DataFrame) -> None:
+    """On another processor a metric has moved only if it has, the same way, for all seeds."""
+    moved = frame[frame["elsewhere"].eq(True) & frame["status"].isin(("worse", "better", "same"))]
+    for _, group in moved.groupby(["configuration", "quantity"]):
+        if group["status"].nunique() > 1:
+            frame.loc[group.index, "status"] = "same"
+
+
 def _judge_times(frame: pd.DataFrame, tolerance: Tolerance) -> None:
     times = frame[frame["quantity"].isin(_TIMES) & (frame["status"] == "same")]
     for _, group in times.groupby(["configuration", "quantity"]):
@@ -184,8 +195,8 @@ def _cost(record: Mapping[str, Any], name: str) -> float:
     return _number((record.get("cost") or {}).get(name))
 
 
-def _threads(record: Record) -> Any:
-    return (record.get("environment") or {}).get("threads")
+def _environment(record: Record | None, name: str) -> Any:
+    return ((record or {}).get("environment") or {}).get(name)
 
 
 def _seconds(record: Record | None) -> float:

@@ -211,6 +211,28 @@ def test_time_has_changed_only_if_it_has_for_every_seed() -> None:
     assert count(frame)["regressions"] == 3
 
 
+@pytest.mark.parametrize(("processor", "first"), [("a", "worse"), ("b", None)])
+def test_on_another_processor_a_metric_has_moved_only_if_it_has_for_every_seed(
+    processor: str, first: str | None
+) -> None:
+    results = measure(choose("1", "repq_vit", seeds=(0, 1)))
+    for _, entries in results:
+        for _, record in entries:
+            assert record is not None
+            record["environment"]["processor"] = "a"
+    committed = records_of(results)
+    for seed in (0, 1):
+        pick(results, "repq_vit", seed=seed)["environment"]["processor"] = processor
+    pick(results, "repq_vit", seed=0)["metrics"]["top1"] = 75.0
+    moved = {} if first is None else {("Embedded ViT", "top1"): first}
+    assert statuses(compare(results, committed, TOLERANCE)) == moved
+    pick(results, "repq_vit", seed=1)["metrics"]["top1"] = 85.0  # the other way
+    assert count(compare(results, committed, TOLERANCE))["regressions"] == len(moved)
+    pick(results, "repq_vit", seed=1)["metrics"]["top1"] = 79.0
+    frame = compare(results, committed, TOLERANCE)
+    assert list(frame[frame["status"] == "worse"]["change"]) == [-5.0, -1.0]
+
+
 def test_metrics_of_other_seeds_are_not_mixed() -> None:
     results = measure(choose("1", "repq_vit", seeds=(0, 1)))
     for seed, value in ((0, 70.0), (1, 75.0)):
