@@ -105,9 +105,13 @@ def test_after_ctrl_c_the_same_command_goes_on(
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
     thread = threading.Thread(target=press)
-    thread.start()
-    assert main(command) == 130
-    thread.join()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have background jobs ignore it
+    try:
+        thread.start()
+        assert main(command) == 130
+        thread.join()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "interrupted" in capsys.readouterr().err
     times = {path: path.stat().st_mtime_ns for path in (store / "records").iterdir()}
     assert len(times) == 1
