@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from adfq.errors import AdfqError
 from adfq.methods import FULL_PRECISION
+from benchmarks.allocator import freed_memory_given_back
 from benchmarks.cells import Cell
 from benchmarks.console import markdown_table
 from benchmarks.cost import peak_memory, time_of
@@ -33,6 +34,9 @@ OPTIMIZED = "adfq_vit"
 
 # Of loading; a batch from each process.
 _ROUNDS = 4
+
+# Forward passes in a row, of which the median counts: the first ones fetch memory that calibration has given back.
+_PASSES = 3
 
 # An iteration is what a run of more iterations takes longer than one of fewer.
 _FEWER, _MORE = 1, 3
@@ -66,7 +70,7 @@ def benchmark(
         methods: names of methods.
         bits: for all of them.
         images: for calibration and for each forward pass, and in a batch that is loaded.
-        repeats: of everything.
+        repeats: of everything but memory, which is measured once, before.
         data: as `adfq run classification` has it.
 
     Returns:
@@ -92,6 +96,8 @@ def benchmark(
         raise AdfqError("there is nothing to compare with full precision: give other methods")
     subject = load_classification(create(method=FULL_PRECISION))
     run = _Run(subject, images, device)
+    with freed_memory_given_back():
+        run.measure_memory(cells)
     rates = []
     with tqdm(total=repeats * len(cells), desc="bench", unit="method", disable=None) as bar:
         for _ in range(repeats):
@@ -127,31 +133,39 @@ class _Run:
         self.subject, self.device = subject, device
         self.images = subject.calibration_images(images, seed=0).to(device)
         self.full: dict[str, list[float]] = defaultdict(list)
-        self.methods: dict[str, dict[str, list[float]]] = {}
+        self.methods: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
         self._forward(subject.model.to(device))  # what is slow once only
 
+    def measure_memory(self, cells: Iterable[Cell]) -> None:
+        """What full precision and each method need at most."""
+        self._keep_memory(self.full, self.subject.model)
+        for cell in cells:
+            model, cost = quantize_model(cell, self.subject, self.device)
+            if cost["calibration_memory"] is not None:
+                self.methods[cell.method]["calibration_memory"].append(cost["calibration_memory"])
+            self._keep_memory(self.methods[cell.method], model)
+
+    def _keep_memory(self, found: dict[str, list[float]], model: nn.Module) -> None:
+        with torch.inference_mode(), peak_memory(self.device) as peak:
+            self.subject.forward(model, self.images)
+        if peak.megabytes is not None:
+            found["forward_memory"].append(peak.megabytes)
+
     def measure(self, cell: Cell) -> None:
-        """Full precision and right after it a method."""
-        found = self.methods.setdefault(cell.method, defaultdict(list))
-        for key, value in self._forward(self.subject.model).items():
-            self.full[key].append(value)
+        """How long full precision takes, and right after it a method."""
+        found = self.methods[cell.method]
+        self.full["forward"].append(self._forward(self.subject.model))
         model, cost = quantize_model(cell, self.subject, self.device)
         found["calibration"].append(cost["calibration_seconds"])
-        if cost["calibration_memory"] is not None:
-            found["calibration_memory"].append(cost["calibration_memory"])
-        for key, value in self._forward(model).items():
-            found[key].append(value)
+        found["forward"].append(self._forward(model))
         if cell.method == OPTIMIZED:
             self.full["training"].append(time_of(self._train, self.device))
             found["iteration"].append(self._iteration(cell))
 
-    def _forward(self, model: nn.Module) -> dict[str, float]:
+    def _forward(self, model: nn.Module) -> float:
         forward = partial(self.subject.forward, model, self.images)
         with torch.inference_mode():
-            with peak_memory(self.device) as peak:
-                forward()
-            seconds = time_of(forward, self.device)  # apart, since measuring memory gives back all that could be reused
-        return {"forward": seconds} | ({} if peak.megabytes is None else {"forward_memory": peak.megabytes})
+            return statistics.median(time_of(forward, self.device) for _ in range(_PASSES))
 
     def _train(self) -> None:
         model: nn.Module = self.subject.model
