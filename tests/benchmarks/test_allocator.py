@@ -43,13 +43,14 @@ def has_glibc() -> bool:
     return "CS_GNU_LIBC_VERSION" in getattr(os, "confstr_names", {}) and Path("/proc/self/status").exists()
 
 
-@pytest.mark.skipif(not has_glibc(), reason="the C library is not glibc")
+pytestmark = pytest.mark.skipif(not has_glibc(), reason="the C library is not glibc")
+
+
 def test_the_memory_of_freed_tensors_stays_with_the_process() -> None:
     assert min(freed("as it comes")) > 60
     assert max(freed("kept")) < 4
 
 
-@pytest.mark.skipif(not has_glibc(), reason="the C library is not glibc")
 def test_it_is_given_back_for_a_while() -> None:
     meanwhile, afterwards = freed("given back")
     assert meanwhile > 60
