@@ -31,10 +31,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import adfq
-import benchmarks.commands
+import benchmarks.cli
 from adfq.methods import load_method
-from benchmarks import cli
-from benchmarks.reports.spec import Table
+from benchmarks.cli import main as cli
+from benchmarks.plan import Table
 from benchmarks.tasks import coco
 
 if sys.version_info >= (3, 11):
@@ -54,7 +54,7 @@ LANGUAGES = {"sh", "python", "toml", ""}
 # Models that are small for their kind; of a table that has one of them, it is the one that is measured.
 _SMALLEST = ("deit_tiny_patch16_224.fb_in1k", "mask_rcnn_swin_tiny", "mobile_sam")
 
-_FULL_SIZE = re.compile(r"--profile (?!embedded)|_patch16_224|mobile_sam|vit_[blh]\b|mask_rcnn_swin")
+_FULL_SIZE = re.compile(r"--profile (?!bundled)|_patch16_224|mobile_sam|vit_[blh]\b|mask_rcnn_swin")
 _LONG = re.compile(
     r"--executor ray|regress|adfq report|adfq figure|adfq export|pip install \./examples|-e tables$", re.MULTILINE
 )
@@ -124,14 +124,14 @@ def _write_imagenet(root: Path) -> None:
 
 
 def _write_scenes(root: Path) -> None:
-    from benchmarks.embedded.coco import write_coco
+    from benchmarks.bundled.coco import write_coco
 
     write_coco(root, {"train2017": 2, "val2017": 2})
 
 
 def _write_coco(root: Path) -> None:
     """Scenes under the names of COCO's categories."""
-    from benchmarks.tasks.mmdet_models import mmdetection
+    from benchmarks.tasks.detection.models import mmdetection
 
     with mmdetection():
         from mmdet.datasets import CocoDataset
@@ -145,8 +145,8 @@ def _write_coco(root: Path) -> None:
 
 def _write_weights(root: Path) -> None:
     """Random weights of the smallest model of each kind, in the official layouts."""
-    from benchmarks.tasks.mmdet_models import build_detector, open_config
-    from benchmarks.tasks.sam_models import create_mobile_sam
+    from benchmarks.tasks.detection.models import build_detector, open_config
+    from benchmarks.tasks.segmentation.models import create_mobile_sam
 
     classifier, detector, sam = _SMALLEST
     torch.save(timm.create_model(classifier).state_dict(), root / f"{classifier}.pth")
@@ -163,9 +163,9 @@ def _provide(name: str, places: Callable[[str], Path]) -> None:
         Path(name).symlink_to(places("weights") / name)
     elif name in ("my_config.py", "my_weights.pth"):
         pytest.importorskip("mmdet")
-        from benchmarks.embedded.detectors import DETECTORS
+        from benchmarks.bundled.detectors import DETECTORS
 
-        shipped = DETECTORS["embedded_mask_rcnn"]
+        shipped = DETECTORS["bundled_mask_rcnn"]
         Path("my_config.py").write_text(f"_base_ = [{str(shipped.config)!r}]\n")
         torch.save({"state_dict": load_file(shipped.checkpoint)}, "my_weights.pth")
 
@@ -191,7 +191,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         rows = [*table.rows[:1], *(table.rows[-1:] if options.also else [])]
         return replace(table, models=[model], rows=rows, bits=table.bits[:1], seeds=table.seeds[:1])
 
-    for found in pkgutil.iter_modules(benchmarks.commands.__path__, "benchmarks.commands."):
+    for found in pkgutil.iter_modules(benchmarks.cli.__path__, "benchmarks.cli."):
         module = importlib.import_module(found.name)
         if hasattr(module, "choose_part") and not found.name.endswith(".options"):
             monkeypatch.setattr(module, "choose_part", partial(smaller, module.choose_part))
@@ -279,7 +279,7 @@ class _Runner:
         placed = []
         for argument in arguments:
             for name in re.findall(r"/path/to/(\w+)", argument):
-                # A config of one's own here is an embedded model's.
+                # A config of one's own here is an bundled model's.
                 place = "scenes" if name == "coco" and "--config" in arguments else name
                 argument = argument.replace(f"/path/to/{name}", str(self.places(place)))
             _provide(argument, self.places)
@@ -295,7 +295,7 @@ class _Runner:
 
     def _prepare(self, arguments: Sequence[str]) -> None:
         """Measures what a command reads that reads records."""
-        reads = {"results": "runs", "regress": "results/embedded"}.get(arguments[0])
+        reads = {"results": "runs", "regress": "results/bundled"}.get(arguments[0])
         if reads is not None and not Path(reads).exists():
             small = ["--limit", "1", "--jobs", "0", "--calibration-size", "1"]
             assert cli.main(["table", "1", *small, "--out", reads]) == 0
@@ -340,7 +340,7 @@ class _Runner:
         if arguments[1] == "venv":
             assert arguments[2:] == [".venv"]
             return
-        assert arguments[1] == "benchmarks.embedded.coco", f"python {arguments}"
+        assert arguments[1] == "benchmarks.bundled.coco", f"python {arguments}"
         self.monkeypatch.setattr(sys, "argv", [*arguments[1:], "--train", "1", "--val", "1"])
         self.monkeypatch.delitem(sys.modules, arguments[1], raising=False)
         runpy.run_module(arguments[1], run_name="__main__")
@@ -463,12 +463,12 @@ def test_the_tutorial_shows_what_ships() -> None:
 def test_toml_is_read(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = tomllib.loads(block.text)
     if "profiles" in content:
-        from benchmarks.reports import spec
+        from benchmarks.report import spec
 
         monkeypatch.setattr(spec, "_TABLES", tmp_path)
         (tmp_path / "6.toml").write_text(block.text, encoding="utf-8")
         for profile in content["profiles"]:
-            assert spec.load_table("6", profile).entries(data="embedded")
+            assert spec.load_table("6", profile).entries(data="bundled")
 
 
 def test_every_method_has_a_page() -> None:

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 import adfq
-from benchmarks.cli import main
-from benchmarks.reports.spec import load_table
+from benchmarks.cli.main import main
+from benchmarks.plan import load_table
 
 MODELS = [
     "deit_tiny_patch16_224",
@@ -48,7 +48,7 @@ def test_every_method_quantizes_a_detector_on_real_images(
     method: str, real_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("mmdet")
-    from benchmarks.tasks.mmdet_models import build_detector, open_config
+    from benchmarks.tasks.detection.models import build_detector, open_config
 
     torch.manual_seed(0)
     state = build_detector(open_config("mask_rcnn_swin_tiny")).state_dict()

@@ -192,9 +192,9 @@ def _embed_prompts(sam: Any, images: Tensor) -> tuple[Tensor, Tensor]:
         points = corners[:_PROMPTS, None].to(image.device)
         labels = torch.ones(points.shape[:2], device=image.device)
         for prompts in ({"points": None, "boxes": boxes}, {"points": (points, labels), "boxes": None}):
-            embedded = sam.prompt_encoder(**prompts, masks=None)
-            sparse.append(embedded[0])
-            dense.append(embedded[1])
+            bundled = sam.prompt_encoder(**prompts, masks=None)
+            sparse.append(bundled[0])
+            dense.append(bundled[1])
     return torch.cat(sparse), torch.cat(dense)
 
 
@@ -221,8 +221,8 @@ def decode(decoder: Any, embeddings: Tensor, positions: Tensor, sparse: Tensor, 
         decoder: segment_anything's MaskDecoder, whose own forward pass takes one image.
         embeddings: P×C×h×w, of the prompts' images.
         positions: 1×C×h×w, the dense positional encoding.
-        sparse: P×N×C, the prompts' points and boxes, embedded.
-        dense: P×C×h×w, their masks, embedded.
+        sparse: P×N×C, the prompts' points and boxes, bundled.
+        dense: P×C×h×w, their masks, bundled.
 
     Returns:
         mask logits P×masks×4h×4w and predicted IoU P×masks, of all masks.

@@ -13,17 +13,17 @@ from torch import Tensor, nn
 import adfq
 from adfq.errors import AdfqError
 from adfq.methods import Quantization
-from benchmarks.cells import Cell
-from benchmarks.tasks.classification import (
+from benchmarks.cell import Cell
+from benchmarks.tasks.classification.task import (
     attach_classification,
     classifier_names,
     describe_classification,
     load_classification,
 )
-from benchmarks.tasks.detection import describe_detection, load_detection
-from benchmarks.tasks.mmdet_models import detector_names
-from benchmarks.tasks.sam_models import sam_names
-from benchmarks.tasks.segmentation import ARGUMENTS, describe_segmentation, load_segmentation
+from benchmarks.tasks.detection.models import detector_names
+from benchmarks.tasks.detection.task import describe_detection, load_detection
+from benchmarks.tasks.segmentation.models import sam_names
+from benchmarks.tasks.segmentation.task import ARGUMENTS, describe_segmentation, load_segmentation
 from benchmarks.tasks.shared import Stopwatch
 
 

@@ -21,8 +21,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from adfq.errors import AdfqError
-from benchmarks.embedded.detectors import COUNTS
-from benchmarks.tasks.data import EMBEDDED
+from benchmarks.bundled.detectors import COUNTS
+from benchmarks.tasks.classification.data import BUNDLED
 from benchmarks.tasks.shared import check_place, digest_file, one_line
 
 #: What is found, by the names that COCO's tools have for it.
@@ -180,25 +180,25 @@ class CheckedImages(Dataset[dict[str, Any]]):
 
 
 def find_root(spec: str) -> Path:
-    """The folder of a data set: scenes that are drawn for ``embedded``, or the folder of that name.
+    """The folder of a data set: scenes that are drawn for ``bundled``, or the folder of that name.
 
     Raises:
         AdfqError: where there is none.
     """
-    if spec == EMBEDDED:
+    if spec == BUNDLED:
         return Path(_draw_scenes(tuple(COUNTS.items())).name)
     root = Path(spec).absolute()
     if root.is_dir():
         return root
     if ":" in spec:
-        raise AdfqError(f"cannot read data {spec!r}; write embedded, or the folder of COCO's annotations and images")
+        raise AdfqError(f"cannot read data {spec!r}; write bundled, or the folder of COCO's annotations and images")
     raise AdfqError(f"there is no {'directory ' if root.exists() else ''}{spec}")
 
 
 @cache  # within a process; the directory goes with it
 def _draw_scenes(counts: tuple[tuple[str, int], ...]) -> TemporaryDirectory[str]:
     cocotools("mask")
-    from benchmarks.embedded.coco import write_coco
+    from benchmarks.bundled.coco import write_coco
 
     directory = TemporaryDirectory()
     try:

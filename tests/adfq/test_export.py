@@ -16,8 +16,8 @@ from adfq import AdfqError, export_onnx, quantize
 from adfq.export import Exported, _Logarithmic
 from adfq.quantizers import LogQuantizer, Quantizer, UniformQuantizer
 from adfq.sites import Network
-from benchmarks import deployment
-from benchmarks.cells import Cell
+from benchmarks.cell import Cell
+from benchmarks.studies import deployment
 from benchmarks.tasks import load_subject
 
 pytest.importorskip("onnxruntime")
@@ -235,9 +235,9 @@ def test_nothing_is_left_of_what_fails(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["base_ptq", "repq_vit"])
-@pytest.mark.parametrize("name", ["embedded_vit", "embedded_swin"])
+@pytest.mark.parametrize("name", ["bundled_vit", "bundled_swin"])
 def test_predictions_are_those_of_the_simulation(name: str, method: str, tmp_path: Path) -> None:
-    cell = Cell.create(task="classification", model=name, method=method, data="embedded")
+    cell = Cell.create(task="classification", model=name, method=method, data="bundled")
     subject = load_subject(cell)
     model = quantize(subject.model, method, 8, 8, subject.calibration_images(32, seed=1))
     file = tmp_path / "model"

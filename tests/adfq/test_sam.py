@@ -357,7 +357,7 @@ def official_tiny_vit(state: Mapping[str, Tensor], images: Tensor, heads: tuple[
 
 @torch.no_grad()
 def test_tiny_vit_in_the_official_layout(tmp_path: Path) -> None:
-    from benchmarks.tasks.sam_models import read_weights
+    from benchmarks.tasks.segmentation.models import read_weights
 
     sam = make_sam("tiny_vit").eval()
     state = official_state(sam)

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from benchmarks import executors
-from benchmarks.cells import Cell
-from benchmarks.cli import main
+from benchmarks.cell import Cell
+from benchmarks.cli.main import main
+from benchmarks.run.executors import local as executors
 from benchmarks.tasks import coco
 from benchmarks.tasks.shared import Stopwatch
 
@@ -38,7 +38,7 @@ def assert_refused(capsys: pytest.CaptureFixture[str]) -> Callable[[Sequence[str
 
 @pytest.fixture
 def few_scenes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes the embedded scenes two for training and three for validation."""
+    """Makes the bundled scenes two for training and three for validation."""
     monkeypatch.setattr(coco, "COUNTS", {"train2017": 2, "val2017": 3})
 
 

@@ -1,0 +1,1 @@
+"""The ``adfq`` command: a file a subcommand, which parses options and prints."""

@@ -1,0 +1,58 @@
+"""``adfq bench``: how fast methods are, in multiples of full precision."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import adfq
+from benchmarks.cli.options import Commands, add_device, positive
+from benchmarks.plan import METHOD_LABELS
+from benchmarks.run.runner import environment, resolve_device
+from benchmarks.studies.speed import benchmark, render
+from benchmarks.tasks.classification.data import BUNDLED
+
+
+def add(commands: Commands) -> None:
+    bench = commands.add_parser("bench", help="measure how fast methods are, in multiples of full precision")
+    bench.set_defaults(action=_bench)
+    bench.add_argument("--model", default="deit_small_patch16_224", help="a classifier (default: %(default)s)")
+    bench.add_argument(
+        "--data", default=BUNDLED, metavar="SPEC", help="as for 'adfq run classification' (default: %(default)s)"
+    )
+    bench.add_argument("--methods", nargs="+", metavar="METHOD", help="'adfq list methods' (default: all)")
+    bench.add_argument("--bits", default="W4A4", help="default: %(default)s")
+    bench.add_argument("--images", type=positive, default=32, metavar="N", help="at once (default: %(default)s)")
+    bench.add_argument("--repeats", type=positive, default=3, metavar="N", help="of everything (default: %(default)s)")
+    add_device(bench)
+    bench.add_argument("--json", action="store_true", help="one JSON object on the last line of stdout")
+
+
+def _bench(options: argparse.Namespace) -> None:
+    device = resolve_device(options.device)
+    methods = list(dict.fromkeys(options.methods or adfq.methods()))
+    found = benchmark(options.model, methods, options.bits, options.images, options.repeats, device, options.data)
+    where = environment(device)
+    if options.json:
+        asked = {name: getattr(options, name) for name in ("model", "data", "bits", "images", "repeats")}
+        print(json.dumps({**asked, **found, "environment": where}))
+        return
+    full = found["full_precision"]
+    print(f"**{options.model}**, {options.bits}, {options.images} images of {options.data}, at once\n")
+    print(render(found, lambda method: METHOD_LABELS.get(method, method)))
+    memory = f" and {full['forward_memory']:.0f} MB" if "forward_memory" in full else ""
+    training = f"; forwards and backwards takes {full['training']:.2f} s" if "training" in full else ""
+    print(
+        f"Times and memory as multiples of full precision's forward pass, which takes {full['forward']:.2f} s{memory}"
+        f"{training}. Medians of {options.repeats}. ADFQ-ViT's calibration is without AMO; an AMO iteration, over all "
+        f"modules, is a multiple of one pass of the model forwards and backwards.\n"
+    )
+    if loading := found.get("loading"):
+        print(
+            f"{loading['workers']} processes read and preprocess {loading['images_per_second']:.0f} images/s, of which "
+            f"full precision takes {full['images_per_second']:.0f}.\n"
+        )
+    print(
+        f"{where['processor']}, {where['device']}, {where['threads']} threads; torch {where['torch']}, adfq at "
+        f"{where['commit']}."
+    )

@@ -1,0 +1,140 @@
+"""What accuracy costs: a table's rows as points."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from adfq.errors import AdfqError
+from adfq.methods import FULL_PRECISION
+from benchmarks.plan import Table
+from benchmarks.report.figures import style
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A column of `benchmarks.report.tables.summarize`, and its axis."""
+
+    column: str
+    label: str
+
+
+#: By the name that users choose them by.
+COSTS = {
+    "forward": Cost("relative_forward", "forward pass (simulated), × full precision's time"),
+    "size": Cost("size", "packed size, MB"),
+    "calibration": Cost("calibration_seconds", "calibration and optimization, s"),
+}
+
+_MARKERS = "os^Dv<>P"
+_COLORS = [style.COLORS[index] for index in (5, 1, 2, 4, 0, 6)]
+_LEADER = {"arrowstyle": "-", "color": style.GREY, "linewidth": 0.4, "relpos": (0, 0.5), "shrinkA": 2, "shrinkB": 0}
+_LINE = 1.35 * style.POINTS / 72  # from label to label, in inches
+# In inches.
+_WIDTH, _LEFT, _ABOVE, _BELOW, _CHARACTER = 3.6, 0.5, 0.15, 0.45, 0.055
+
+
+def draw_accuracy_cost(table: Table, summary: pd.DataFrame, file: Path, costs: Sequence[str] = tuple(COSTS)) -> None:
+    """Draws a table's first metric over what each row costs, and writes it: ``.png`` or ``.svg``.
+
+    Args:
+        table: what was measured.
+        summary: of `benchmarks.report.tables.summarize`; of several models, the first.
+        costs: names of `COSTS`, a panel each.
+
+    Raises:
+        AdfqError: for another kind of file, or one that cannot be written; where no row was measured.
+    """
+    style.save(plot_accuracy_cost(table, summary, costs), file)
+
+
+def plot_accuracy_cost(table: Table, summary: pd.DataFrame, costs: Sequence[str] = tuple(COSTS)) -> Figure:
+    """A panel for each cost: error bars are the seeds' standard deviation, full precision is a line."""
+    metric = next(iter(table.metrics))
+    rows = summary[(summary["metric"] == metric) & (summary["model"] == table.models[0].key)]
+    rows = rows.dropna(subset=["mean"])
+    full, rows = (rows[(rows["method"] == FULL_PRECISION) == wanted] for wanted in (True, False))
+    if rows.empty or full.empty:
+        raise AdfqError(f"table {table.name} has no row that was measured beside full precision")
+    if rows["bits"].nunique() > 1:
+        rows = rows.assign(label=rows["label"] + ", " + rows["bits"])
+    panel = max(2.0, _LINE * (len(rows) + 2))
+    labels = 0.05 * _WIDTH + _CHARACTER * (1 + max(map(len, [*rows["label"], *full["label"]])))
+    width, height = _LEFT + _WIDTH + labels, len(costs) * (panel + _BELOW + _ABOVE)
+    figure = style.make_figure(width, height)
+    for index, name in enumerate(costs):
+        bottom = height - (index + 1) * (panel + _BELOW + _ABOVE) + _BELOW
+        axes = figure.add_axes((_LEFT / width, bottom / height, _WIDTH / width, panel / height))
+        _draw(axes, rows, full.iloc[0], COSTS[name])
+        axes.set_ylabel(f"{table.models[0].label}, {table.metrics[metric]}, %")
+        style.dress(axes)
+        _write_labels(axes, rows, full.iloc[0], COSTS[name].column, panel)
+    return figure
+
+
+def _draw(axes: Axes, rows: pd.DataFrame, full: pd.Series[float], cost: Cost) -> None:
+    methods = list(dict.fromkeys(rows["method"]))
+    for row in rows.to_dict("records"):
+        index = methods.index(row["method"])
+        # Of what is measured under several settings, what goes by the method's own name is filled.
+        color, fill = _COLORS[index % len(_COLORS)], "full" if row["row"] == row["method"] else "none"
+        axes.errorbar(
+            row[cost.column],
+            row["mean"],
+            None if np.isnan(row["std"]) else row["std"],
+            marker=_MARKERS[index % len(_MARKERS)],
+            color=color,
+            fillstyle=fill,
+            markersize=5,
+            markeredgewidth=1,
+            markeredgecolor="black" if fill == "full" else color,
+            elinewidth=0.8,
+            capsize=2,
+            zorder=3,
+        )
+    axes.axhline(full["mean"], color="black", linewidth=0.8, linestyle=(0, (4, 2)))
+    axes.grid(color="#D9D9D9", linewidth=0.5)
+    axes.set_xlabel(cost.label + (f" (full precision: {full[cost.column]:.3g})" if cost.column == "size" else ""))
+    axes.margins(x=0.06, y=0.06)
+
+
+def _write_labels(axes: Axes, rows: pd.DataFrame, full: pd.Series[float], column: str, height: float) -> None:
+    """Beside the panel, in the order of the points, so that no label hides another; a line leads to each."""
+    named = pd.concat([rows, full.to_frame().T]).reset_index(drop=True)
+    right = axes.get_xlim()[1]
+    axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())  # what is drawn from here on changes neither
+    x, y = named[column].where(named["method"] != FULL_PRECISION, right).astype(float), named["mean"].astype(float)
+    order = np.lexsort((-x, y))
+    places = axes.transAxes.inverted().transform(axes.transData.transform(np.column_stack([x, y])))[order, 1]
+    for index, place in zip(order, _spread(places, _LINE / height), strict=True):
+        axes.annotate(
+            named["label"][index],
+            (x[index], y[index]),
+            (1.05, place),
+            textcoords="axes fraction",
+            va="center",
+            fontsize=style.POINTS,
+            arrowprops=_LEADER,
+            annotation_clip=False,
+        )
+
+
+def _spread(places: NDArray[np.float64], gap: float) -> NDArray[np.float64]:
+    """Places between 0 and 1, in ascending order, moved apart to that gap by as little as it takes."""
+    ranks = gap * np.arange(len(places))
+    pools: list[tuple[float, int]] = []  # neighbours that touch, about the middle of where they belong
+    for place in (places - ranks).tolist():
+        middle, size = place, 1
+        while pools and pools[-1][0] > middle:
+            other, count = pools.pop()
+            middle, size = (middle * size + other * count) / (size + count), size + count
+        pools.append((middle, size))
+    middles, sizes = zip(*pools, strict=True)
+    return np.asarray(np.clip(np.repeat(middles, sizes), 0, 1 - ranks[-1]) + ranks)

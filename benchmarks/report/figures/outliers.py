@@ -1,0 +1,140 @@
+"""What ADFQ-ViT keeps in full precision: the values beyond its thresholds, layer by layer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from adfq.adapters import adapt
+from adfq.errors import AdfqError
+from adfq.layers import QuantWeightLayer
+from adfq.methods import FULL_PRECISION, Bits, load_method
+from adfq.quantizers import OutlierQuantizer
+from adfq.sites import Network, Recipe
+from benchmarks.report.figures import style
+
+_LOOKS = ((style.COLORS[1], ""), (style.COLORS[5], "/////"), (style.COLORS[4], "....."), (style.COLORS[3], "xxxxx"))
+
+
+class _AttachedError(Exception):
+    """Ends a method that has attached its quantizers."""
+
+
+class _Attaching(Network):
+    """A network on which a method comes no farther than to attach its quantizers."""
+
+    def attach(self, recipe: Recipe) -> None:
+        super().attach(recipe)
+        raise _AttachedError
+
+
+def check_outliers(model: nn.Module, method: str, bits: Bits, arguments: Mapping[str, Any]) -> None:
+    """Raises AdfqError, without calibration, for a method that keeps no outliers of this model.
+
+    Args:
+        model: in full precision; it is left untouched.
+        method, arguments: a method's name and options.
+        bits: any.
+    """
+    if method != FULL_PRECISION:
+        network = adapt(copy.deepcopy(model))
+        attaching = _Attaching(**{field.name: getattr(network, field.name) for field in fields(network)})
+        try:
+            load_method(method)(attaching, torch.zeros(1, 3, 1, 1), bits, **arguments)
+        except _AttachedError:
+            if any(isinstance(quantizer, OutlierQuantizer) for *_, quantizer in attaching.activation_quantizers()):
+                return
+    options = "".join(f", {name}={value}" for name, value in arguments.items())
+    raise AdfqError(f"{method}{options} has no quantizer that keeps outliers")
+
+
+def collect_outliers(
+    model: nn.Module, images: Tensor, forward: Callable[[nn.Module, Tensor], Any] = nn.Module.__call__
+) -> pd.DataFrame:
+    """How many of the values that outlier-aware quantizers see they keep as they are.
+
+    Args:
+        model: quantized.
+        images: B×C×H×W, preprocessed, on the model's device.
+        forward: runs the model on images.
+
+    Returns:
+        One row a layer, in the order of the forward pass: ``layer``, ``role``, ``threshold``, ``values`` (how many it
+        has seen), ``kept`` (how many of them are outliers), ``percent`` (of the values, kept).
+
+    Raises:
+        AdfqError: for a model without such quantizers.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+
+    def count(name: str, role: str, quantizer: OutlierQuantizer, inputs: tuple[Tensor, ...]) -> None:
+        first = {"layer": name, "role": role, "threshold": quantizer.threshold, "values": 0, "kept": 0}
+        row = rows.setdefault(name, first)
+        row["values"] += inputs[0].numel()
+        row["kept"] += int(quantizer.outliers(inputs[0]).sum())
+
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, QuantWeightLayer)]
+    hooks = [
+        layer.input_quantizer.register_forward_pre_hook(partial(count, name, layer.role))
+        for name, layer in layers
+        if isinstance(layer.input_quantizer, OutlierQuantizer)
+    ]
+    try:
+        with torch.inference_mode():
+            forward(model.eval(), images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not rows:
+        raise AdfqError("the model has no quantizer that keeps outliers")
+    frame = pd.DataFrame(list(rows.values()))
+    return frame.assign(percent=100 * frame["kept"] / frame["values"])
+
+
+def draw_outliers(frame: pd.DataFrame, file: Path) -> None:
+    """Draws what `collect_outliers` has found, and writes it: ``.png`` or ``.svg``.
+
+    Raises:
+        AdfqError: for another kind of file, or one that cannot be written.
+    """
+    style.save(plot_outliers(frame), file)
+
+
+def plot_outliers(frame: pd.DataFrame) -> Figure:
+    """A bar for each layer with its number, zeros too; colour and hatch tell roles and thresholds apart."""
+    figure = style.make_figure(0.75 * style.PAGE_WIDTH, style.rows_height(len(frame)), layout="constrained")
+    axes = figure.subplots()
+    groups = frame.groupby(["role", "threshold"], sort=False)
+    for index, ((role, threshold), rows) in enumerate(groups):
+        color, hatch = _LOOKS[index % len(_LOOKS)]
+        label = f"{role}: kept beyond ±{threshold:g}"
+        places = np.flatnonzero(frame["layer"].isin(rows["layer"]))
+        axes.barh(places, rows["percent"], 0.7, color=color, hatch=hatch, edgecolor="black", linewidth=0.5, label=label)
+    for place, percent in enumerate(frame["percent"]):
+        axes.annotate(
+            f"{percent:.2g}" if percent < 10 else f"{percent:.0f}",
+            (percent, place),
+            (2, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=style.POINTS,
+        )
+    style.list_rows(axes, style.name_sites(list(frame["layer"]), list(frame["role"])))
+    highest = float(frame["percent"].max())
+    axes.set_xlim(0, 1.12 * highest if highest else 1)
+    axes.set_xlabel("kept outliers, % of the layer's input values")
+    if not highest:
+        axes.set_title("No value is beyond the thresholds")
+    style.dress(axes)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=style.POINTS, frameon=False)
+    return figure

@@ -1,0 +1,314 @@
+"""Tables, figures and environment in one report: a page that needs nothing else, Markdown, LaTeX."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+import jinja2
+import pandas as pd
+
+from adfq.errors import AdfqError
+from adfq.methods import FULL_PRECISION
+from benchmarks.cell import Cell
+from benchmarks.plan import Entry, Table
+from benchmarks.report.tables import (
+    COSTS,
+    as_rows,
+    counts,
+    escape_latex,
+    notes,
+    render,
+    summarize,
+    tabulate_results,
+)
+from benchmarks.run.store import Record
+
+#: The files of a report, by the templates that they are made of.
+_FILES = {"page.html.jinja": "index.html", "page.md.jinja": "report.md", "page.tex.jinja": "report.tex"}
+
+_IMAGE_TYPES = {".png": "image/png", ".svg": "image/svg+xml"}
+
+# What LaTeX includes, in order of preference.
+_PRINTABLE = (".pdf", ".png")
+
+
+class Figure(NamedTuple):
+    """A picture in a report.
+
+    Attributes:
+        text: what there is to see in it, for who reads and for who cannot see it.
+        file: PNG or SVG. LaTeX has no SVG: a PDF or PNG of the same name beside it goes into LaTeX, where there is one.
+    """
+
+    title: str
+    text: str
+    file: Path
+
+
+class Column(NamedTuple):
+    """A column of numbers: a metric of a model, or what it costs.
+
+    Attributes:
+        detail: the second line of the heading, or nothing.
+        first: what the first click sorts into: ``"descending"`` where more is better.
+    """
+
+    heading: str
+    detail: str
+    first: str
+
+
+class Number(NamedTuple):
+    """A number in a table as it is read, and as it is sorted.
+
+    Attributes:
+        value: None where there is none.
+        beside: what it is compared with: the difference to full precision, or the published number and the difference
+            to that.
+        best: `summarize`.
+    """
+
+    value: float | None
+    text: str
+    beside: str = ""
+    best: bool = False
+
+
+class Line(NamedTuple):
+    """A row at a bit-width; `bits_value` sorts bit-widths, and `first` begins a new one."""
+
+    label: str
+    bits: str
+    bits_value: int
+    first: bool
+    numbers: Sequence[Number]
+
+
+class Measurement(NamedTuple):
+    """One cell: what it is, what it gave (None where it has failed), and the command that measures it."""
+
+    what: str
+    metrics: str | None
+    command: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """One table."""
+
+    table: Table
+    frame: pd.DataFrame
+    compared: str
+    columns: Sequence[Column]
+    lines: Sequence[Line]
+    notes: Sequence[str]
+    measurements: Sequence[Measurement]
+
+    @classmethod
+    def create(
+        cls, table: Table, results: Sequence[tuple[Entry, Record | None]], command: Callable[[Cell], str]
+    ) -> Section:
+        frame = tabulate_results(table, results)
+        summary = summarize(table, frame)
+        return cls(
+            table,
+            frame,
+            "published, and the difference to that" if table.published else "the difference to full precision",
+            _columns(table),
+            _lines(table, summary),
+            notes(table, frame, summary),
+            [
+                Measurement(_name(entry), None if record is None else _metrics(table, record), command(entry.cell))
+                for entry, record in results
+            ],
+        )
+
+
+class Setting(NamedTuple):
+    """Something of the environment, with the cells measured in each; the most frequent one first."""
+
+    name: str
+    values: Sequence[tuple[str, Sequence[str]]]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a report says, before it is HTML, Markdown or LaTeX."""
+
+    profile: str
+    sections: Sequence[Section]
+    environment: Sequence[Setting]
+    cells: int
+    failed: int
+    finished: tuple[str, str] | None
+    """First and last day, as ISO has them."""
+
+    @classmethod
+    def create(
+        cls,
+        measured: Iterable[tuple[Table, Sequence[tuple[Entry, Record | None]]]],
+        command: Callable[[Cell], str],
+    ) -> Report:
+        """Of at least one table.
+
+        Args:
+            measured: each table with its cells and their records, None for a cell that has failed.
+            command: the command line that measures a cell.
+        """
+        tables = list(measured)
+        # Tables share cells.
+        every = {
+            entry.cell.id: (f"table {table.name}: {_name(entry)}", record)
+            for table, results in reversed(tables)  # the first table that has a cell names it
+            for entry, record in results
+        }
+        records = {name: record for name, record in reversed(every.values()) if record is not None}
+        days = sorted(str(record["finished"])[:10] for record in records.values() if record.get("finished"))
+        return cls(
+            tables[0][0].profile,
+            [Section.create(table, results, command) for table, results in tables],
+            _settings({name: record.get("environment", {}) for name, record in records.items()}),
+            len(every),
+            sum(record is None for _, record in every.values()),
+            (days[0], days[-1]) if days else None,
+        )
+
+
+def render_report(report: Report, directory: Path, figures: Sequence[Figure] = ()) -> dict[str, str]:
+    """The report's files, by name.
+
+    Args:
+        directory: where they will lie; Markdown and LaTeX name the figures' files relative to it.
+
+    Returns:
+        ``index.html``, which holds the figures and needs nothing else, ``report.md``, ``report.tex``.
+
+    Raises:
+        AdfqError: for a figure that cannot be read.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("benchmarks.report"),
+        autoescape=jinja2.select_autoescape(["html.jinja"]),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+
+    def relative(file: Path) -> str:
+        return Path(os.path.relpath(file, directory)).as_posix()
+
+    environment.filters |= {
+        "table": lambda section, style: render(section.table, section.frame, style),
+        "data_url": _data_url,
+        "printable": _printable,
+        "relative": relative,
+        "link": lambda file: quote(relative(file)),
+        "latex": escape_latex,
+        "pipes": lambda text: str(text).replace("|", r"\|"),
+    }
+    return {
+        name: environment.get_template(template).render(report=report, figures=figures)
+        for template, name in _FILES.items()
+    }
+
+
+def _columns(table: Table) -> list[Column]:
+    columns = []
+    for model in table.models:
+        details = list(table.metrics.values()) if len(table.metrics) > 1 else [""]
+        columns += [Column(model.label, detail, "descending") for detail in details]
+        if table.cost:
+            of_model = "" if len(table.models) == 1 else model.label
+            columns += [Column(heading, of_model, "ascending") for _, heading, _ in COSTS]
+    return columns
+
+
+def _lines(table: Table, summary: pd.DataFrame) -> list[Line]:
+    lines: list[Line] = []
+    for _, group in summary.groupby(["row", "bits"], sort=False):
+        cells = {(row["model"], row["metric"]): row for row in as_rows(group)}
+        numbers = []
+        for model in table.models:
+            of_model = [cells[model.key, metric] for metric in table.metrics]
+            numbers += [_number(table, summary, row) for row in of_model]
+            if table.cost:
+                numbers += [_cost(of_model[0].get(key), style) for key, _, style in COSTS]
+        label, bits = group["label"].iloc[0], group["bits"].iloc[0]
+        weight, activation = map(int, re.findall(r"\d+", bits))
+        first = not lines or lines[-1].bits != bits
+        lines.append(Line(label, bits, 100 * weight + activation, first, numbers))
+    return lines
+
+
+def _number(table: Table, summary: pd.DataFrame, row: Mapping[str, Any]) -> Number:
+    mean, digits = row["mean"], table.digits
+    if pd.isna(mean):
+        return Number(None, "failed" if row["failed"] else "")
+    text = f"{mean:.{digits}f}" + ("" if pd.isna(row["std"]) else f" ± {row['std']:.{digits}f}")
+    beside = ""
+    if table.published:
+        text += "" if counts(table, summary, row) else "‡"
+        if not pd.isna(row["published"]):
+            mark, difference = "" if row["verified"] else "†", _signed(mean - row["published"], digits)
+            beside = f"{row['published']:.{digits}f}{mark} ({difference})"
+    elif row["method"] != FULL_PRECISION and not pd.isna(row["delta"]):
+        beside = _signed(row["delta"], digits)
+    return Number(mean, text, beside, row["best"])
+
+
+def _signed(difference: float, digits: int) -> str:
+    return f"{difference:+.{digits}f}".replace("-", "−")
+
+
+def _cost(value: Any, style: str) -> Number:
+    return Number(None, "") if pd.isna(value) else Number(value, style.format(value))
+
+
+def _name(entry: Entry) -> str:
+    if entry.cell.method == FULL_PRECISION:
+        return f"{entry.model.label}, {entry.row.label}"
+    return f"{entry.model.label}, {entry.row.label}, {entry.cell.bits}, seed {entry.cell.seed}"
+
+
+def _metrics(table: Table, record: Record) -> str:
+    metrics = record["metrics"]
+    return ", ".join(f"{name} {metrics[key]:.{table.digits}f}" for key, name in table.metrics.items() if key in metrics)
+
+
+def _settings(environments: Mapping[str, Mapping[str, Any]]) -> list[Setting]:
+    settings = []
+    for name in dict.fromkeys(name for environment in environments.values() for name in environment):
+        cells: dict[str, list[str]] = {}
+        for cell, environment in environments.items():
+            value = environment.get(name)
+            text = value if isinstance(value, str) else "none" if value is None else json.dumps(value)
+            cells.setdefault(text, []).append(cell)
+        usual = statistics.mode(text for text, each in cells.items() for _ in each)
+        settings.append(Setting(name, sorted(cells.items(), key=lambda item: item[0] != usual)))
+    return settings
+
+
+def _data_url(file: Path) -> str:
+    if file.suffix.lower() not in _IMAGE_TYPES:
+        raise AdfqError(f"{file} is neither PNG nor SVG")
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise AdfqError(f"cannot read {file}: {error.strerror}") from None
+    return f"data:{_IMAGE_TYPES[file.suffix.lower()]};base64,{base64.b64encode(data).decode()}"
+
+
+def _printable(file: Path) -> Path | None:
+    if file.suffix.lower() != ".svg":
+        return file
+    return next((other for suffix in _PRINTABLE if (other := file.with_suffix(suffix)).is_file()), None)

@@ -1,0 +1,287 @@
+"""Where cells are measured: in this process, or side by side in processes of their own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import loky
+import psutil
+import torch
+from loky.process_executor import BrokenProcessPool
+
+from adfq.errors import AdfqError, NonFiniteError
+from benchmarks.cell import Cell
+from benchmarks.run.allocator import keep_freed_memory
+from benchmarks.run.console import collect_warnings, warn
+from benchmarks.run.runner import environment, provenance, run_cell
+from benchmarks.run.store import Record
+from benchmarks.tasks import Subject, load_subject
+from benchmarks.tasks.shared import one_line
+
+#: Libraries that compute with threads of their own read these before they are loaded.
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+#: A process that has its share of the cores counts no more of them.
+CORES = "LOKY_MAX_CPU_COUNT"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A cell to measure.
+
+    Attributes:
+        known: its records, whatever they were measured with; one that still counts is the result.
+        unfinished: where its method finds and keeps what it has finished; None where it cannot.
+    """
+
+    cell: Cell
+    known: Sequence[Record] = ()
+    unfinished: Path | None = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a cell could not be measured.
+
+    Attributes:
+        error: in one line.
+        details: the traceback, where there is one.
+    """
+
+    error: str
+    details: str = ""
+    environment: Any = None
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """As the store has it."""
+        finished = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        return {"error": self.error, "details": self.details, "environment": self.environment, "finished": finished}
+
+
+class LostWorkerError(Exception):
+    """What measured a cell has died: killed for its memory, perhaps, or its machine has gone.
+
+    Attributes:
+        crowded: whether other cells on the machine may be to blame. Then the cell is measured again when nothing else
+            runs, and has failed if that is lost too.
+    """
+
+    def __init__(self, message: str, crowded: bool) -> None:
+        super().__init__(message)
+        self.crowded = crowded
+
+
+class Executor(Protocol):
+    """Measures jobs.
+
+    Attributes:
+        slots: how many jobs it takes at once.
+    """
+
+    slots: int
+
+    def submit(self, job: Job) -> Future[Record | Failure]:
+        """Starts a job. Its future raises LostWorkerError, or AdfqError for the user's mistakes."""
+
+    def close(self) -> None:
+        """Ends everything that runs."""
+
+
+def create_local_executor(device: torch.device, jobs: int | None, cell_memory: float | None) -> Executor:
+    """The executor for this machine.
+
+    Args:
+        device: ``cuda`` stands for every GPU there is.
+        jobs: how many cells at once; None for one a GPU, or as many as fit memory and cores; 0 for one after the other
+            in this process.
+        cell_memory: what each takes, in GB; None for cells that have the machine for themselves.
+    """
+    if jobs == 0:
+        return InProcess(device)
+    if device.type == "cuda":
+        every = range(torch.cuda.device_count()) if device.index is None else [device.index]
+        devices = [f"cuda:{index}" for index in every]
+        return Processes([devices[job % len(devices)] for job in range(jobs or len(devices))])
+    return Processes([str(device)] * (jobs or count_processes(cell_memory)))
+
+
+class InProcess:
+    """One job after the other, in this process."""
+
+    slots = 1
+
+    def __init__(self, device: torch.device) -> None:
+        self.worker = Worker(device)
+
+    def submit(self, job: Job) -> Future[Record | Failure]:
+        future: Future[Record | Failure] = Future()
+        try:
+            future.set_result(self.worker.run(job))
+        except AdfqError as error:
+            future.set_exception(error)
+        return future
+
+    def close(self) -> None:
+        pass
+
+
+class Processes:
+    """Jobs side by side on this machine, each in a process of its own with its share of the cores."""
+
+    def __init__(self, devices: Sequence[str]) -> None:
+        """
+        Args:
+            devices: one for each job that runs at a time.
+        """
+        self.slots = len(devices)
+        self.free = list(devices)
+        self.pool: Any = None
+
+    def submit(self, job: Job) -> Future[Record | Failure]:
+        device = self.free.pop()
+        try:
+            inner = self._open().submit(run_in_process, job, device)
+        except BrokenProcessPool:  # a process has died in between
+            self.pool = None
+            inner = self._open().submit(run_in_process, job, device)
+        pool, result = self.pool, Future[Record | Failure]()
+
+        def hand_over(done: Any) -> None:
+            self.free.append(device)
+            error = done.exception()
+            if isinstance(error, BrokenProcessPool):  # all jobs of this pool end like this one
+                if self.pool is pool:
+                    self.pool = None
+                message = "its process was killed, by the system for its memory perhaps"
+                result.set_exception(LostWorkerError(message, crowded=True))
+            elif error is not None:
+                result.set_exception(error)
+            else:
+                result.set_result(done.result())
+
+        inner.add_done_callback(hand_over)
+        return result
+
+    def _open(self) -> Any:
+        if self.pool is None:
+            # It starts a process anew that has grown, as with a larger model.
+            warnings.filterwarnings("ignore", "A worker was restarted", UserWarning)
+            share = max(1, loky.cpu_count() // self.slots)
+            self.pool = loky.ProcessPoolExecutor(
+                self.slots,
+                initializer=_prepare_process,
+                initargs=(share, os.getpid()),
+                env=dict.fromkeys([*_THREADS, CORES], str(share)),
+            )
+        return self.pool
+
+    def close(self) -> None:
+        if self.pool is not None:
+            # Killed processes leave semaphores behind, about which Python warns.
+            self.pool.shutdown(wait=True, kill_workers=len(self.free) < self.slots)
+            self.pool = None
+
+
+def count_processes(cell_memory: float | None) -> int:
+    """How many cells fit this machine side by side.
+
+    Args:
+        cell_memory: what each takes, in GB; None for cells that have the machine for themselves.
+    """
+    if cell_memory is None:
+        return 1
+    fitting = int(psutil.virtual_memory().available / (1e9 * cell_memory))
+    return max(1, min(int(loky.cpu_count()), fitting))
+
+
+class Worker:
+    """Measures cells one after the other; those on the same model and data share them in memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.subject: Subject | None = None
+        self.loaded: tuple[Any, ...] | None = None
+
+    def run(self, job: Job) -> Record | Failure:
+        """
+        Raises:
+            AdfqError: for the user's mistakes. All else, values that are not finite among it, is this cell's failure.
+        """
+        try:
+            with collect_warnings() as messages:
+                return self._measure(job, messages)
+        except Exception as error:
+            if isinstance(error, AdfqError) and not isinstance(error, NonFiniteError):
+                raise
+            self.subject = None  # whatever state it is in, and its memory
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            name = "" if isinstance(error, (RuntimeError, NonFiniteError)) else f"{type(error).__name__}: "
+            return Failure(f"{name}{one_line(error)}", traceback.format_exc(), environment(self.device))
+
+    def _measure(self, job: Job, messages: list[str]) -> Record:
+        cell = job.cell
+        # Everything but method, bits and how they are measured.
+        wanted = (
+            cell.task,
+            cell.model,
+            cell.model_arguments,
+            cell.checkpoint,
+            cell.pretrained,
+            cell.data,
+            cell.preprocessing,
+            cell.task_arguments,
+        )
+        if self.subject is None or self.loaded != wanted:
+            self.subject = None  # two large models need not fit
+            self.subject, self.loaded = load_subject(cell), wanted
+        now = provenance(cell, self.subject)
+        for record in job.known:
+            if record["provenance"] == now:
+                return record
+        if any(record["provenance"].get("data", now["data"]) != now["data"] for record in job.known):
+            warn(f"the data of {cell.data} are not those of earlier records, which do not count any more")
+        return {**run_cell(cell, self.subject, self.device, job.unfinished), "warnings": messages}
+
+
+def run_in_process(job: Job, device: str) -> Record | Failure:
+    """Runs a job with the worker that this process has for the device."""
+    return _process_worker(device).run(job)
+
+
+@cache
+def _process_worker(device: str) -> Worker:
+    keep_freed_memory()
+    return Worker(torch.device(device))
+
+
+def _prepare_process(threads: int, parent: int) -> None:
+    torch.set_num_threads(threads)
+    # With loky as the default, data loaders cannot start processes of their own.
+    multiprocessing.set_start_method(None, force=True)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its processes
+    warnings.showwarning = lambda message, *_: warn(str(message))
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """A parent that is killed cannot end its processes, and would leave them measuring for nobody."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    sys.stderr.close()
+    os._exit(1)

@@ -1,0 +1,129 @@
+"""Runs cells, and records each as soon as it is measured."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from typing import Any
+
+from filelock import FileLock
+from tqdm import tqdm
+
+from benchmarks.cell import Cell
+from benchmarks.run.console import warn
+from benchmarks.run.executors.local import Executor, Failure, Job, LostWorkerError
+from benchmarks.run.store import Record, ResultStore
+
+#: How often to ask whether another process has finished a cell, in seconds.
+_PATIENCE = 1.0
+
+#: How often a cell may lose its worker through no fault of its own.
+_LOSSES = 3
+
+Running = dict["Future[Record | Failure]", tuple[Cell, FileLock]]
+
+
+def run_cells(cells: Sequence[Cell], store: ResultStore, executor: Executor) -> list[Record | None]:
+    """Measures what the store does not have yet.
+
+    Each record is in the store as soon as its cell is measured. A cell that another process is measuring on the same
+    store is waited for. One whose worker was lost is measured again (`LostWorkerError`). A failure is recorded, and the
+    rest goes on.
+
+    Returns:
+        Every cell's record, in the order given; None where measuring has failed.
+
+    Raises:
+        AdfqError: for the user's mistakes, and if a record cannot be written. What was measured before is recorded.
+    """
+    return _Run(store, executor, cells).run()
+
+
+class _Run:
+    def __init__(self, store: ResultStore, executor: Executor, cells: Sequence[Cell]) -> None:
+        self.store, self.executor, self.cells = store, executor, cells
+        self.waiting = list(dict.fromkeys(cells))
+        self.lost: list[Cell] = []
+        self.losses: Counter[Cell] = Counter()
+        self.running: Running = {}
+        self.results: dict[Cell, Record | None] = {}
+
+    def run(self) -> list[Record | None]:
+        try:
+            with tqdm(total=len(self.waiting), desc="cells", unit="cell", delay=2, disable=None) as bar:
+                while self.waiting or self.running or self.lost:
+                    blocked = self._start()
+                    if not self.running:
+                        time.sleep(_PATIENCE)
+                        continue
+                    done, _ = wait(self.running, _PATIENCE if blocked else None, FIRST_COMPLETED)
+                    for future in done:
+                        self._finish(future)
+                    bar.n = len(self.results)
+                    bar.refresh()
+        finally:
+            for _, lock in self.running.values():
+                lock.release()
+        return [self.results[cell] for cell in self.cells]
+
+    def _start(self) -> bool:
+        """Fills the executor's slots; returns whether others have cells that it would take."""
+        if not self.waiting and not self.running and self.lost:
+            alone = self.lost.pop(0)
+            if not self._submit(alone):
+                self.lost.append(alone)
+                return True
+            return False
+        taken = []
+        for cell in self.waiting:
+            if len(self.running) == self.executor.slots:
+                break
+            if self._submit(cell):
+                taken.append(cell)
+        blocked = len(self.running) < self.executor.slots and len(taken) < len(self.waiting)
+        self.waiting = [cell for cell in self.waiting if cell not in taken]
+        return blocked
+
+    def _submit(self, cell: Cell) -> bool:
+        lock = self.store.lock(cell)
+        if lock is None:
+            return False
+        try:
+            future = self.executor.submit(Job(cell, self.store.known(cell), self.store.unfinished(cell)))
+        except BaseException:
+            lock.release()
+            raise
+        self.running[future] = cell, lock
+        return True
+
+    def _finish(self, future: Future[Record | Failure]) -> None:
+        cell, lock = self.running[future]
+        try:
+            result = self._result(cell, future)
+            if isinstance(result, Failure):
+                self.store.put_failure(cell, result.record)
+                warn(f"{cell.model}, {cell.method}, {cell.bits}, seed {cell.seed} failed: {result.error}")
+                self.results[cell] = None
+            elif result is not None:
+                if self.store.get(cell, result["provenance"]) is None:
+                    self.store.put(cell, result)
+                    shutil.rmtree(self.store.unfinished(cell), ignore_errors=True)
+                self.results[cell] = result
+        finally:
+            del self.running[future]
+            lock.release()
+
+    def _result(self, cell: Cell, future: Future[Any]) -> Record | Failure | None:
+        """None for a cell that is to be measured again."""
+        try:
+            result: Record | Failure = future.result()
+        except LostWorkerError as error:
+            self.losses[cell] += 1
+            if self.losses[cell] > (1 if error.crowded else _LOSSES):
+                return Failure(str(error))
+            (self.lost if error.crowded else self.waiting).append(cell)
+            return None
+        return result

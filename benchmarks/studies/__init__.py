@@ -1,0 +1,1 @@
+"""Studies of speed and deployment, which no table has."""

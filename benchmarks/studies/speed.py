@@ -1,0 +1,212 @@
+"""How fast quantizing and quantized models are, in multiples of full precision."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from adfq.errors import AdfqError
+from adfq.methods import FULL_PRECISION
+from benchmarks.bundled.classifiers import CLASSIFIERS
+from benchmarks.cell import Cell
+from benchmarks.run.allocator import freed_memory_given_back
+from benchmarks.run.console import markdown_table
+from benchmarks.run.cost import peak_memory, time_of
+from benchmarks.run.runner import quantize_model
+from benchmarks.tasks import Subject
+from benchmarks.tasks.classification.data import BUNDLED, count_classes
+from benchmarks.tasks.classification.task import Classification, load_classification
+from benchmarks.tasks.shared import read_batches
+
+#: The method whose optimization is measured apart, by the iteration.
+OPTIMIZED = "adfq_vit"
+
+# Of loading; a batch from each process.
+_ROUNDS = 4
+
+# Forward passes in a row, of which the median counts: the first ones fetch memory that calibration has given back.
+_PASSES = 3
+
+# An iteration is what a run of more iterations takes longer than one of fewer.
+_FEWER, _MORE = 1, 3
+
+_COLUMNS = {
+    "calibration": "Calibration",
+    "forward": "Quantized forward",
+    "iteration": "AMO iteration",
+    "calibration_memory": "Calibration memory",
+    "forward_memory": "Forward memory",
+}
+
+
+def benchmark(
+    model: str,
+    methods: Sequence[str],
+    bits: str,
+    images: int,
+    repeats: int,
+    device: torch.device,
+    data: str = BUNDLED,
+) -> dict[str, Any]:
+    """Measures methods on one model, in turn and repeatedly, in this process.
+
+    A model that does not ship has random weights, and as many classes as the data. ADFQ-ViT is measured without its
+    optimization (AMO), and an iteration of that apart: over all modules, with all images, as a multiple of one pass of
+    the whole model forwards and backwards.
+
+    Args:
+        model: as `adfq run classification` has it.
+        methods: names of methods.
+        bits: for all of them.
+        images: for calibration and for each forward pass, and in a batch that is loaded.
+        repeats: of everything but memory, which is measured once, before.
+        data: as `adfq run classification` has it.
+
+    Returns:
+        ``full_precision``: medians of ``forward`` and ``training`` (forwards and backwards) in seconds, of
+        ``images_per_second`` forwards, and of ``forward_memory`` in MB (None where the system does not tell);
+        ``methods``: by name, medians of ``calibration`` and ``forward`` as multiples of full precision's forward, of
+        ``iteration`` of its training (only of ADFQ-ViT), of ``calibration_memory`` and ``forward_memory`` as multiples
+        of its memory; ``loading``, of other data than the bundled, which are not read but drawn: the median of
+        ``images_per_second`` that evaluation could have, and ``workers``, the processes that read and preprocess.
+
+    Raises:
+        AdfqError: for unknown models and methods, unreadable bits, unusable data, and models that cannot be quantized.
+    """
+    classes = None if model in CLASSIFIERS else count_classes(data)
+    arguments = () if classes is None else (("num_classes", classes),)
+    create = partial(Cell.create, task="classification", model=model, model_arguments=arguments, data=data, bits=bits)
+    cells = [
+        create(method=method, calibration_size=images, method_arguments=_arguments(method, iterations=0))
+        for method in methods
+        if method != FULL_PRECISION
+    ]
+    if not cells:
+        raise AdfqError("there is nothing to compare with full precision: give other methods")
+    subject = load_classification(create(method=FULL_PRECISION))
+    run = _Run(subject, images, device)
+    with freed_memory_given_back():
+        run.measure_memory(cells)
+    rates = []
+    with tqdm(total=repeats * len(cells), desc="bench", unit="method", disable=None) as bar:
+        for _ in range(repeats):
+            if data != BUNDLED:
+                rates.append(_loading_rate(subject, images, device))
+            for cell in cells:
+                run.measure(cell)
+                bar.update()
+    found = run.summarize()
+    if rates:
+        found["loading"] = {"images_per_second": statistics.median(rates), "workers": subject.workers}
+    return found
+
+
+def _loading_rate(subject: Classification, batch_size: int, device: torch.device) -> float:
+    """Images per second as evaluation loads them when no model holds it up."""
+    # Processes read a batch each, all at a time: batches come in rounds, from the first of one to that of another.
+    batches = _ROUNDS * subject.workers
+    available = len(subject.validation)
+    chosen = [index % available for index in range((1 + batches) * batch_size)]
+    loaded = read_batches(subject.create_loader(chosen, batch_size, device))
+    next(loaded)  # the start of the processes
+    # Not to the end, where the processes are waited for.
+    return batches * batch_size / time_of(partial(deque, islice(loaded, batches), maxlen=0), device)
+
+
+def _arguments(method: str, iterations: int) -> tuple[tuple[str, Any], ...]:
+    return (("iterations", iterations),) if method == OPTIMIZED else ()
+
+
+class _Run:
+    def __init__(self, subject: Subject, images: int, device: torch.device) -> None:
+        self.subject, self.device = subject, device
+        self.images = subject.calibration_images(images, seed=0).to(device)
+        self.full: dict[str, list[float]] = defaultdict(list)
+        self.methods: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+        self._forward(subject.model.to(device))  # what is slow once only
+
+    def measure_memory(self, cells: Iterable[Cell]) -> None:
+        """What full precision and each method need at most."""
+        self._keep_memory(self.full, self.subject.model)
+        for cell in cells:
+            model, cost = quantize_model(cell, self.subject, self.device)
+            if cost["calibration_memory"] is not None:
+                self.methods[cell.method]["calibration_memory"].append(cost["calibration_memory"])
+            self._keep_memory(self.methods[cell.method], model)
+
+    def _keep_memory(self, found: dict[str, list[float]], model: nn.Module) -> None:
+        with torch.inference_mode(), peak_memory(self.device) as peak:
+            self.subject.forward(model, self.images)
+        if peak.megabytes is not None:
+            found["forward_memory"].append(peak.megabytes)
+
+    def measure(self, cell: Cell) -> None:
+        """How long full precision takes, and right after it a method."""
+        found = self.methods[cell.method]
+        self.full["forward"].append(self._forward(self.subject.model))
+        model, cost = quantize_model(cell, self.subject, self.device)
+        found["calibration"].append(cost["calibration_seconds"])
+        found["forward"].append(self._forward(model))
+        if cell.method == OPTIMIZED:
+            self.full["training"].append(time_of(self._train, self.device))
+            found["iteration"].append(self._iteration(cell))
+
+    def _forward(self, model: nn.Module) -> float:
+        forward = partial(self.subject.forward, model, self.images)
+        with torch.inference_mode():
+            return statistics.median(time_of(forward, self.device) for _ in range(_PASSES))
+
+    def _train(self) -> None:
+        model: nn.Module = self.subject.model
+        model.requires_grad_(True)
+        self.subject.forward(model, self.images).square().mean().backward()
+        model.zero_grad()
+
+    def _iteration(self, cell: Cell) -> float:
+        batch = ("optimize_batch_size", len(self.images))
+        seconds: dict[int, float] = {}
+        for iterations in (_FEWER, _MORE):
+            arguments = (*_arguments(cell.method, iterations), batch)
+            _, cost = quantize_model(replace(cell, method_arguments=arguments), self.subject, self.device)
+            seconds[iterations] = cost["calibration_seconds"]
+        return (seconds[_MORE] - seconds[_FEWER]) / (_MORE - _FEWER)
+
+    def summarize(self) -> dict[str, Any]:
+        full = {key: statistics.median(values) for key, values in self.full.items()}
+        full["images_per_second"] = len(self.images) / full["forward"]
+        memory = full.get("forward_memory", math.nan)
+        unit = {
+            "calibration": full["forward"],
+            "forward": full["forward"],
+            "iteration": full.get("training", math.nan),
+            "calibration_memory": memory,
+            "forward_memory": memory,
+        }
+        return {
+            "full_precision": full,
+            "methods": {
+                method: {key: statistics.median(values) / unit[key] for key, values in found.items() if unit[key] > 0}
+                for method, found in self.methods.items()
+            },
+        }
+
+
+def render(found: dict[str, Any], label: Callable[[str], str]) -> str:
+    """Markdown of what `benchmark` has found; `label` names methods. Ends in a newline."""
+    rows = []
+    for method, values in found["methods"].items():
+        cells = {title: f"{values[key]:.2f}" if key in values else "" for key, title in _COLUMNS.items()}
+        rows.append({"Method": label(method), **cells})
+    frame = pd.DataFrame(rows)
+    return markdown_table(frame.loc[:, (frame != "").any()]) + "\n"

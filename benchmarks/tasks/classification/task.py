@@ -1,0 +1,218 @@
+"""Image classification with timm: models, preprocessing and data come from its factories."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import timm
+import torch
+from timm.data import create_transform, resolve_data_config
+from timm.models import load_checkpoint
+from timm.utils import accuracy
+from torch import Tensor, nn
+from torch.utils.data import Subset
+from tqdm import tqdm
+
+from adfq.errors import AdfqError, NonFiniteError
+from benchmarks.bundled.classifiers import CLASSIFIERS
+from benchmarks.cell import Cell
+from benchmarks.run.console import warn
+from benchmarks.tasks.classification.data import BUNDLED, CheckedDataset, open_split
+from benchmarks.tasks.shared import (
+    Stopwatch,
+    choose_images,
+    count_workers,
+    create_loader,
+    digest_weights,
+    first_non_finite,
+    one_line,
+    read_batches,
+    unknown_model,
+    unreadable_checkpoint,
+)
+
+#: Modules of timm whose models have an adapter.
+TIMM_MODULES = ("vision_transformer", "deit", "swin_transformer")
+
+_MODES = {1: "L", 3: "RGB"}
+
+
+def classifier_names() -> list[str]:
+    """Bundled models, then timm's that can be quantized."""
+    return [*CLASSIFIERS, *(name for module in TIMM_MODULES for name in timm.list_models(module=module))]
+
+
+@dataclass(frozen=True)
+class Classification:
+    """A classifier with its train and evaluation split (`benchmarks.tasks.Subject`).
+
+    Attributes:
+        preprocessing: timm's data configuration, with nothing left to resolve.
+        train: None where nothing is calibrated.
+        workers: how many processes read images for evaluation, at most; 0 reads them in this one.
+    """
+
+    model: nn.Module
+    weights_digest: str
+    preprocessing: Mapping[str, Any]
+    train: CheckedDataset | None
+    validation: CheckedDataset
+    workers: int
+
+    @property
+    def data_digests(self) -> Mapping[str, Any]:
+        digests = {"images": len(self.validation), "validation": self.validation.digest}
+        return digests if self.train is None else {**digests, "train": self.train.digest}
+
+    def calibration_images(self, count: int, seed: int) -> Tensor:
+        if self.train is None:
+            raise AdfqError("a quantized model is not calibrated again")
+        chosen = choose_images(len(self.train), count, seed)
+        bar = tqdm(chosen, desc="reading calibration images", unit="image", delay=2, leave=False, disable=None)
+        return torch.stack([self.train[index][0] for index in bar])
+
+    def evaluation_images(self, count: int) -> Tensor:
+        available = len(self.validation)
+        return torch.stack([self.validation[index][0] for index in range(min(count, available))])
+
+    def forward(self, model: nn.Module, images: Tensor) -> Tensor:
+        logits: Tensor = model(images)
+        return logits
+
+    def create_loader(self, chosen: Sequence[int], batch_size: int, device: torch.device) -> Any:
+        """Batches of the chosen evaluation images, in that order: B×C×H×W, and B labels."""
+        return create_loader(Subset(self.validation, chosen), batch_size, self.workers, device)
+
+    @torch.inference_mode()
+    def evaluate(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        limit: int | None,
+        batch_size: int,
+        loading: Stopwatch | None = None,
+    ) -> dict[str, float]:
+        """Top-1 and top-5 in percent.
+
+        Raises:
+            NonFiniteError: naming the layer, if logits are not finite.
+            AdfqError: for images that cannot be read.
+        """
+        images = len(self.validation)
+        count = images if limit is None else min(limit, images)
+        if count < 1:
+            raise AdfqError("there are no images to evaluate on")
+        loader = self.create_loader(range(count), batch_size, device)
+        model = model.to(device).eval()
+        hits1 = hits5 = 0.0
+        with tqdm(total=count, desc="evaluating", unit="image", delay=2, leave=False, disable=None) as progress:
+            for batch, labels in read_batches(loader, loading):
+                batch, labels = batch.to(device), labels.to(device)
+                logits = model(batch)
+                if not torch.isfinite(logits).all():
+                    raise NonFiniteError(f"{first_non_finite(model, batch)}: the output is not finite")
+                top1, top5 = accuracy(logits, labels, topk=(1, min(5, logits.shape[1])))
+                hits1 += float(top1) * len(labels)
+                hits5 += float(top5) * len(labels)
+                progress.update(len(labels))
+        return {"top1": hits1 / count, "top5": hits5 / count, "images": count}
+
+
+def describe_classification(metrics: Mapping[str, float]) -> str:
+    """The metrics in words."""
+    return f"top-1 {metrics['top1']:.2f} %, top-5 {metrics['top5']:.2f} % on {metrics['images']} images"
+
+
+def load_classification(cell: Cell) -> Classification:
+    """Loads a cell's model and data.
+
+    Raises:
+        AdfqError: for an unknown model or unusable arguments, a checkpoint that does not fit, unusable data.
+    """
+    cell = _resolve_shipped(cell)
+    return _open_data(cell, _create_model(cell), calibrated=True)
+
+
+def attach_classification(cell: Cell, model: nn.Module) -> Classification:
+    """Gives a quantized model the data to evaluate it on; a train split is not needed.
+
+    Args:
+        cell: its preprocessing is complete, as in `Classification.preprocessing`; what it says of the model is for
+            messages only.
+
+    Raises:
+        AdfqError: for unusable data or preprocessing.
+    """
+    return _open_data(cell, model, calibrated=False)
+
+
+def _open_data(cell: Cell, model: Any, calibrated: bool) -> Classification:
+    try:
+        config = _data_config(cell, model)
+        transform = create_transform(**config, is_training=False)
+    except (AttributeError, KeyError, TypeError):  # a saved model's notes may be anybody's
+        raise AdfqError(f"{cell.checkpoint or cell.model}: its preprocessing is not timm's") from None
+    mode = _MODES[config["input_size"][0]]
+
+    def open_checked(split: str) -> CheckedDataset:
+        return CheckedDataset(open_split(cell.data, split, model.num_classes), mode, transform)
+
+    train = open_checked("train") if calibrated else None
+    # Scenes are drawn once and kept, which only works within one process.
+    workers = 0 if cell.data == BUNDLED else count_workers()
+    return Classification(model.eval(), digest_weights(model), config, train, open_checked("validation"), workers)
+
+
+def _resolve_shipped(cell: Cell) -> Cell:
+    """An bundled model's cell in timm's terms; other cells as they are."""
+    if cell.model not in CLASSIFIERS:
+        return cell
+    shipped = CLASSIFIERS[cell.model]
+    return replace(
+        cell,
+        model=shipped.architecture,
+        model_arguments=tuple({**shipped.arguments, **dict(cell.model_arguments)}.items()),
+        checkpoint=cell.checkpoint or str(shipped.checkpoint),
+        preprocessing=tuple({**shipped.preprocessing, **dict(cell.preprocessing)}.items()),
+    )
+
+
+def _create_model(cell: Cell) -> Any:
+    name, checkpoint = cell.model, cell.checkpoint
+    if not timm.is_model(name):
+        raise unknown_model(name, classifier_names())
+    if checkpoint and not os.path.isfile(checkpoint):
+        raise AdfqError(f"there is no checkpoint {checkpoint}")
+    try:
+        model = timm.create_model(name, pretrained=cell.pretrained and not checkpoint, **dict(cell.model_arguments))
+    except Exception as error:  # whatever the constructor or the hub raises
+        raise AdfqError(f"cannot create {name}: {one_line(error)}") from None
+    if checkpoint:
+        layouts = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+        try:
+            load_checkpoint(model, checkpoint, filter_fn=layouts)
+        except Exception as error:  # a damaged file can raise anything
+            problem = f"checkpoint {checkpoint} does not fit {name}"
+            raise unreadable_checkpoint(checkpoint, error, problem) from None
+    elif not cell.pretrained:
+        warn(f"{name} has random weights (neither a checkpoint nor pretrained weights)")
+    return model
+
+
+def _data_config(cell: Cell, model: Any) -> dict[str, Any]:
+    arguments = dict(cell.model_arguments)
+    known = {key: arguments[key] for key in ("in_chans", "img_size") if key in arguments}
+    try:
+        config: dict[str, Any] = resolve_data_config({**known, **dict(cell.preprocessing)}, model=model)
+    except AssertionError:
+        raise AdfqError("mean and std need one value, or one for each input channel") from None
+    channels = config["input_size"][0]
+    if channels not in _MODES:
+        raise AdfqError(f"images have 1 or 3 channels, the model has {channels}")
+    if not len(config["mean"]) == len(config["std"]) == channels:
+        raise AdfqError(f"the model's mean and std do not fit {channels} channels; give them")
+    return config

@@ -1,0 +1,223 @@
+"""MMDetection's models: configs by name or file, checkpoints in the layouts that there are."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from adfq.adapters.mmcv_ops import provide_mmcv_ops
+from adfq.errors import AdfqError
+from benchmarks.bundled.detectors import CONFIG_FOLDER, DETECTORS
+from benchmarks.run.console import warn
+from benchmarks.tasks.shared import misfit, one_line, unknown_model, unreadable_checkpoint
+
+#: Config files by model name: those of MMDetection, and those that it has not.
+CONFIGS: Mapping[str, str] = {
+    "mask_rcnn_swin_tiny": "mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco.py",
+    "mask_rcnn_swin_small": "mmdet::swin/mask-rcnn_swin-s-p4-w7_fpn_amp-ms-crop-3x_coco.py",
+    "cascade_mask_rcnn_swin_tiny": str(CONFIG_FOLDER / "cascade_mask_rcnn_swin_tiny.py"),
+    "cascade_mask_rcnn_swin_small": str(CONFIG_FOLDER / "cascade_mask_rcnn_swin_small.py"),
+}
+
+# Buffers that follow from the model or only count: files have them or not.
+_HARMLESS = ("num_batches_tracked", "relative_position_index", "attn_mask")
+
+
+class _Ignored:
+    """Stands for whatever a training checkpoint holds beside weights; takes anything and does nothing."""
+
+    def __new__(cls, *_: Any, **__: Any) -> _Ignored:
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+# mmengine's training checkpoints keep the history of their losses, in numpy's arrays. Not even numpy's own functions
+# are called for it.
+_HISTORY = (
+    "mmengine.logging.history_buffer.HistoryBuffer",
+    "builtins.getattr",
+    "numpy.dtype",
+    "numpy.ndarray",
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
+)
+
+
+def detector_names() -> list[str]:
+    """Bundled models, then those on COCO."""
+    return [*DETECTORS, *CONFIGS]
+
+
+@contextmanager
+def mmdetection() -> Iterator[None]:
+    """Readies MMDetection for use, and keeps what it and its imports have to say from stdout and stderr.
+
+    Raises:
+        AdfqError: where it is not installed.
+    """
+    with redirect_stdout(StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            provide_mmcv_ops()
+            import cv2
+            from mmdet.utils import register_all_modules
+            from mmengine.logging import MMLogger
+
+            register_all_modules(init_default_scope=True)
+        except ImportError as error:
+            raise AdfqError(f"detection needs MMDetection: pip install 'adfq[detection]' ({one_line(error)})") from None
+        except AssertionError as error:  # it does not work with every version of mmcv
+            raise AdfqError(f"MMDetection cannot be used: {one_line(error)}") from None
+        MMLogger.get_current_instance().setLevel(logging.ERROR)
+        cv2.setNumThreads(0)  # processes that read images would wait for threads that stayed in this one
+        yield
+
+
+def open_config(name: str) -> Any:
+    """Reads an mmengine config.
+
+    Args:
+        name: of a model (`detector_names`); ``mmdet::PATH`` for a config that MMDetection brings along; or a file. A
+            config file is a program, and is run.
+
+    Raises:
+        AdfqError: for a config that is not there or cannot be read.
+    """
+    with mmdetection():
+        from mmengine.config import Config
+        from mmengine.hub import get_config
+
+        place = str(DETECTORS[name].config) if name in DETECTORS else CONFIGS.get(name, name)
+        packaged = place.startswith("mmdet::")
+        if not packaged and not os.path.isfile(place):
+            raise _unknown(name)
+        try:
+            return get_config(place) if packaged else Config.fromfile(place)
+        except Exception as error:  # a program can raise anything
+            raise AdfqError(f"cannot read config {name}: {one_line(error)}") from None
+
+
+def build_detector(config: Any) -> nn.Module:
+    """The model of a config, with random weights; nothing is downloaded."""
+    with mmdetection():
+        from mmdet.registry import MODELS
+        from mmengine.model import revert_sync_batchnorm
+
+        # MMDetection writes into the settings that it builds from.
+        model: nn.Module = revert_sync_batchnorm(MODELS.build(copy.deepcopy(config.model)))
+    return model
+
+
+def load_detector(name: str, checkpoint: str | None = None) -> nn.Module:
+    """Builds a detector and loads its weights.
+
+    Args:
+        name: as for `open_config`.
+        checkpoint: weights in MMDetection 3's layout or that of the Swin authors' MMDetection 2; safetensors, or a
+            PyTorch file, of which nothing is run. Without it weights are random, or those that ship with the project.
+
+    Returns:
+        The model in evaluation mode, with its config as attribute `cfg`.
+
+    Raises:
+        AdfqError: for a config or checkpoint that cannot be used, and a backbone that cannot be quantized.
+    """
+    config = open_config(name)
+    if checkpoint is None and name in DETECTORS:
+        checkpoint = str(DETECTORS[name].checkpoint)
+    if checkpoint and not os.path.isfile(checkpoint):
+        raise AdfqError(f"there is no checkpoint {checkpoint}")
+    if "model" not in config:
+        raise AdfqError(f"{name} is not the config of a detector: it has no 'model'")
+    try:
+        model: Any = build_detector(config)
+    except Exception as error:  # whatever the model's parts raise
+        raise AdfqError(f"cannot create the model of {name}: {one_line(error)}") from None
+    _check_backbone(name, model)
+    model.cfg = config
+    if checkpoint:
+        _load_weights(model, checkpoint, name)
+    else:
+        warn(f"{name} has random weights (there is no checkpoint)")
+    detector: nn.Module = model.eval()
+    return detector
+
+
+def convert_backbone(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The Swin authors' names and order of a backbone's weights as MMDetection's."""
+    with mmdetection():
+        from mmdet.models.backbones.swin import swin_converter
+
+        converted: dict[str, Tensor] = swin_converter(dict(state))
+    return {name.removeprefix("backbone."): tensor for name, tensor in converted.items()}
+
+
+def read_weights(file: str) -> dict[str, Tensor]:
+    """A checkpoint's weights under MMDetection 3's names.
+
+    Raises:
+        AdfqError: for a file that cannot be read, holds code, or holds no weights.
+    """
+    content: Any
+    try:
+        if file.endswith(".safetensors"):
+            content = load_file(file)
+        else:
+            with torch.serialization.safe_globals([(_Ignored, name) for name in _HISTORY]):
+                content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can raise anything
+        raise unreadable_checkpoint(file, error, f"cannot read checkpoint {file}") from None
+    state = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise AdfqError(f"{file} holds no weights of a model")
+    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    if not any(name.startswith("backbone.layers.") for name in state):
+        return state
+    backbone = {name for name in state if name.startswith("backbone.")}
+    converted = convert_backbone({name.removeprefix("backbone."): state[name] for name in backbone})
+    rest = {name: tensor for name, tensor in state.items() if name not in backbone}
+    return rest | {f"backbone.{name}": tensor for name, tensor in converted.items()}
+
+
+def _load_weights(model: nn.Module, file: str, name: str) -> None:
+    state, own = read_weights(file), model.state_dict()
+    problem = misfit(state, own, _HARMLESS)
+    shared = [key for key in own if key in state]
+    # Else the model would read its tables of position biases in another order than it was trained with.
+    indices = [] if problem else [key for key in shared if key.endswith("relative_position_index")]
+    problem = problem or ", ".join(
+        f"{key} is another" for key in indices if not torch.equal(state[key].to(own[key]), own[key])
+    )
+    if problem:
+        raise AdfqError(f"checkpoint {file} does not fit {name}: {problem}")
+    model.load_state_dict({key: state[key] for key in shared}, strict=False)
+
+
+def _check_backbone(name: str, model: nn.Module) -> None:
+    from mmdet.models.backbones.swin import SwinTransformer
+
+    backbone = getattr(model, "backbone", None)
+    if not isinstance(backbone, SwinTransformer):
+        found = "it has none" if backbone is None else f"it is a {type(backbone).__name__}"
+        raise AdfqError(f"{name}: the backbone has to be MMDetection's SwinTransformer; {found}")
+
+
+def _unknown(name: str) -> AdfqError:
+    if re.search(r"[/\\]|\.(py|json|ya?ml)$", name):
+        return AdfqError(f"there is no config {name}")
+    return unknown_model(name, detector_names())

@@ -1,0 +1,1 @@
+"""Zero-shot instance segmentation with Segment Anything."""

@@ -1,0 +1,143 @@
+"""Segment Anything models: segment_anything's, MobileSAM, and the one that ships with the project."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from adfq.errors import AdfqError
+from benchmarks.run.console import warn
+from benchmarks.tasks.shared import misfit, unknown_model, unreadable_checkpoint
+
+if TYPE_CHECKING:
+    from segment_anything.modeling import Sam
+
+
+def create_mobile_sam() -> Sam:
+    """MobileSAM with random weights: SAM's own prompt encoder and mask decoder behind a TinyViT."""
+    from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+
+    from adfq.adapters.mobile_sam import MobileSamEncoder
+
+    encoder = MobileSamEncoder()
+    transformer = TwoWayTransformer(depth=2, embedding_dim=256, num_heads=8, mlp_dim=2048)
+    return Sam(
+        encoder,
+        PromptEncoder(256, (64, 64), (encoder.img_size, encoder.img_size), mask_in_chans=16),
+        MaskDecoder(transformer_dim=256, transformer=transformer),
+    )
+
+
+def _create_registered(name: str) -> Sam:
+    from segment_anything import sam_model_registry
+
+    return sam_model_registry[name]()
+
+
+def _create_bundled() -> Sam:
+    from benchmarks.bundled.sams import create_bundled_sam
+
+    return create_bundled_sam()
+
+
+_MODELS: Mapping[str, Callable[[], Sam]] = {
+    "bundled_sam": _create_bundled,
+    "mobile_sam": create_mobile_sam,
+    **{name: partial(_create_registered, name) for name in ("vit_b", "vit_l", "vit_h")},
+}
+
+
+def sam_names() -> list[str]:
+    """The bundled model, then those of 1024 pixels."""
+    return list(_MODELS)
+
+
+def load_sam(name: str, checkpoint: str | None = None) -> nn.Module:
+    """Builds a Segment Anything model and loads its weights.
+
+    Args:
+        name: one of `sam_names()`.
+        checkpoint: weights in the official layout; safetensors, or a PyTorch file, of which nothing is run. Without it
+            weights are random, or those that ship with the project.
+
+    Returns:
+        segment_anything's Sam in evaluation mode.
+
+    Raises:
+        AdfqError: for an unknown model, a missing library, or a checkpoint that cannot be used.
+    """
+    if name not in _MODELS:
+        raise unknown_model(name, sam_names())
+    if checkpoint and not os.path.isfile(checkpoint):
+        raise AdfqError(f"there is no checkpoint {checkpoint}")
+    try:
+        sam: nn.Module = _MODELS[name]().eval()
+    except ImportError as error:
+        raise AdfqError(f"segmentation needs segment_anything: pip install 'adfq[segmentation]' ({error})") from None
+    if checkpoint is None and name == "bundled_sam":
+        from benchmarks.bundled.sams import CHECKPOINT
+
+        checkpoint = str(CHECKPOINT)
+    if checkpoint:
+        _load_weights(sam, checkpoint, name)
+    else:
+        warn(f"{name} has random weights (there is no checkpoint)")
+    return sam
+
+
+def convert_tiny_vit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """MobileSAM's names of its image encoder's weights as those of `MobileSamEncoder`.
+
+    timm's TinyViT computes the same with the same numbers; there, what lies between two stages begins the second and
+    does not end the first. The classifier's head, which MobileSAM never uses, is left out.
+    """
+    converted = {}
+    for name, tensor in state.items():
+        if name.startswith(("head.", "norm_head.")):
+            continue
+        name = re.sub(r"^patch_embed\.seq\.0\.", "patch_embed.conv1.", name)
+        name = re.sub(r"^patch_embed\.seq\.2\.", "patch_embed.conv2.", name)
+        name = re.sub(r"^layers\.(\d+)\.downsample\.", lambda m: f"stages.{int(m[1]) + 1}.downsample.", name)
+        name = re.sub(r"^layers\.", "stages.", name)
+        name = re.sub(r"\.c\.weight$", ".conv.weight", name)
+        converted[name if name.startswith("neck.") else f"trunk.{name}"] = tensor
+    return converted
+
+
+def read_weights(file: str) -> dict[str, Tensor]:
+    """A checkpoint's weights under the names of our models.
+
+    Raises:
+        AdfqError: for a file that cannot be read, holds code, or holds no weights.
+    """
+    try:
+        content = (
+            load_file(file)
+            if file.endswith(".safetensors")
+            else torch.load(file, map_location="cpu", weights_only=True)
+        )
+    except Exception as error:  # a damaged file can raise anything
+        raise unreadable_checkpoint(file, error, f"cannot read checkpoint {file}") from None
+    if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
+        raise AdfqError(f"{file} holds no weights of a model")
+    prefix = "image_encoder."
+    encoder = {name.removeprefix(prefix): tensor for name, tensor in content.items() if name.startswith(prefix)}
+    if not any(name.startswith("layers.") for name in encoder):
+        return content
+    rest = {name: tensor for name, tensor in content.items() if not name.startswith(prefix)}
+    return rest | {f"{prefix}{name}": tensor for name, tensor in convert_tiny_vit(encoder).items()}
+
+
+def _load_weights(model: nn.Module, file: str, name: str) -> None:
+    state, own = read_weights(file), model.state_dict()
+    problem = misfit(state, own, harmless=("num_batches_tracked", "attention_bias_idxs"))
+    if problem:
+        raise AdfqError(f"checkpoint {file} does not fit {name}: {problem}")
+    model.load_state_dict({key: state[key] for key in own if key in state}, strict=False)

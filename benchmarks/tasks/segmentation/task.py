@@ -1,0 +1,455 @@
+"""Zero-shot segmentation with Segment Anything: every object of COCO is asked for, and its mask compared."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from adfq.errors import AdfqError, NonFiniteError
+from benchmarks.cell import Cell
+from benchmarks.tasks.classification.data import BUNDLED
+from benchmarks.tasks.coco import (
+    CocoSplit,
+    average_precisions,
+    check_results,
+    cocotools,
+    digest_splits,
+    find_root,
+    is_number,
+    read_image,
+    read_rle,
+)
+from benchmarks.tasks.segmentation.models import load_sam
+from benchmarks.tasks.segmentation.prompts import (
+    BOXES,
+    POINTS,
+    Prompts,
+    box_prompts,
+    clip_box,
+    point_prompts,
+    read_prompts,
+)
+from benchmarks.tasks.shared import (
+    Stopwatch,
+    choose_images,
+    count_workers,
+    create_loader,
+    digest_file,
+    digest_weights,
+    first_non_finite,
+    read_batches,
+)
+
+#: What a cell's `task_arguments` may have, with what holds where they have it not.
+ARGUMENTS: Mapping[str, Any] = {"prompts": BOXES, "encoder_only": False}
+
+#: COCO's sizes of objects, and the area in pixels that each begins at.
+SIZES: Mapping[str, float] = {"small": 0, "medium": 32**2, "large": 96**2}
+
+_PROMPTS_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class Segmented:
+    """An image with what was asked, what there is and what was found.
+
+    Attributes:
+        image: H×W×3.
+        boxes: N×4 in pixels: x0, y0, x1, y1; or None.
+        points: N×2 in pixels: x, y; or None.
+        truth: N×H×W, or None where a detector's boxes asked.
+        masks: N×H×W.
+        scores: N numbers, the detector's or the model's own.
+    """
+
+    image: NDArray[np.uint8]
+    boxes: NDArray[np.float64] | None
+    points: NDArray[np.float64] | None
+    truth: NDArray[np.bool_] | None
+    masks: NDArray[np.bool_]
+    scores: Sequence[float]
+
+
+@dataclass(frozen=True)
+class _Scene:
+    """What the annotations say of an image; masks are run lengths.
+
+    Attributes:
+        annotations: all of them.
+        instances: those that are no crowds.
+    """
+
+    image: Mapping[str, Any]
+    annotations: Sequence[Mapping[str, Any]]
+
+    @property
+    def instances(self) -> list[Mapping[str, Any]]:
+        return [annotation for annotation in self.annotations if not annotation["iscrowd"]]
+
+    @property
+    def rles(self) -> list[Any]:
+        """The instances' masks."""
+        return [annotation["segmentation"] for annotation in self.instances]
+
+    @property
+    def masks(self) -> NDArray[np.bool_]:
+        """The same, N×H×W."""
+        shape = len(self.rles), self.image["height"], self.image["width"]
+        return np.array([cocotools("mask").decode(mask) for mask in self.rles], bool).reshape(shape)
+
+
+class _Scaled(Dataset[Tensor]):
+    """Images as `_scale` makes them.
+
+    Args:
+        images: what the split's annotations say of them.
+        side: the longer one, in pixels.
+    """
+
+    def __init__(self, split: CocoSplit, images: Sequence[Mapping[str, Any]], side: int) -> None:
+        self.split, self.images, self.side = split, images, side
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return _scale(_read_pixels(self.split, self.images[index]), self.side)
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """A Segment Anything model with its train and evaluation split (`benchmarks.tasks.Subject`).
+
+    Attributes:
+        sam: segment_anything's.
+        preprocessing: ``size`` of the longer side in pixels, ``mean`` and ``std`` by channel.
+        workers: how many processes read images for evaluation, at most; 0 reads them in this one.
+        prompts: `BOXES` or `POINTS` of the ground truth, or the name of a file.
+        detected: the file's prompts by the image's id; None for those of the ground truth.
+        encoder_only: whether `model` is the image encoder alone, and everything else stays `sam`'s.
+        results: where to write the masks that were found, in COCO's format: ``RESULTS.segm.json``.
+    """
+
+    sam: nn.Module
+    weights_digest: str
+    preprocessing: Mapping[str, Any]
+    train: CocoSplit
+    validation: CocoSplit
+    workers: int = 0
+    prompts: str = BOXES
+    detected: Mapping[Hashable, Prompts] | None = None
+    encoder_only: bool = False
+    results: str | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        return self.sam.get_submodule("image_encoder") if self.encoder_only else self.sam
+
+    @property
+    def data_digests(self) -> Mapping[str, Any]:
+        digests = digest_splits(self.train, self.validation)
+        return digests if self.detected is None else {**digests, "prompts": digest_file(Path(self.prompts))}
+
+    def calibration_images(self, count: int, seed: int) -> Tensor:
+        """Scaled, normalized and padded to B×3×S×S."""
+        return self._read(self.train, choose_images(len(self.train.images), count, seed), "reading calibration images")
+
+    def evaluation_images(self, count: int) -> Tensor:
+        return self._read(self.validation, range(min(count, len(self.validation.images))), "reading images")
+
+    def forward(self, model: nn.Module, images: Tensor) -> Any:
+        """The image encoder, which nearly all the time goes into."""
+        return (model if self.encoder_only else model.get_submodule("image_encoder"))(images)
+
+    def check(self, limit: int | None) -> None:
+        """Reads the ground truth and prompts of the images that are to be evaluated on.
+
+        Raises:
+            AdfqError: where `evaluate` could not use them.
+        """
+        for scene in self._scenes(self._read_truth(limit)):
+            if self.prompts == BOXES:
+                self._ask(scene)
+
+    @torch.inference_mode()
+    def evaluate(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        limit: int | None,
+        batch_size: int,
+        loading: Stopwatch | None = None,
+    ) -> dict[str, float]:
+        """How well the masks of objects are found, in percent; crowds do not count.
+
+        ``mean_iou`` is over all objects, and ``mean_iou_small``, ``mean_iou_medium``, ``mean_iou_large`` over those of
+        that size, if there are any. Asked by the ground truth, an object has the mask that it was asked for by. The
+        boxes of a detector belong to no object: there the best mask in the image counts, 0 where there is none.
+
+        ``mask_ap``, ``mask_ap50``, ``mask_ap75``, ``mask_ap_small``, ``mask_ap_medium``, ``mask_ap_large`` are COCO's
+        average precisions; how sure a mask is, is what the model predicts of its IoU, or the detector's score.
+
+        ``instances`` and ``images`` are what there is.
+
+        Args:
+            batch_size: without effect; images are of different sizes, and one after the other.
+
+        Raises:
+            NonFiniteError: naming the module, if an output is not finite.
+            AdfqError: for annotations, images and prompts that cannot be used; where results cannot be written.
+        """
+        from benchmarks.bundled.coco import encode_mask
+
+        truth = self._read_truth(limit)
+        predictor = self._create_predictor(model, device)
+        images = _Scaled(self.validation, truth["images"], self.preprocessing["size"])
+        loader = create_loader(images, None, self.workers, device)
+        annotations: list[Mapping[str, Any]] = []
+        found: list[dict[str, Any]] = []
+        areas: list[float] = []
+        ious: list[float] = []
+        with tqdm(
+            total=len(truth["images"]), desc="evaluating", unit="image", delay=2, leave=False, disable=None
+        ) as bar:
+            for scene, image in zip(self._scenes(truth), read_batches(loader, loading), strict=True):
+                prompts, masks, scores = self._ask(scene), [], []
+                if len(prompts):
+                    size = scene.image["height"], scene.image["width"]
+                    for several, predicted in _segment(predictor, image, size, prompts):
+                        masks += [encode_mask(mask) for mask in several]
+                        scores += predicted
+                found += [
+                    {"image_id": scene.image["id"], "category_id": category, "segmentation": mask, "score": score}
+                    for category, mask, score in zip(prompts.categories, masks, prompts.scores or scores, strict=True)
+                ]
+                annotations += scene.annotations
+                areas += [annotation["area"] for annotation in scene.instances]
+                ious += self._compare(masks, scene.rles)
+                bar.update()
+        if self.results is not None:
+            _write_results(found, Path(f"{self.results}.segm.json"))
+        averages = average_precisions("segm", {**truth, "annotations": annotations}, found)
+        return {**_mean_ious(ious, areas), **averages, "instances": len(areas), "images": len(truth["images"])}
+
+    @torch.inference_mode()
+    def find(self, model: nn.Module, device: torch.device, count: int) -> list[Segmented]:
+        """The first images in which something is asked for, at most `count`.
+
+        Raises:
+            AdfqError: as `evaluate`.
+        """
+        predictor = self._create_predictor(model, device)
+        images: list[Segmented] = []
+        for scene in self._scenes(self._read_truth(None)):
+            prompts = self._ask(scene)
+            if not len(prompts):
+                continue
+            pixels = _read_pixels(self.validation, scene.image)
+            image = _scale(pixels, self.preprocessing["size"])
+            masks, scores = zip(*_segment(predictor, image, pixels.shape[:2], prompts), strict=True)
+            truth = scene.masks if self.detected is None else None
+            surest = prompts.scores or [score for several in scores for score in several]
+            images.append(Segmented(pixels, prompts.boxes, prompts.points, truth, np.concatenate(masks), surest))
+            if len(images) == count:
+                break
+        return images
+
+    def _read_truth(self, limit: int | None) -> dict[str, Any]:
+        truth = self.validation.read_truth(limit)
+        if self.detected is not None and not any(image["id"] in self.detected for image in truth["images"]):
+            count = len(truth["images"])
+            raise AdfqError(f"{self.prompts} has no box in the first {count} images of {self.validation.file}")
+        return truth
+
+    def _scenes(self, truth: Mapping[str, Any]) -> Iterator[_Scene]:
+        """Image by image, checked."""
+        annotations = defaultdict(list)
+        for annotation in truth["annotations"]:
+            annotations[annotation["image_id"]].append(annotation)
+        for image in truth["images"]:
+            yield _Scene(image, [self._check_mask(annotation, image) for annotation in annotations[image["id"]]])
+
+    def _check_mask(self, annotation: Mapping[str, Any], image: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The annotation with its mask as run lengths."""
+        name = f"{self.validation.file}: annotation {annotation['id']}"
+        if not is_number(annotation["area"]):
+            raise AdfqError(f"{name} has no number as its area")
+        mask = read_rle(annotation["segmentation"], image["height"], image["width"], f"{name}: its mask")
+        return {**annotation, "segmentation": mask}
+
+    def _ask(self, scene: _Scene) -> Prompts:
+        """What a scene's image is asked; of the ground truth, a prompt for each instance."""
+        if self.detected is not None:
+            return self.detected.get(scene.image["id"], box_prompts([], []))
+        categories = [instance["category_id"] for instance in scene.instances]
+        if self.prompts == POINTS:
+            return point_prompts(scene.masks, categories)
+        boxes = [clip_box(instance["bbox"], scene.image, self.validation.file) for instance in scene.instances]
+        return box_prompts(boxes, categories)
+
+    def _compare(self, found: list[Any], truth: list[Any]) -> list[float]:
+        """The IoU of each object."""
+        if not found or not truth:
+            return [0.0] * len(truth)
+        ious = cocotools("mask").iou(found, truth, [0] * len(truth))
+        each: list[float] = (np.diagonal(ious) if self.detected is None else ious.max(0)).tolist()
+        return each
+
+    def _create_predictor(self, model: nn.Module, device: torch.device) -> Any:
+        from segment_anything import SamPredictor
+
+        if self.encoder_only:  # the rest, which is shared, is not copied
+            whole = copy.copy(self.sam)
+            whole._modules = {**self.sam._modules, "image_encoder": model}
+            model = whole
+        return SamPredictor(model.to(device).eval())
+
+    def _read(self, split: CocoSplit, chosen: Sequence[int], label: str) -> Tensor:
+        """Images as the image encoder gets them, one batch."""
+        sam: Any = self.sam
+        dataset = _Scaled(split, [split.images[index] for index in chosen], self.preprocessing["size"])
+        bar = tqdm(range(len(dataset)), desc=label, unit="image", delay=2, leave=False, disable=None)
+        return torch.stack([sam.preprocess(dataset[index].to(sam.device)) for index in bar]).cpu()
+
+
+def _read_pixels(split: CocoSplit, image: Mapping[str, Any]) -> NDArray[np.uint8]:
+    file = split.folder / image["file_name"]
+    pixels = read_image(file)
+    height, width = pixels.shape[:2]
+    if (height, width) != (image["height"], image["width"]):
+        stated = f"{image['width']}×{image['height']}"
+        raise AdfqError(f"{file} has {width}×{height} pixels, and {stated} in {split.file}")
+    return pixels
+
+
+def _scale(pixels: NDArray[np.uint8], side: int) -> Tensor:
+    """An image H×W×3 so that its longer side has so many pixels, 3×h×w, values 0 to 255."""
+    from segment_anything.utils.transforms import ResizeLongestSide
+
+    return torch.from_numpy(ResizeLongestSide(side).apply_image(pixels)).permute(2, 0, 1).contiguous()
+
+
+def _segment(
+    predictor: Any, image: Tensor, size: tuple[int, int], prompts: Prompts
+) -> Iterator[tuple[NDArray[np.bool_], list[float]]]:
+    """Masks n×H×W and the IoU that the model predicts of each, some prompts after the other.
+
+    A box has one mask, as SAM's authors have it. A point has three, of which the one with the best prediction counts.
+
+    Args:
+        image: from `_scale`.
+        size: height and width that it had before; the masks have it.
+    """
+    sam = predictor.model
+    image = image.to(sam.device)
+    predictor.set_torch_image(image[None], size)
+    by_point = prompts.points is not None
+    if by_point:
+        points = predictor.transform.apply_coords_torch(torch.from_numpy(prompts.points), size)[:, None].to(sam.device)
+        asked = {"point_coords": points, "point_labels": torch.ones(points.shape[:2], device=sam.device)}
+    else:
+        asked = {"boxes": predictor.transform.apply_boxes_torch(torch.from_numpy(prompts.boxes), size).to(sam.device)}
+    for start in range(0, len(prompts), _PROMPTS_AT_ONCE):
+        some = {key: value[start : start + _PROMPTS_AT_ONCE] for key, value in asked.items()}
+        masks, ious, logits = predictor.predict_torch(
+            some.get("point_coords"), some.get("point_labels"), some.get("boxes"), multimask_output=by_point
+        )
+        if not all(output.isfinite().all() for output in (predictor.features, ious, logits)):
+            record = {"image": image, "original_size": size, **some}
+            name = first_non_finite(sam, [record], multimask_output=by_point)
+            raise NonFiniteError(f"{name}: the output is not finite")
+        best = ious.argmax(1)
+        chosen = torch.arange(len(best)), best.cpu()
+        yield masks.cpu()[chosen].numpy(), ious.cpu()[chosen].tolist()
+
+
+def _mean_ious(ious: Sequence[float], areas: Sequence[float]) -> dict[str, float]:
+    """In percent, by the name of the metric."""
+    percent = 100 * np.array(ious)
+    sizes = np.searchsorted(list(SIZES.values()), areas, side="right") - 1
+    by_size = {
+        f"mean_iou_{name}": float(percent[sizes == index].mean())
+        for index, name in enumerate(SIZES)
+        if (sizes == index).any()
+    }
+    return {"mean_iou": float(percent.mean()), **by_size}
+
+
+def _write_results(found: Sequence[Mapping[str, Any]], file: Path) -> None:
+    try:
+        file.write_text(json.dumps(found), encoding="utf-8")
+    except OSError as error:
+        raise AdfqError(f"cannot write {file}: {error.strerror}") from None
+
+
+def describe_segmentation(metrics: Mapping[str, float]) -> str:
+    """The metrics in words."""
+    named = [f"{name} {metrics[f'mean_iou_{name}']:.2f}" for name in SIZES if f"mean_iou_{name}" in metrics]
+    return (
+        f"mean IoU {metrics['mean_iou']:.2f} % ({', '.join(named)}), mask AP {metrics['mask_ap']:.2f}, "
+        f"{metrics['instances']} instances in {metrics['images']} images"
+    )
+
+
+def load_segmentation(cell: Cell, results: str | None = None) -> Segmentation:
+    """Loads a cell's model and data.
+
+    Args:
+        cell: its model is one of `sam_models.sam_names`, its data are as those of detection, of any categories; its
+            task arguments are `ARGUMENTS`, where ``prompts`` is ``boxes``, ``points``, or a file of a detector's
+            results in COCO's format.
+        results: `Segmentation.results`.
+
+    Raises:
+        AdfqError: for what this task does not have, a checkpoint that does not fit, unusable data or prompts, and
+            results that could not be written.
+    """
+    _check_supported(cell)
+    if results is not None:
+        check_results(results, ["segm"])
+    root = find_root(cell.data)
+    arguments = {**ARGUMENTS, **dict(cell.task_arguments)}
+
+    def split(name: str) -> CocoSplit:
+        return CocoSplit(root / "annotations" / f"instances_{name}.json", root / name, classes=None, masks=True)
+
+    validation, prompts, encoder_only = split("val2017"), arguments["prompts"], arguments["encoder_only"]
+    if not validation.images:
+        raise AdfqError(f"{validation.file} has no images")
+    detected = None if prompts in (BOXES, POINTS) else read_prompts(prompts, validation.read_truth(None))
+    sam: Any = load_sam(cell.model, cell.checkpoint)
+    mean, std = (values.flatten().tolist() for values in (sam.pixel_mean, sam.pixel_std))
+    preprocessing = {"size": sam.image_encoder.img_size, "mean": mean, "std": std}
+    digest = digest_weights(sam, json.dumps(preprocessing))
+    workers = 0 if cell.data == BUNDLED else count_workers()
+    subject = Segmentation(
+        sam, digest, preprocessing, split("train2017"), validation, workers, prompts, detected, encoder_only, results
+    )
+    subject.check(cell.limit)  # before the work
+    return subject
+
+
+def _check_supported(cell: Cell) -> None:
+    if cell.model_arguments or cell.preprocessing:
+        raise AdfqError(
+            "a Segment Anything model has its own preprocessing; there are no arguments for it and the model"
+        )
+    if cell.pretrained:
+        raise AdfqError(
+            f"weights of {cell.model} are not downloaded; give --checkpoint FILE, of a table --checkpoints DIR"
+        )
+    unknown = [name for name, _ in cell.task_arguments if name not in ARGUMENTS]
+    if unknown:
+        raise AdfqError(f"segmentation has no argument {unknown[0]!r}; it has {', '.join(ARGUMENTS)}")

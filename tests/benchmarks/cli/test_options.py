@@ -1,0 +1,98 @@
+"""A cell's command line measures that very cell."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shlex
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.cell import Cell
+from benchmarks.cli import run, table
+from benchmarks.cli.options import check_options, choose_part, command_line, create_cell, table_entries
+from benchmarks.plan import load_table, table_names
+
+pytestmark = pytest.mark.usefixtures("methods_read_once")
+
+
+@pytest.fixture(scope="session")
+def parse() -> Callable[[list[str]], argparse.Namespace]:
+    parser = argparse.ArgumentParser()
+    commands = parser.add_subparsers(dest="command")
+    for command in (run, table):
+        command.add(commands)
+    return parser.parse_args
+
+
+def cell_of(line: str, parse: Callable[[list[str]], argparse.Namespace]) -> Cell:
+    program, *words = shlex.split(line)
+    assert program == "adfq"
+    options = parse(words)
+    check_options(options)
+    return create_cell(options)
+
+
+@pytest.mark.parametrize("more", [[], ["--limit", "50", "--calibration-size", "4", "--batch-size", "7"]])
+@pytest.mark.parametrize("profile", ["bundled", "full", "mobile"])
+def test_every_cell_of_every_table(
+    profile: str, more: list[str], parse: Callable[[list[str]], argparse.Namespace]
+) -> None:
+    data = [] if profile == "bundled" else ["--data", "folder:/data/image net"]
+    for name in table_names(profile):
+        options = parse(["table", name, "--profile", profile, *data, *more])
+        for entry in table_entries(choose_part(load_table(name, profile), options), options):
+            again = cell_of(command_line(entry.cell), parse)
+            assert (again, again.id) == (entry.cell, entry.cell.id)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"checkpoint": "it's here.pth", "model_arguments": (("img_size", 28), ("name", "a b"), ("norm", "None"))},
+        {"method_arguments": (("range", "minmax"),), "model_arguments": (("eps", math.inf),), "pretrained": True},
+        {"preprocessing": (("crop_pct", 0.9), ("input_size", [3, 28, 28]), ("mean", (0.5, 0.1)), ("std", (1.0, 2.0)))},
+        {"preprocessing": (("interpolation", "bilinear"),), "batch_size": 1, "seed": 3, "bits": "W3/A8"},
+        {"task": "detection", "model": "configs/mine.py", "batch_size": 1},
+        {
+            "task": "segmentation",
+            "task_arguments": (("encoder_only", True), ("prompts", "found.json")),
+            "batch_size": 2,
+        },
+    ],
+)
+def test_every_field_of_a_cell(fields: dict[str, Any], parse: Callable[[list[str]], argparse.Namespace]) -> None:
+    cell = Cell.create(**{"task": "classification", "model": "m", "data": "bundled", "method": "base_ptq"} | fields)
+    assert cell_of(command_line(cell), parse) == cell
+
+
+def test_what_a_shell_reads(parse: Callable[[list[str]], argparse.Namespace]) -> None:
+    cell = Cell.create(
+        task="classification", model="m", data="folder:/my data", method="repq_vit", bits="W4A4", limit=9
+    )
+    assert command_line(cell) == (
+        "adfq run classification --model m --data 'folder:/my data' --method repq_vit --bits W4A4 --seed 0 "
+        "--calibration-size 32 --limit 9"
+    )
+
+
+values = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(allow_nan=False),
+    st.text(st.characters(min_codepoint=32, max_codepoint=255), max_size=8),
+    st.lists(st.integers(), max_size=3),
+)
+
+
+@given(value=values)
+def test_any_value_of_an_option(value: Any, parse: Callable[[list[str]], argparse.Namespace]) -> None:
+    cell = Cell.create(task="classification", model="m", data="x", method="base_ptq", model_arguments=(("k", value),))
+    again = cell_of(command_line(cell), parse)
+    assert again.config == cell.config
+    assert type(again.model_arguments[0][1]) is type(value)

@@ -1,0 +1,125 @@
+"""Data sets are opened as timm opens them, and checked: layout, classes, broken files."""
+
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+from unittest.mock import MagicMock
+
+import numpy as np
+import pytest
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
+
+from adfq import AdfqError
+from benchmarks.tasks.classification.data import CheckedDataset, count_classes, open_split
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Two classes, three training and one validation image each; every picture has its own brightness."""
+    level = 0
+    for split, count in (("train", 3), ("val", 1)):
+        for category in ("cat", "dog"):
+            folder = tmp_path / split / category
+            folder.mkdir(parents=True)
+            for index in range(count):
+                level += 20
+                Image.fromarray(np.full((8, 8, 3), level, np.uint8)).save(folder / f"{index}.png")
+    return tmp_path
+
+
+def read(root: Path, split: str, spec: str = "folder") -> list[tuple[Tensor, int]]:
+    dataset = CheckedDataset(open_split(f"{spec}:{root}", split, classes=2), "RGB", pil_to_tensor)
+    return [dataset[index] for index in range(len(dataset))]
+
+
+def test_splits_do_not_mix(root: Path) -> None:
+    train, validation = read(root, "train"), read(root, "validation")
+    assert [label for _, label in train] == [0, 0, 0, 1, 1, 1]
+    assert [label for _, label in validation] == [0, 1]
+    assert [int(image[0, 0, 0]) for image, _ in train] == [20, 40, 60, 80, 100, 120]
+    assert [int(image[0, 0, 0]) for image, _ in validation] == [140, 160]
+
+
+def test_tars_are_read_as_folders_are(root: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    packed = tmp_path_factory.mktemp("tars")
+    for split in ("train", "val"):
+        with tarfile.open(packed / f"{split}.tar", "w") as tar:
+            tar.add(root / split, arcname=".")
+    for split in ("train", "validation"):
+        for (image, label), (expected, expected_label) in zip(read(packed, split), read(root, split), strict=True):
+            assert label == expected_label
+            assert (image == expected).all()
+
+
+@pytest.mark.parametrize(("gone", "split"), [("train", "train"), ("val", "validation")])
+def test_a_missing_split_says_what_was_expected(root: Path, gone: str, split: str) -> None:
+    (root / gone).rename(root / "elsewhere")
+    with pytest.raises(AdfqError, match=r"expected .*/train/CLASS/IMAGE and .*/val/CLASS/IMAGE"):
+        open_split(f"folder:{root}", split, classes=2)
+
+
+def test_the_number_of_classes_must_fit_the_model(root: Path) -> None:
+    with pytest.raises(AdfqError, match="has 2 classes, the model has 1000"):
+        open_split(f"folder:{root}", "train", classes=1000)
+
+
+def test_classes_are_counted(root: Path) -> None:
+    assert count_classes(f"folder:{root}") == 2
+    assert count_classes("bundled") == 24
+
+
+def test_a_broken_image_is_named_and_never_replaced_by_its_neighbour(root: Path) -> None:
+    broken = root / "train" / "cat" / "1.png"
+    broken.write_bytes(broken.read_bytes()[:40])
+    dataset = CheckedDataset(open_split(f"folder:{root}", "train", classes=2), "RGB", pil_to_tensor)
+    assert int(dataset[0][0][0, 0, 0]) == 20
+    with pytest.raises(AdfqError, match=f"cannot read {broken}"):
+        dataset[1]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("folder", "write bundled, folder:ROOT or torch/NAME:ROOT"),
+        ("folder:", "write bundled"),
+        ("folder:/no/such/place", "there is no /no/such/place"),
+        ("torch/fashion_mnist:{root}", "cannot open the train split of torch/fashion_mnist"),
+        ("torch/magic:{root}", "Unknown torchvision dataset magic"),
+        ("bundled", "bundled has 24 classes, the model has 2"),
+    ],
+)
+def test_what_cannot_be_opened_is_said_in_one_line(root: Path, spec: str, message: str) -> None:
+    with pytest.raises(AdfqError, match=message) as caught:
+        open_split(spec.format(root=root), "train", classes=2)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_empty_folder_is_an_error(root: Path) -> None:
+    for image in (root / "train").rglob("*.png"):
+        image.unlink()
+    with pytest.raises(AdfqError, match="Found 0 images"):
+        open_split(f"folder:{root}", "train", classes=2)
+
+
+def test_another_list_of_files_has_another_digest(root: Path) -> None:
+    def digest(split: str) -> str:
+        return CheckedDataset(open_split(f"folder:{root}", split, classes=2), "RGB", pil_to_tensor).digest
+
+    first = {split: digest(split) for split in ("train", "validation")}
+    assert first == {split: digest(split) for split in first}
+    assert first["train"] != first["validation"]
+    (root / "train" / "cat" / "0.png").rename(root / "train" / "cat" / "9.png")
+    assert digest("train") != first["train"]
+    assert digest("validation") == first["validation"]
+
+
+def test_images_that_are_no_files_have_a_digest_by_their_labels() -> None:
+    def digest(targets: list[int]) -> str:
+        dataset = MagicMock(spec=["targets", "__len__"], targets=targets)
+        return CheckedDataset(dataset, "RGB", pil_to_tensor).digest
+
+    assert digest([0, 1, 1]) == digest([0, 1, 1])
+    assert len({digest([0, 1, 1]), digest([1, 0, 1]), digest([0, 1])}) == 3
