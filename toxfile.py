@@ -1,4 +1,4 @@
-"""Lets tox environments with one env_dir share it: by itself, tox starts a directory over for each name."""
+"""A runner with which tox environments share one env_dir; by itself, tox empties it for each name."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ if TYPE_CHECKING:
 
 
 class SharedDirectoryRunner(VirtualEnvRunner):
-    """A virtual environment that takes over what another environment has installed in its directory."""
+    """Virtual environment that takes over the packages that another environment has installed in its directory."""
 
     @staticmethod
     def id() -> str:
+        """Return the name that a tox environment selects the runner by."""
         return "shared-directory"
 
     def _setup_env(self) -> None:
@@ -27,4 +28,5 @@ class SharedDirectoryRunner(VirtualEnvRunner):
 
 @impl
 def tox_register_tox_env(register: ToxEnvRegister) -> None:
+    """Register the runner with tox."""
     register.add_run_env(SharedDirectoryRunner)

@@ -1,4 +1,4 @@
-"""Finding every range of a network from calibration data."""
+"""Calibration of a network's weight and activation quantizers."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ if TYPE_CHECKING:
 
 
 def gather_batches(calibration: Iterable[Any] | Tensor | None) -> Tensor:
-    """Puts calibration batches together: ranges are found over all of them at once.
+    """Return calibration batches as one tensor; ranges are found over all images at once.
 
     Args:
-        calibration: a tensor B×C×H×W, or an iterable of such tensors or of tuples that begin with one (what a
-            DataLoader of images and labels gives).
+        calibration: tensor B×C×H×W, or iterable of such tensors or of tuples that begin with one, as a DataLoader of
+            images and labels gives.
+
+    Returns:
+        Images, B×C×H×W.
 
     Raises:
         AdfqError: if there are no images, if batches differ in size, or if something else than tensors comes.
@@ -46,10 +49,13 @@ def gather_batches(calibration: Iterable[Any] | Tensor | None) -> Tensor:
 
 
 def quantize_weights(network: Network) -> None:
-    """Finds the range of every weight, which counts as quantized from then on; full precision stays at hand.
+    """Find the range of every weight, which counts as quantized from then on; full precision stays at hand.
+
+    Args:
+        network: network with quantizers attached.
 
     Raises:
-        NonFiniteError: naming the layer, for weights that are not finite.
+        NonFiniteError: for weights that hold NaN or infinity; the message names the layer.
     """
     layers = list(network.weight_layers())
     with progress_bar("quantizing weights", len(layers)) as progress:
@@ -59,17 +65,18 @@ def quantize_weights(network: Network) -> None:
 
 
 def calibrate_activations(network: Network, images: Tensor) -> None:
-    """Calibrates every activation quantizer that is not yet calibrated, in one forward pass.
+    """Calibrate every activation quantizer that is not yet calibrated, in one forward pass.
 
-    A quantizer sees its site's input as computed by the already quantized layers before it, as in the methods'
-    released code.
+    A quantizer sees its site's input as the already quantized layers before it compute it, as in the methods' released
+    code.
 
     Args:
-        network: with quantizers attached.
+        network: network with quantizers attached.
         images: B×C×H×W; moved to the model's device and dtype.
 
     Raises:
-        NonFiniteError: naming the site, for activations that are not finite.
+        AdfqError: for a site that the model does not use; the message names it.
+        NonFiniteError: for activations that hold NaN or infinity; the message names the site.
     """
     sites = [(name, found) for name, _, found in network.activation_quantizers() if not found.is_calibrated]
     if not sites:
@@ -84,10 +91,14 @@ def calibrate_activations(network: Network, images: Tensor) -> None:
 
 @contextmanager
 def calibrating(sites: Iterable[tuple[str, Quantizer]], done: Callable[[], object] = lambda: None) -> Iterator[None]:
-    """Within it, each of the named quantizers is calibrated on its input right before it quantizes it.
+    """Calibrate each named quantizer on its first input inside the block, right before that is quantized.
 
-    A layer that is used several times, as heads are on each level of a feature pyramid, is calibrated on the first (as
-    in RepQ-ViT's code): the level with the most positions.
+    A layer that is used several times, as heads are on each level of a feature pyramid, is calibrated on the first use,
+    as in RepQ-ViT's code. That is the level with the most positions.
+
+    Args:
+        sites: pairs of site name, for error messages, and quantizer.
+        done: called after each calibration; nothing by default.
     """
     hooks = [quantizer.register_forward_pre_hook(partial(_calibrate, name, done)) for name, quantizer in sites]
     try:
@@ -105,7 +116,12 @@ def _calibrate(name: str, done: Callable[[], object], quantizer: nn.Module, inpu
 
 
 def progress_bar(what: str, steps: int) -> tqdm[Any]:
-    """A bar that shows after two seconds, on terminals only."""
+    """Return a progress bar that shows after two seconds, on terminals only.
+
+    Args:
+        what: label of the bar.
+        steps: number of steps in all.
+    """
     from tqdm import tqdm  # the core needs only torch to be imported
 
     return tqdm(total=steps, desc=what, delay=2, leave=False, disable=None)

@@ -1,4 +1,4 @@
-"""Quantized models on disk: one safetensors file with packed integer weights and everything that rebuilds the model."""
+"""Quantized models on disk: one safetensors file with packed integer weights and a header that rebuilds the model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from adfq.sites import Network
 FORMAT = 1
 
 # The file's metadata has one entry, the header as JSON; its first field is SHA-256 over the whole file with zeros in
-# the digest's place. (More entries would come in any order, and the same model would give different files.)
+# the digest's place. More entries would come in any order, so that the same model would give different files.
 _HEADER = "adfq"
 _NO_DIGEST = "0" * 64
 
@@ -48,21 +48,21 @@ _DTYPES = {str(dtype): dtype for dtype in (torch.float16, torch.bfloat16, torch.
 
 
 def save(model: nn.Module, file: str | os.PathLike[str], notes: Mapping[str, Any] | None = None) -> None:
-    """Writes a quantized model to one safetensors file, from which `load` rebuilds it without anything else.
+    """Write a quantized model to one safetensors file, which is all that `load` needs.
 
-    Weights that have integer codes take as many bits each as they are quantized to; all other tensors keep their
-    dtype. What was written is read back and must give the same logits before it takes the file's name, so that a file
-    is there whole and usable, or not at all.
+    A weight with integer codes takes as many bits a value as it is quantized to; other tensors keep their dtype. The
+    written file is read back and must give the same logits before it takes its name, so that a file is whole and usable
+    or not there.
 
     Args:
-        model: from `adfq.quantize`; may have been moved or cast since.
-        file: to write, or to replace.
-        notes: kept with the model as its `quantization.notes`, for the caller's own use; made of JSON's types. Without
-            it, those that the model has stay.
+        model: model from `adfq.quantize`; it may have been moved or cast since.
+        file: path to write, or to replace.
+        notes: the caller's own data, of JSON's types; `load` returns it as `quantization.notes`. None, the default,
+            keeps the model's present notes.
 
     Raises:
-        AdfqError: for a model that is not from `adfq.quantize`, one whose architecture cannot be told from itself, and
-            a file that cannot be written.
+        AdfqError: for a model that is not from `adfq.quantize`, one whose architecture cannot be told from itself,
+            notes of other types, and a file that cannot be written.
     """
     quantization = getattr(model, "quantization", None)
     if not isinstance(quantization, Quantization):
@@ -74,16 +74,20 @@ def save(model: nn.Module, file: str | os.PathLike[str], notes: Mapping[str, Any
 
 
 def load(file: str | os.PathLike[str]) -> nn.Module:
-    """Rebuilds a model that `save` has written; it gives the very logits that the saved one gave.
+    """Load a model that `save` has written; its logits are those of the saved model, bit for bit.
 
-    Nothing in the file is run or downloaded. Quantizers are those of adfq and of the file's method, if it is installed.
+    Nothing in the file is run or downloaded. Its quantizers are classes of adfq and of the file's method, if that is
+    installed.
+
+    Args:
+        file: path to read.
 
     Returns:
         The model on the CPU, in evaluation mode and its own dtype, with its `Quantization` as attribute `quantization`.
 
     Raises:
-        AdfqError: naming the file, if it cannot be read, was not written by `save`, is damaged or altered, or needs
-            something that this installation does not have.
+        AdfqError: if the file cannot be read, was not written by `save`, is damaged or altered, or needs something that
+            this installation does not have; the message names the file.
     """
     try:
         return _rebuild(Path(file).read_bytes())
@@ -94,7 +98,14 @@ def load(file: str | os.PathLike[str]) -> nn.Module:
 
 
 def packed_size(model: nn.Module) -> int:
-    """Bytes of a model's parameters, weights that have integer codes at as many bits each, scales included."""
+    """Return the size of a model's state in bytes, with integer codes packed and scales included.
+
+    Args:
+        model: model from `adfq.quantize` or `load`.
+
+    Raises:
+        AdfqError: for a model of a dtype that `save` does not take.
+    """
     size = 0
     dtype = _dtype(model)
     codes = {f"{name}.weight": _codes(layer, dtype) for name, layer in Network(model, {}).weight_layers()}
@@ -105,21 +116,27 @@ def packed_size(model: nn.Module) -> int:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Writes codes one behind the other, lowest bit first.
+    """Return codes packed without gaps, lowest bit first.
 
     Args:
         codes: uint8, each below 2^bits; any shape, n of them.
-        bits: 1 to 8.
+        bits: bits a code, 1 to 8.
 
     Returns:
-        uint8, ⌈n·bits/8⌉; what the last byte has left is 0.
+        Bytes, uint8, ⌈n·bits/8⌉ of them; unused bits of the last one are 0.
     """
     stream = _to_bits(codes.flatten(), bits)
     return _from_bits(nn.functional.pad(stream, (0, -len(stream) % 8)), 8)
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
-    """The first `count` codes that `pack` has written, uint8."""
+    """Return the first `count` codes that `pack` has packed: uint8, `count`.
+
+    Args:
+        packed: uint8, from `pack`.
+        bits: bits a code, 1 to 8.
+        count: number of codes.
+    """
     return _from_bits(_to_bits(packed, 8)[: count * bits], bits)
 
 
@@ -160,7 +177,7 @@ def _write(model: nn.Module, quantization: Quantization, notes: Mapping[str, Any
         text = json.dumps(header)
     except (TypeError, ValueError) as error:
         raise AdfqError(f"options and notes must be of JSON's types to be saved: {error}") from None
-    # Copies, since safetensors takes no tensors that share memory.
+    # safetensors takes no tensors that share memory.
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     content = to_bytes(copies, {_HEADER: text})
     digest = hashlib.sha256(content).hexdigest()
@@ -173,7 +190,7 @@ def _exchange_digest(content: bytes, old: str, new: str) -> bytes:
 
 
 def _codes(layer: QuantWeightLayer, dtype: torch.dtype) -> Tensor | None:
-    """The packed codes that give the layer's weight bit for bit, or None where it must be kept as it is."""
+    """Return the packed codes that give the layer's weight bit for bit, or None for a weight without such codes."""
     quantizer, weight = layer.weight_quantizer, layer.weight.detach()
     if not isinstance(quantizer, Quantizer) or weight.dtype != dtype:
         return None
@@ -187,7 +204,7 @@ def _codes(layer: QuantWeightLayer, dtype: torch.dtype) -> Tensor | None:
 
 
 def _specify(site: str, quantizer: nn.Module) -> dict[str, Any]:
-    """A quantizer without its buffers."""
+    """Return a quantizer's class and arguments, without its buffers."""
     if not isinstance(quantizer, Quantizer):
         raise AdfqError(f"{site}: a {type(quantizer).__name__} is not a Quantizer and cannot be saved")
     names = inspect.signature(type(quantizer)).parameters
@@ -198,7 +215,7 @@ def _specify(site: str, quantizer: nn.Module) -> dict[str, Any]:
 
 
 def _check_rebuilds(model: nn.Module, architecture: Architecture, content: bytes) -> None:
-    """Raises AdfqError, saying what differs, unless the written model gives the logits of the one at hand."""
+    """Raise AdfqError, with the difference, unless the written model gives the logits of the one at hand."""
     problem = "this model's architecture cannot be rebuilt from its description"
     try:
         rebuilt = _rebuild(content)
@@ -214,7 +231,7 @@ def _check_rebuilds(model: nn.Module, architecture: Architecture, content: bytes
 
 
 def _difference(original: nn.Module, rebuilt: nn.Module) -> str:
-    """The first layer that does not look alike, for people."""
+    """Describe the first layer that differs, for an error message."""
     others = dict(rebuilt.named_modules())
     inactive = (nn.Identity, nn.Dropout)
     for name, module in original.named_modules():
@@ -235,7 +252,7 @@ def _rebuild(content: bytes) -> nn.Module:
         raise AdfqError(f"its header names the dtype {header['dtype']!r}; there are {', '.join(_DTYPES)}")
     with torch.random.fork_rng():
         model = adapt(create(architecture).eval()).model
-    model.to(_DTYPES[header["dtype"]])  # what is no tensor of the file, masks for example, too
+    model.to(_DTYPES[header["dtype"]])  # masks and other tensors that are not in the file too
     _attach(model, header["quantizers"], method)
     _load_tensors(model, tensors)
     numbers = header["seed"], header["calibration_size"]
@@ -246,14 +263,14 @@ def _rebuild(content: bytes) -> nn.Module:
 
 
 def _read(content: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Header, its fields of the right types, and tensors of a file that is what `_write` has written."""
+    """Read header and tensors of a file that `_write` has written, and check the header's types."""
     from safetensors.torch import load as from_bytes
 
     try:
         tensors = from_bytes(content)
         length = int.from_bytes(content[:8], "little")
         text = json.loads(content[8 : 8 + length]).get("__metadata__", {}).get(_HEADER)
-    except Exception:  # its own error, or what tensors of damaged sizes and types give
+    except Exception:  # its own error, or one from tensors of damaged sizes and types
         raise AdfqError("not a safetensors file, or a damaged one") from None
     try:
         header = json.loads(text)
@@ -332,7 +349,7 @@ def _load_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             raise AdfqError(f"{name} has shape {tuple(tensor.shape)}, the model {tuple(expected[name].shape)}")
         if of_quantizer and not tensor.numel():
             raise AdfqError(f"{name} is empty")
-        # What a quantizer computes with stays float32 in a model of another dtype; the rest has been cast as it was.
+        # A quantizer's tensors stay float32 in a model of another dtype; the rest has been cast as it was.
         castable = not of_quantizer and tensor.is_floating_point() and expected[name].is_floating_point()
         if tensor.dtype != expected[name].dtype and not castable:
             raise AdfqError(f"{name} has dtype {tensor.dtype}, the model {expected[name].dtype}")
@@ -362,7 +379,7 @@ def _set_weight(name: str, layer: QuantWeightLayer, packed: Tensor) -> None:
 
 
 def _sites(model: nn.Module, empty: bool = False) -> Iterator[tuple[str, nn.Module, str]]:
-    """(name, owner, attribute) of the places that have a quantizer, or of those without one too."""
+    """Yield (site name, owner, attribute) of each quantizer; with `empty`, of places without one too."""
     children = {
         QuantWeightLayer: ("input_quantizer", "weight_quantizer"),
         QuantMatMul: ("left_quantizer", "right_quantizer"),
@@ -388,7 +405,7 @@ def _dtype(model: nn.Module) -> torch.dtype:
 
 
 def _identical(a: Tensor, b: Tensor) -> bool:
-    """Bit for bit, so that NaN is like NaN and -0 not like 0."""
+    """Compare bit for bit, so that NaN is like NaN and -0 not like 0."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     return torch.equal(*(tensor.contiguous().view(-1).view(torch.uint8) for tensor in (a, b)))

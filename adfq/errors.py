@@ -1,15 +1,15 @@
-"""What went wrong in words for the person who asked for it."""
+"""Errors with a message for the user."""
 
 
 class AdfqError(ValueError):
-    """A mistake in what was asked for or given: one line that says what to change.
+    """Mistake in a user's input; its message is one line that says what to change.
 
-    The command line prints it without a traceback and exits with code 2.
+    The command line prints the message without a traceback and exits with code 2.
     """
 
 
 class NonFiniteError(AdfqError):
-    """Weights, activations or outputs that hold NaN or infinity: one model's failure under one method.
+    """NaN or infinity in weights, activations or outputs: the failure of one model under one method.
 
-    In a table it costs this cell alone.
+    In a table it costs one cell.
     """

@@ -1,8 +1,8 @@
 """Quantized models as ONNX files in which integers are multiplied with integers.
 
-In between `QuantizeLinear` and `DequantizeLinear` stand the values that quantization simulates (QDQ form, of the ONNX
-operator specification). onnxruntime takes a product whose operands both come out of a `DequantizeLinear` for what it
-is, and runs it on codes. What stands here makes every product such a one, as far as its quantizers allow it.
+Files are in QDQ form (ONNX operator specification): `QuantizeLinear` and `DequantizeLinear` enclose the values that
+quantization simulates. onnxruntime recognizes a product whose operands both come out of a `DequantizeLinear` and runs
+it on codes. This module makes every product such a one, as far as its quantizers allow it.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from adfq.sites import Network
 INPUT, OUTPUT = "images", "logits"
 
 _BITS = 8
-_LARGEST = 2**31 - 1  # bytes: what protobuf, which ONNX files are written in, can hold
+_LARGEST = 2**31 - 1  # bytes: protobuf's limit, and ONNX files are written in it
 
 _GRIDS = "it has two steps in one tensor, and an integer product has one for each operand"
 
-#: Why quantizers have no form in ONNX; of several classes that one is of, the first counts.
+#: Reasons why quantizers have no form in ONNX; the first class that a quantizer is an instance of counts.
 _REFUSED: Mapping[type[nn.Module], str] = {
     OutlierQuantizer: "its outliers stay in float and its ranges differ from patch to patch, "
     "and an integer product has codes alone, with one scale for each operand",
@@ -63,11 +63,13 @@ _OVERLAPPING = "windows of the convolution overlap, and integer convolutions hav
 
 @dataclass(frozen=True)
 class Exported:
-    """What has become of a model's products: those with a weight, and the two of each attention.
+    """Products of an exported model, by the type that they are computed in.
+
+    Products are those with a weight, and the two of each attention.
 
     Attributes:
         integer: names of the products of integers.
-        floating: names of those that stay in float, with the reason.
+        floating: names of the products in floating point, with the reason.
     """
 
     integer: tuple[str, ...]
@@ -75,20 +77,23 @@ class Exported:
 
 
 def export_onnx(model: nn.Module, file: str | os.PathLike[str]) -> Exported:
-    """Writes a quantized model to one ONNX file in QDQ form.
+    """Write a quantized model to one ONNX file in QDQ form.
 
-    Its input ``images`` is float32, B×C×H×W with any B, its output ``logits`` B×classes. Activations become uint8 at
-    run time, with one scale each; weights are stored as int8, also where they are quantized to fewer bits, with a scale
-    and zero point for each output channel. What a method leaves in full precision stays float32.
+    The input ``images`` is float32, B×C×H×W with any B; the output ``logits`` is float32, B×classes. Activations become
+    uint8 at run time, with one scale each. Weights are stored as int8, also at fewer bits, with a scale and zero point
+    for each output channel. Layers that a method leaves in full precision stay float32.
 
     Args:
-        model: from `adfq.quantize` or `adfq.load`; it is left untouched.
-        file: to write, or to replace.
+        model: model from `adfq.quantize` or `adfq.load`; not changed.
+        file: path to write, or to replace.
+
+    Returns:
+        Names of the integer and the floating-point products.
 
     Raises:
-        AdfqError: for a model that is not from `adfq.quantize`; naming the first site, for quantizers without a form
-            in ONNX and for activations of other than 8 bits; without the extra ``onnx``; for a model that cannot be
-            traced, or is larger than an ONNX file can be; for a file that cannot be written.
+        AdfqError: for a model that is not from `adfq.quantize`, cannot be traced or is larger than 2 GB; for quantizers
+            without a form in ONNX and activations of other than 8 bits, with the name of the first site; without the
+            extra ``onnx``; for a file that cannot be written.
     """
     quantization = getattr(model, "quantization", None)
     if not isinstance(quantization, Quantization):
@@ -103,7 +108,7 @@ def export_onnx(model: nn.Module, file: str | os.PathLike[str]) -> Exported:
 
 
 def check_installed() -> None:
-    """Raises AdfqError where the extra ``onnx`` is not installed."""
+    """Raise AdfqError unless the extra ``onnx`` is installed."""
     try:
         for package in ("onnx", "onnxscript", "onnxruntime"):
             importlib.import_module(package)
@@ -112,11 +117,11 @@ def check_installed() -> None:
 
 
 def trace(model: nn.Module, input_size: tuple[int, int, int]) -> Any:
-    """A model as ONNX, with any number of images.
+    """Trace a model to ONNX with any number of images.
 
     Args:
-        model: on the CPU, float32, in evaluation mode.
-        input_size: channels, height, width.
+        model: model on the CPU, float32, in evaluation mode.
+        input_size: channels, height and width in pixels.
 
     Returns:
         A torch.onnx.ONNXProgram.
@@ -124,10 +129,10 @@ def trace(model: nn.Module, input_size: tuple[int, int, int]) -> Any:
     Raises:
         AdfqError: for a model that torch cannot trace.
     """
-    images = torch.zeros(2, *input_size)  # of one alone torch would conclude that there is always one
+    images = torch.zeros(2, *input_size)  # from one image torch would conclude that there is always one
     try:
         with torch.no_grad(), _quiet():
-            # By torch.export: the exporter that traces Python instead takes a batch of two for granted.
+            # torch.export, since the exporter that traces Python takes a batch of two for granted.
             program: Any = torch.onnx.export(
                 model,
                 (images,),
@@ -140,7 +145,7 @@ def trace(model: nn.Module, input_size: tuple[int, int, int]) -> Any:
     except Exception as error:  # whatever a model's code raises on tensors without values
         raise AdfqError(f"cannot trace this {type(model).__name__}: {str(error).splitlines()[0]}") from None
     graph = program.model.graph
-    # Where in Python all comes from: more bytes than the weights of a small model.
+    # Metadata names the lines of Python that all comes from, in more bytes than the weights of a small model.
     values = [*graph.inputs, *graph.initializers.values(), *(value for node in graph for value in node.outputs)]
     for part in (graph, *graph, *values):
         part.metadata_props.clear()
@@ -149,7 +154,7 @@ def trace(model: nn.Module, input_size: tuple[int, int, int]) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """What torch has to say of its own code and of other packages is nothing to our users."""
+    """Silence torch's warnings about its own code and other packages, which are nothing to our users."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -196,7 +201,7 @@ def _problem_of_uniform(quantizer: Quantizer) -> str | None:
 
 
 def _convert(model: nn.Module) -> Exported:
-    """Replaces, in place, every product by one that is traced to ONNX's operators."""
+    """Replace, in place, every product by one that is traced to ONNX's operators."""
     network = Network(model, {})
     integer, floating = [], {}
     for name, layer in list(network.weight_layers()):
@@ -228,7 +233,7 @@ def _why_float(operands: tuple[nn.Module, nn.Module]) -> str | None:
 
 
 def _is_patchwise(layer: QuantConv2d) -> bool:
-    """Whether a convolution sees every pixel once, as a patch embedding does."""
+    """Return True for a convolution that sees every pixel once, as a patch embedding does."""
     size = tuple(layer.weight.shape[2:])
     unpadded = layer.padding in ("valid", (0, 0))
     return unpadded and layer.stride == size and layer.groups == 1 and tuple(layer.dilation) == (1, 1)
@@ -241,19 +246,20 @@ def _convert_quantizer(quantizer: nn.Module) -> nn.Module:
 
 
 class _Grid(nn.Module):
-    """What `UniformQuantizer` rounds to, as ONNX has it: its zero point is a code.
+    """Grid of a `UniformQuantizer` in ONNX's form, with a zero point that is a code.
 
-    Values are scale·(q - zero_point) + offset with an offset that is 0 unless the range leaves out 0, as that of
-    probabilities can, of which none is small.
+    Values are scale·(q - zero_point) + offset. The offset is 0 unless the range leaves out 0, as that of probabilities
+    that are all large can.
 
     Args:
-        signed: whether codes are int8 around 0, as kernels want weights, in place of uint8. (x86 multiplies uint8 with
-            int8, VNNI: half the time of two uint8.)
+        quantizer: calibrated uniform quantizer.
+        signed: True for int8 codes around 0, as kernels want weights; False, the default, for uint8. x86 multiplies
+            uint8 with int8 (VNNI) in half the time of two uint8.
 
     Attributes:
-        scale: float32, shape of the quantizer's without dimensions of 1.
-        zero_point: uint8 or int8, likewise.
-        offset: float32, likewise; None for 0.
+        scale: float32, the shape of the quantizer's scale without dimensions of 1.
+        zero_point: uint8 or int8, the shape of `scale`.
+        offset: float32, the shape of `scale`; None for 0.
     """
 
     scale: Tensor
@@ -263,8 +269,8 @@ class _Grid(nn.Module):
     def __init__(self, quantizer: UniformQuantizer, signed: bool = False) -> None:
         super().__init__()
         self.shift, self.dtype = (quantizer.levels // 2, torch.int8) if signed else (0, torch.uint8)
-        # RepQ-ViT's is a mean of whole numbers. Steps are counted from 0 on either way, so that rounding it changes no
-        # value but those that are cut off, at the ends of the range, by less than a step.
+        # RepQ-ViT's zero point is a mean of whole numbers. Steps are counted from 0 on either way, so that rounding it
+        # changes only the values at the ends of the range that are cut off, by less than a step.
         wanted = quantizer.zero_point.squeeze().round()
         zero_point = wanted.clamp(0, quantizer.levels - 1)
         scale = quantizer.scale.squeeze()
@@ -274,16 +280,17 @@ class _Grid(nn.Module):
         self.register_buffer("offset", offset if offset.any() else None)
 
     def shift_codes(self, codes: Tensor) -> Tensor:
-        """The quantizer's codes in the type that ONNX has them in."""
+        """Return the quantizer's codes in ONNX's type."""
         return (codes.int() - self.shift).to(self.dtype)
 
     def quantize(self, x: Tensor) -> Tensor:
+        """Return the codes of `x`, by ONNX's operator."""
         operands = [x if self.offset is None else x - self.offset, self.scale, self.zero_point]
         codes: Tensor = torch.onnx.ops.symbolic("QuantizeLinear", operands, dtype=self.dtype, shape=x.shape)
         return codes
 
     def dequantize(self, codes: Tensor) -> Tensor:
-        """Without the offset; scales of their own are those of the last dimension."""
+        """Return the values of codes without the offset; several scales belong to the last dimension."""
         operands = [codes, self.scale, self.zero_point]
         values: Tensor = torch.onnx.ops.symbolic(
             "DequantizeLinear", operands, {"axis": codes.dim() - 1}, dtype=torch.float32, shape=codes.shape
@@ -292,19 +299,20 @@ class _Grid(nn.Module):
 
 
 class _QuantizeDequantize(nn.Module):
-    """An activation's uniform quantizer by itself."""
+    """Uniform quantizer of an activation outside of integer products."""
 
     def __init__(self, quantizer: UniformQuantizer) -> None:
         super().__init__()
         self.grid = _Grid(quantizer)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the quantized values of `x`."""
         values = self.grid.dequantize(self.grid.quantize(x))
         return values if self.grid.offset is None else values + self.grid.offset
 
 
 class _Logarithmic(nn.Module):
-    """`LogQuantizer` in operators for which onnxruntime has vectorized kernels, as for powers of 2 it has none."""
+    """`LogQuantizer` in operators with vectorized kernels in onnxruntime, which has none for powers of 2."""
 
     scale: Tensor
 
@@ -314,15 +322,17 @@ class _Logarithmic(nn.Module):
         self.levels, self.step = quantizer.levels, math.log(quantizer.base)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the quantized values of `x`."""
         codes = ((x / self.scale).clamp(0, 1).log() * (-1 / self.step)).round()
         # Log 0 is beyond every code.
         return torch.where(codes < self.levels, (codes * -self.step).exp() * self.scale, 0.0)
 
 
 class _IntegerProduct(nn.Module):
-    """A `QuantMatMul` of two uniformly quantized operands.
+    """`QuantMatMul` of two uniformly quantized operands.
 
-    (a + α)(b + β), of which the integers' part is ab, is ab + α·(b + β)'s column sums + a's row sums·β.
+    With a and b the parts that integers stand for and α and β the offsets, (a + α)(b + β) = ab + α·(column sums of b +
+    β) + (row sums of a)·β.
     """
 
     def __init__(self, product: QuantMatMul) -> None:
@@ -333,7 +343,8 @@ class _IntegerProduct(nn.Module):
         self.transpose_right = product.transpose_right
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
-        # Transposed before it is quantized: nothing may stand between the product and its operands.
+        """Return the product of the quantized operands."""
+        # The operand is transposed before it is quantized: nothing may stand between the product and its operands.
         right = right.transpose(-2, -1) if self.transpose_right else right
         left, right = (
             grid.dequantize(grid.quantize(operand)) for grid, operand in ((self.left, left), (self.right, right))
@@ -348,10 +359,10 @@ class _IntegerProduct(nn.Module):
 
 
 class _IntegerLayer(nn.Module):
-    """A linear layer, or a convolution that sees every pixel once, with uniformly quantized input and weight.
+    """Linear layer, or convolution that sees every pixel once, with uniformly quantized input and weight.
 
-    Such a convolution is a linear layer on patches. (onnxruntime's integer convolution has one zero point for all
-    output channels.)
+    Such a convolution becomes a linear layer on patches, because onnxruntime's integer convolution has one zero point
+    for all output channels.
     """
 
     codes: Tensor
@@ -372,13 +383,14 @@ class _IntegerLayer(nn.Module):
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output for the quantized input and weight."""
         if self.patch:
             height, width = self.patch
             rows, columns = x.shape[2] // height, x.shape[3] // width
             patches = x[:, :, : rows * height, : columns * width].unflatten(3, (columns, width))
             x = patches.unflatten(2, (rows, height)).permute(0, 2, 4, 1, 3, 5).flatten(3)
         x = self.input.dequantize(self.input.quantize(x))
-        # Of a matrix and a bias onnxruntime would make a Gemm, which it runs on integers only where the bias has codes.
+        # onnxruntime would make a Gemm from a matrix and a bias, and runs that on integers only if the bias has codes.
         output = (x[None] @ self.weight.dequantize(self.codes))[0] + self.bias
         if self.weight.offset is not None:
             output = output + x.sum(-1, keepdim=True) * self.weight.offset

@@ -1,4 +1,4 @@
-"""Files that are there whole and usable, or not at all."""
+"""Files that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from adfq.errors import AdfqError
 
 @contextmanager
 def replacing(file: str | os.PathLike[str]) -> Iterator[Path]:
-    """A path to write to in place of `file`, whose name it takes when all that is done within has gone well.
+    """Yield a temporary path that takes the name of `file` when the block ends without an error.
+
+    Args:
+        file: path to write, or to replace.
 
     Raises:
         AdfqError: for a file that cannot be written.
     """
     path = Path(file)
-    # Beside the target, so that it can take its place in one step.
+    # A file beside the target can take its place in one step.
     temporary = path.parent / f"{path.name}.{secrets.token_hex(4)}.part"
     try:
         temporary.touch(exist_ok=False)
@@ -30,5 +33,5 @@ def replacing(file: str | os.PathLike[str]) -> Iterator[Path]:
     except OSError as error:
         raise AdfqError(f"cannot write {file}: {error.strerror}") from None
     finally:
-        with suppress(OSError):  # it is gone where all went well
+        with suppress(OSError):  # after a success it is gone
             temporary.unlink()

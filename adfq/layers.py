@@ -1,4 +1,4 @@
-"""Operators with two quantized operands: a linear map or convolution with its weight, a matrix product."""
+"""Operators with two quantized operands: linear layer, convolution, matrix product."""
 
 from __future__ import annotations
 
@@ -14,15 +14,23 @@ from adfq.quantizers import Quantizer
 
 
 class QuantWeightLayer(nn.Module, ABC):
-    """A layer with a weight; does what the replaced layer did until quantizers are attached.
+    """Layer with a quantizable input and weight; it computes what the replaced layer did until quantizers are attached.
+
+    Args:
+        layer: layer to replace, whose parameters are shared.
+        role: site role (`adfq.sites.ROLES`) of input and weight.
+        fixed_positions: True, the default, if all inputs have the same token positions; False where they depend on the
+            image's size.
 
     Attributes:
-        role: the site role (`adfq.sites.ROLES`) of input and weight.
-        fixed_positions: whether all inputs have the same token positions; False where the size of the image decides.
-        weight, bias: as in the layer that it replaces, in full precision until `freeze`.
-        input_quantizer, weight_quantizer: a `Quantizer`, or nn.Identity for full precision.
-        learned_weight: until `freeze`, quantized values in place of those that the weight's quantizer gives; or None.
-        frozen: whether `weight` itself holds quantized values.
+        role: site role of input and weight.
+        fixed_positions: see the argument.
+        weight: weight of the replaced layer, in full precision until `freeze`.
+        bias: bias of the replaced layer, always in full precision; None for none.
+        input_quantizer: a `Quantizer`, or nn.Identity for full precision.
+        weight_quantizer: a `Quantizer`, or nn.Identity for full precision.
+        learned_weight: quantized values that replace those of `weight_quantizer` until `freeze`; None for none.
+        frozen: True once `weight` itself holds quantized values.
     """
 
     weight: nn.Parameter
@@ -41,51 +49,66 @@ class QuantWeightLayer(nn.Module, ABC):
         self.frozen = False
 
     def find_weight_range(self) -> None:
-        """Calibrates the weight's quantizer; from then on `forward` computes with quantized values."""
+        """Calibrate the weight's quantizer; `forward` computes with quantized values from then on.
+
+        Raises:
+            NonFiniteError: for a weight that holds NaN or infinity.
+        """
         if isinstance(self.weight_quantizer, Quantizer):
             self.weight_quantizer.calibrate(self.weight)
             self.frozen = False
 
     @torch.no_grad()
     def quantize_weight(self) -> Tensor:
-        """The values that the layer computes with."""
+        """Return the weight that `forward` uses: learned, quantized or full precision, the shape of `weight`."""
         if self.learned_weight is not None:
             return self.learned_weight
         quantizer = self.weight_quantizer
         if self.frozen or not isinstance(quantizer, Quantizer) or not quantizer.is_calibrated:
             return self.weight
-        # Anew in each of the few passes before the model is frozen: that costs less than the memory of all quantized
+        # Quantization in each of the few passes before the model is frozen costs less than the memory of all quantized
         # weights beside the full-precision ones.
         quantized: Tensor = quantizer(self.weight)
         return quantized
 
     def freeze(self) -> None:
-        """Makes the quantized weight the weight, once and for all; the full-precision one is gone."""
+        """Replace the weight by its quantized values for good; the full-precision weight is gone."""
         quantized = self.quantize_weight()
         if quantized is not self.weight:
             self.weight, self.learned_weight = nn.Parameter(quantized, requires_grad=False), None
         self.frozen = True
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output for the quantized input and weight.
+
+        Args:
+            x: input of the replaced layer.
+        """
         return self._apply_weight(self.input_quantizer(x), self.quantize_weight())
 
     @abstractmethod
     def _apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The layer's own operation with the given weight."""
+        """Return the layer's own operation with the given weight."""
 
     def extra_repr(self) -> str:
+        """Return shape and role for the module's representation."""
         return f"{tuple(self.weight.shape)}, role={self.role!r}"
 
 
 class QuantLinear(QuantWeightLayer):
-    """A quantized nn.Linear: inputs … × in, weight out × in."""
+    """Quantizable nn.Linear: inputs … × in, weight out × in."""
 
     def _apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight, self.bias)
 
 
 class QuantConv2d(QuantWeightLayer):
-    """A quantized nn.Conv2d with zero padding.
+    """Quantizable nn.Conv2d with zero padding: inputs B×in×H×W, weight out×in×height×width.
+
+    Args:
+        layer: convolution to replace, whose parameters are shared.
+        role: see `QuantWeightLayer`.
+        fixed_positions: see `QuantWeightLayer`.
 
     Raises:
         AdfqError: for another padding mode.
@@ -107,13 +130,18 @@ class QuantConv2d(QuantWeightLayer):
 
 
 class QuantMatMul(nn.Module):
-    """left @ right, or left @ rightᵀ, with both operands quantized.
+    """Matrix product of two quantizable operands: left @ right, or left @ rightᵀ.
 
     The right operand is quantized before it is transposed, so that its last dimension is its channels.
 
+    Args:
+        roles: site roles of the two operands.
+        transpose_right: True for left @ rightᵀ; False by default.
+
     Attributes:
-        roles: the site roles of the two operands.
-        left_quantizer, right_quantizer: a `Quantizer`, or nn.Identity for full precision.
+        roles: site roles of the two operands.
+        left_quantizer: a `Quantizer`, or nn.Identity for full precision.
+        right_quantizer: a `Quantizer`, or nn.Identity for full precision.
     """
 
     def __init__(self, roles: tuple[str, str], transpose_right: bool = False) -> None:
@@ -124,8 +152,15 @@ class QuantMatMul(nn.Module):
         self.right_quantizer: nn.Module = nn.Identity()
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        """Return the product of the quantized operands.
+
+        Args:
+            left: … × n × k.
+            right: … × k × m; … × m × k if it is transposed.
+        """
         left, right = self.left_quantizer(left), self.right_quantizer(right)
         return left @ (right.transpose(-2, -1) if self.transpose_right else right)
 
     def extra_repr(self) -> str:
+        """Return roles for the module's representation."""
         return f"roles={self.roles!r}"

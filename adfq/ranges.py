@@ -1,7 +1,7 @@
-"""How a quantizer's range is found: min-max, percentile search, MSE search.
+"""Searches for a quantizer's range: min-max, percentiles, mean error.
 
-All searches work on a matrix of values, one row per group (the whole tensor, a channel, a patch …), and give
-one scale and zero point per row.
+All searches take a matrix of values with one row for each group (the tensor, a channel, a patch …). They return one
+scale and one zero point for each row.
 """
 
 from __future__ import annotations
@@ -21,18 +21,28 @@ _MOST_VALUES = 2**23
 
 
 def thin_out(values: Tensor) -> Tensor:
-    """Every n-th value of each row (G×n), so that a search looks at no more of them than it can hold in memory.
+    """Return every n-th value of each row, so that a search fits in memory.
 
-    Above 8 million values percentiles and mean errors hardly change any more.
+    The result has at most 2^23 values a row; beyond that, percentiles and mean errors hardly change.
+
+    Args:
+        values: G×n.
     """
     stride = -(-values.shape[1] // _MOST_VALUES)
-    # An odd one does not keep meeting the same columns of an image. Next to each other, since searches pass over them
-    # many times.
+    # An odd stride does not keep meeting the same columns of an image. Searches pass over the values many times, so
+    # that these lie next to each other.
     return (values if stride == 1 else values[:, :: stride | 1]).contiguous()
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, levels: int) -> Tensor:
-    """Rounds `x` to scale·(q - zero_point) with q in 0 … levels-1; no gradient. Arguments broadcast."""
+    """Round `x` to scale·(q - zero_point) with codes q from 0 to levels - 1, without gradient.
+
+    Args:
+        x: float32, any shape.
+        scale: step size; broadcasts against `x`.
+        zero_point: code of 0; broadcasts against `x`.
+        levels: number of codes, 2^bits.
+    """
 
     def quantize(part: Tensor, out: Tensor) -> None:
         torch.div(part, scale, out=out).round_().add_(zero_point).clamp_(0, levels - 1).sub_(zero_point).mul_(scale)
@@ -48,14 +58,15 @@ _PART = 2**18
 
 
 def in_parts(function: Callable[[Tensor, Tensor], object], x: Tensor) -> Tensor:
-    """`function` of `x`; on a CPU, of a few indices of the first dimension at a time.
+    """Return `function` of `x`, computed on a CPU for a few indices of the first dimension at a time.
 
-    Quantizing passes over its values again and again; a few of them stay in the processor's cache meanwhile, and need
-    no new memory.
+    Quantization passes over its values several times. A part stays in the processor's cache meanwhile and needs no new
+    memory.
 
     Args:
-        function: of each index by itself; writes its result, which has the shape of its first argument, to its second.
-            No gradient.
+        function: takes a part of `x` and an output of its shape, and writes the result to the output; each index of the
+            first dimension must be independent of the others. No gradient.
+        x: any shape.
     """
     result = torch.empty_like(x, memory_format=torch.contiguous_format)
     rows = _rows_of_part(x)
@@ -72,14 +83,16 @@ def _rows_of_part(x: Tensor) -> int:
 def mean_errors(
     values: Tensor, candidates: Sequence[Callable[[Tensor, slice], Tensor]], exponent: float = 2.0
 ) -> Tensor:
-    """How far quantized values are off: mean |x - x̂|^exponent of each row, for each candidate.
+    """Return the quantization error mean |x - x̂|^exponent of each row, for each candidate.
 
     Args:
-        values: G×n; no gradient.
-        candidates: each quantizes some columns of the rows in a slice, to a new tensor.
+        values: G×n, without gradient.
+        candidates: functions of some columns (rows×columns) and the slice of their rows; each returns the quantized
+            values in a new tensor.
+        exponent: exponent of the error; 2, the default, gives the mean squared error.
 
     Returns:
-        len(candidates)×G, float64.
+        Errors, len(candidates)×G, float64.
     """
     errors = torch.zeros(len(candidates), len(values), dtype=torch.float64, device=values.device)
     columns = _rows_of_part(values[0]) if len(values) else 1
@@ -93,7 +106,7 @@ def mean_errors(
 
 
 def minmax_range(values: Tensor, levels: int) -> Range:
-    """The smallest range that holds every value.
+    """Return the smallest range that holds every value.
 
     Args:
         values: G×n.
@@ -106,10 +119,16 @@ def minmax_range(values: Tensor, levels: int) -> Range:
 
 
 def percentile_range(values: Tensor, levels: int) -> Range:
-    """The range between the percentiles p and 1-p, p of `PERCENTILES`, with the smallest mean squared error.
+    """Return the range between percentiles 1-p and p with the smallest mean squared error, p of `PERCENTILES`.
 
-    RepQ-ViT's search (released code), used by ADFQ-ViT outside its matrix products. Arguments and results as in
-    `minmax_range`.
+    The search is that of RepQ-ViT's released code. ADFQ-ViT uses it outside its matrix products.
+
+    Args:
+        values: G×n.
+        levels: number of codes, 2^bits.
+
+    Returns:
+        scale (G) and zero_point (G).
     """
     values = thin_out(values)
     uppers = quantiles(values, PERCENTILES, upper=True)
@@ -126,19 +145,21 @@ def _quantize_rows(scales: Tensor, zero_points: Tensor, levels: int, part: Tenso
 
 
 def quantiles(values: Tensor, fractions: tuple[float, ...], upper: bool) -> Tensor:
-    """What torch.quantile gives, for tensors of any size: one partial selection serves all rows and fractions.
+    """Return the quantiles of each row as torch.quantile computes them, for tensors of any size.
+
+    One partial selection serves all rows and fractions.
 
     Args:
         values: G×n.
         fractions: each between 0 and 1; the closer to the end, the cheaper.
-        upper: whether the fractions lie near 1, or near 0.
+        upper: True for fractions near 1, False for fractions near 0.
 
     Returns:
-        len(fractions)×G.
+        Quantiles, len(fractions)×G.
     """
     count = values.shape[1]
-    # Fractions in single precision, ranks in double, as torch.quantile has them: a scale that is off in its last digit
-    # flips codes, and one flipped code moves everything after it.
+    # torch.quantile has fractions in single precision and ranks in double. A scale that is off in its last digit flips
+    # codes, and one flipped code moves everything after it.
     ranks = torch.tensor(fractions, dtype=torch.float32, device=values.device).double() * (count - 1)
     below, above = ranks.long(), ranks.ceil().long()
     weights = (ranks - below)[:, None].to(values.dtype)
@@ -152,10 +173,10 @@ _BLOCK = 32
 
 
 def _extremes(values: Tensor, count: int, largest: bool) -> Tensor:
-    """The `count` largest or smallest values of each row, the outermost first."""
+    """Return the `count` largest or smallest values of each row, the outermost first."""
     blocks = values.shape[1] // _BLOCK
     if count < blocks // 2:
-        # They lie in as many blocks at most, those with the outermost value of their own: few of the many are sorted.
+        # The values lie in the `count` blocks with the outermost extremes, so that few of the many are sorted.
         body, rest = values.split((_BLOCK * blocks, values.shape[1] - _BLOCK * blocks), dim=1)
         body = body.unflatten(1, (_BLOCK, blocks))
         outermost = body.amax(1) if largest else body.amin(1)
@@ -182,13 +203,19 @@ _SHORTLIST = 8
 
 
 def mse_range(values: Tensor, levels: int) -> Range:
-    """The range with the smallest mean |x - x̂|^2.4 among 100 widths and all zero points.
+    """Return the range with the smallest mean |x - x̂|^2.4 among 100 widths and all zero points.
 
-    ADFQ-ViT's search for the operands of its matrix products. Ranges include 0; data on one side of 0 has its
-    zero point at that end. The candidates are scored on a histogram (on the values themselves where they are
-    few), zero points coarse to fine, since shifting a range of given width costs clipping on one side and
-    saves it on the other; the shortlist is then scored on the values. Arguments and results as in
-    `minmax_range`.
+    The search is ADFQ-ViT's for the operands of its matrix products. Ranges include 0; data on one side of 0 has its
+    zero point at that end. Candidates are scored on a histogram, or on the values themselves where these are few. Zero
+    points are searched coarse to fine, because a shift of a range of given width clips more on one side and less on the
+    other. The shortlist is scored on the values.
+
+    Args:
+        values: G×n.
+        levels: number of codes, 2^bits.
+
+    Returns:
+        scale (G) and zero_point (G).
     """
     found = [_mse_range_of_row(row, levels) for row in thin_out(values)]
     return torch.stack([scale for scale, _ in found]), torch.stack([zero_point for _, zero_point in found])
@@ -223,11 +250,11 @@ def _mse_range_of_row(values: Tensor, levels: int) -> Range:
 
 
 def _histogram(values: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Bin means and counts; the values themselves and None where there are no more of them than bins."""
+    """Return bin means and counts, or the values themselves and None where they are no more than bins."""
     if len(values) <= _BINS:
         return values, None
     low, high = torch.aminmax(values)
-    # In double: the extent may be 0 or next to it.
+    # Double precision, since the extent may be 0 or next to it.
     bins = ((values - low).double() * _BINS / (high - low).double().clamp(min=1e-300)).long().clamp_(max=_BINS - 1)
     counts = torch.bincount(bins, minlength=_BINS)
     sums = torch.bincount(bins, weights=values.double(), minlength=_BINS)
@@ -236,7 +263,7 @@ def _histogram(values: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def _best(candidates: Tensor, points: Tensor, weights: Tensor | None, levels: int) -> Tensor:
-    """The best of C×2 candidates (scale, zero point), best first."""
+    """Return the best of C×2 candidates (scale, zero point), best first."""
     errors = _weighted_error(points, weights, candidates, levels)
     return candidates[errors.topk(min(_SHORTLIST, len(errors)), largest=False).indices]
 

@@ -1,4 +1,7 @@
-"""Quantizers: one concept a file. Each is calibrated once and a pure function from then on."""
+"""Quantizers, one concept a file.
+
+A quantizer is calibrated once and is a pure function from then on.
+"""
 
 from adfq.quantizers.base import Quantizer
 from adfq.quantizers.log import LogQuantizer

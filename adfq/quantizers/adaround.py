@@ -14,18 +14,21 @@ _STRETCH, _OFFSET = 1.2, -0.1
 
 
 class AdaRoundQuantizer(nn.Module):
-    """Ŵ = scale·(clamp(floor(W/scale) + h(α) + zero_point, 0, 2^bits - 1) - zero_point) with α learned (AdaRound).
+    """AdaRound's learned rounding of one weight (Nagel et al., 2020).
 
-    Nagel et al., 2020. The grid is that of a calibrated quantizer; what is learned is whether a weight goes down or
-    up. α starts where h(α) is the fractional part of W/scale: `soft` gives W itself, as far as the grid reaches, and
-    `hard` its nearest values.
+    Ŵ = scale·(clamp(floor(W/scale) + h(α) + zero_point, 0, 2^bits - 1) - zero_point), with α learned and h(α) the
+    rectified sigmoid. The grid is that of a calibrated quantizer. h(α) starts as the fractional part of W/scale, so
+    that `soft` returns W itself as far as the grid reaches, and `hard` its nearest values.
 
     Args:
-        weight: any shape.
-        grid: a uniform quantizer, calibrated on the weight.
+        weight: full-precision weight of any shape.
+        grid: uniform quantizer, calibrated on `weight`.
 
     Attributes:
-        alpha: float32 parameter of the weight's shape.
+        alpha: α; float32 parameter of the weight's shape.
+        floor: floor(W/scale) + zero_point; float32, the weight's shape.
+        scale: `grid.scale`.
+        zero_point: `grid.zero_point`.
     """
 
     floor: Tensor
@@ -42,31 +45,35 @@ class AdaRoundQuantizer(nn.Module):
         self.alpha = nn.Parameter(torch.logit((ratio - ratio.floor() - _OFFSET) / _STRETCH))
 
     def soft(self) -> Tensor:
-        """The weight with its present h(α), float32; differentiable in α."""
+        """Return the weight at the present h(α): float32, the weight's shape, differentiable in α."""
         result: Tensor = _SoftRound.apply(self.alpha, self.floor, self.scale, self.zero_point, self.highest)
         return result
 
     @torch.no_grad()
     def hard(self) -> Tensor:
-        """The weight with h(α) replaced by 1 where α ≥ 0 and by 0 elsewhere, float32: values of the grid."""
+        """Return the weight with h(α) rounded, 1 where α ≥ 0 and 0 elsewhere: float32, the weight's shape."""
         codes = (self.floor + (self.alpha >= 0)).clamp_(0, self.highest)
         return codes.sub_(self.zero_point).mul_(self.scale)
 
     def regularizer(self, beta: float) -> Tensor:
-        """Σ (1 - |2h(α) - 1|^β), 0 where every h is 0 or 1; the larger β, the flatter around 1/2."""
+        """Return Σ (1 - |2h(α) - 1|^β), a float32 scalar that is 0 where every h(α) is 0 or 1.
+
+        Args:
+            beta: exponent β; the larger it is, the flatter the term around h(α) = 1/2.
+        """
         result: Tensor = _Regularizer.apply(self.alpha, beta)
         return result
 
 
 def _rectified_sigmoid(alpha: Tensor) -> tuple[Tensor, Tensor]:
-    """h(α) and its derivative."""
+    """Return h(α) and its derivative, both of α's shape."""
     sigmoid = alpha.sigmoid()
     unlimited = sigmoid * _STRETCH + _OFFSET
     h = unlimited.clamp(0, 1)
     return h, (sigmoid * (1 - sigmoid)).mul_(_STRETCH).mul_(unlimited == h)
 
 
-# Both by hand: half the passes over memory of what autograd would record.
+# Gradients by hand take half the passes over memory that autograd's recorded ones take.
 class _SoftRound(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, alpha: Tensor, floor: Tensor, scale: Tensor, zero_point: Tensor, highest: int) -> Tensor:

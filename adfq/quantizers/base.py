@@ -1,4 +1,4 @@
-"""What all quantizers share."""
+"""The base class of quantizers, and the gradients that they share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ MIN_BITS, MAX_BITS = 2, 8
 
 
 def check_bits(bits: int) -> int:
-    """Returns `bits`; raises AdfqError unless it is a whole number from 2 to 8."""
+    """Return `bits` unchanged.
+
+    Args:
+        bits: bit-width.
+
+    Raises:
+        AdfqError: unless `bits` is a whole number from 2 to 8.
+    """
     if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
         raise AdfqError(f"bits must be a whole number from {MIN_BITS} to {MAX_BITS}, got {bits!r}")
     return bits
@@ -32,9 +39,14 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def straight_through(x: Tensor, quantized: Tensor, inside: Tensor) -> Tensor:
-    """The values of `quantized` with the gradient of `x` where it is `inside` the range, and none elsewhere.
+    """Return `quantized` with the gradient of `x` inside the range and no gradient outside (Bengio et al., 2013).
 
-    (Bengio et al., 2013.) Not clamp's own gradient: that is 0 at the ends of the range themselves.
+    The gradient is not that of clamp, which is 0 at the ends of the range themselves.
+
+    Args:
+        x: full-precision values of any shape.
+        quantized: quantized values, the shape of `x`.
+        inside: bool, the shape of `x`; True for values that the range does not cut off.
     """
     result: Tensor = _StraightThrough.apply(torch.where(inside, x, x.detach()), quantized.detach())
     return result
@@ -56,31 +68,38 @@ class _Rescale(torch.autograd.Function):
 
 
 def rescale(x: Tensor, scale: Tensor, ratio: Tensor, values: Tensor, inside: Tensor) -> Tensor:
-    """values·scale, where `values` is the quantized `ratio` = x/scale, with the gradients of learned step size
-    quantization (Esser et al., 2020).
+    """Return values·scale with the gradients of learned step size quantization (Esser et al., 2020).
 
-    The gradient to x is 1 inside the range and 0 outside; that to the scale is values - ratio inside, values outside.
+    The gradient with respect to `x` is 1 inside the range and 0 outside. The gradient with respect to `scale` is values
+    - ratio inside the range and values outside.
 
     Args:
-        x: float32; what is quantized.
-        scale: broadcasts against `x`.
-        ratio, values: the shape of `x`, without gradients.
-        inside: 1.0 or 0.0, the shape of `x`.
+        x: float32 values to quantize, any shape.
+        scale: step size; broadcasts against `x`.
+        ratio: x/scale; the shape of `x`, without gradient.
+        values: `ratio` on the grid, in steps; the shape of `x`, without gradient.
+        inside: 1.0 inside the range and 0.0 outside; the shape of `x`.
     """
     result: Tensor = _Rescale.apply(x, scale, ratio, values, inside)
     return result
 
 
 class Quantizer(nn.Module, ABC):
-    """Simulated quantization: values go in, the nearest representable values come out.
+    """Simulated quantization: each value becomes the nearest representable one.
 
-    `calibrate` looks at a tensor and sets the buffers; from then on `forward` is a pure function. Computation
-    and buffers are float32 whatever the input's dtype (a scale in half precision would move every code), and
-    the result has the input's dtype. Gradients pass straight through the rounding and are cut outside the range.
+    `calibrate` sets the buffers from a tensor; `forward` is a pure function from then on. Computation and buffers are
+    float32 whatever the input's dtype, because a scale in half precision would move every code. The result has the
+    input's dtype. Gradients pass straight through the rounding and are 0 outside the range.
+
+    Args:
+        bits: bit-width, 2 to 8.
 
     Attributes:
         bits: bit-width, 2 to 8.
         scale: float32 step size, shaped to broadcast against the input; empty before calibration.
+
+    Raises:
+        AdfqError: for another bit-width.
     """
 
     scale: Tensor
@@ -92,20 +111,24 @@ class Quantizer(nn.Module, ABC):
 
     @property
     def levels(self) -> int:
-        """The number of codes, 2^bits."""
+        """Number of codes, 2^bits."""
         return int(2**self.bits)
 
     @property
     def is_calibrated(self) -> bool:
+        """True once the buffers are set."""
         return self.scale.numel() > 0
 
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> Self:
-        """Sets the buffers from a tensor of typical inputs and returns the quantizer.
+        """Set the buffers from a tensor of typical inputs, and return the quantizer.
+
+        Args:
+            x: inputs of any shape and floating-point dtype.
 
         Raises:
-            AdfqError: if the tensor is empty.
-            NonFiniteError: if it has values that are not finite.
+            AdfqError: if `x` is empty, or not of a shape or sign that the quantizer takes.
+            NonFiniteError: if `x` holds NaN or infinity.
         """
         if x.numel() == 0:
             raise AdfqError("cannot calibrate on an empty tensor")
@@ -115,7 +138,10 @@ class Quantizer(nn.Module, ABC):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns the quantized `x`: same shape and dtype.
+        """Return the quantized values of `x`, in its shape and dtype.
+
+        Args:
+            x: tensor of the calibrated shape, up to dimensions that share a scale.
 
         Raises:
             RuntimeError: before calibration.
@@ -126,25 +152,31 @@ class Quantizer(nn.Module, ABC):
 
     @abstractmethod
     def _find_range(self, x: Tensor) -> None:
-        """Sets the buffers from a finite float32 tensor."""
+        """Set the buffers from a finite float32 tensor."""
 
     @abstractmethod
     def _quantize(self, x: Tensor) -> Tensor:
-        """Quantizes a float32 tensor."""
+        """Quantize a float32 tensor."""
 
     def encode(self, x: Tensor) -> Tensor:
-        """The codes that stand for the quantized `x`: uint8, the shape of `x`; `decode` turns them into its values.
+        """Return the codes of `x`: uint8, the shape of `x`.
+
+        Args:
+            x: values of any floating-point dtype, quantized or not.
 
         Raises:
-            NotImplementedError: for a quantizer whose values no integer codes stand for.
+            NotImplementedError: for a quantizer without integer codes.
         """
         raise NotImplementedError(f"{type(self).__name__} has no integer codes")
 
     def decode(self, codes: Tensor) -> Tensor:
-        """The values of codes: float32, the shape of `codes`.
+        """Return the values of codes: float32, the shape of `codes`.
+
+        Args:
+            codes: uint8, from `encode`.
 
         Raises:
-            NotImplementedError: for a quantizer whose values no integer codes stand for.
+            NotImplementedError: for a quantizer without integer codes.
         """
         raise NotImplementedError(f"{type(self).__name__} has no integer codes")
 
@@ -167,8 +199,9 @@ class Quantizer(nn.Module, ABC):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def describe(self) -> str:
-        """What it is, in a phrase for readers."""
+        """Return the kind of quantizer and its parameters as one phrase."""
         return f"{type(self).__name__}, {self.bits} bits"
 
     def extra_repr(self) -> str:
+        """Return the constructor's arguments for the module's representation."""
         return f"bits={self.bits}"

@@ -13,10 +13,10 @@ from adfq.errors import AdfqError
 from adfq.quantizers.base import Quantizer, rescale
 from adfq.ranges import PERCENTILES, in_parts, mean_errors, quantiles, thin_out
 
-#: How many levels each base has from one power of two to the next.
+#: Levels of each base from one power of two to the next.
 _LEVELS_OF_OCTAVE = {2.0: 1, 2**0.5: 2}
 
-# Of float32: where its exponent stands, what its 23 bits of mantissa count, and a small number whose half is normal.
+# float32's exponent bits, the size of its 23-bit mantissa, and a small number whose half is normal.
 _EXPONENT = 0x7F800000
 _ONE = 2**23
 _SMALLEST = 2.0**-125
@@ -24,20 +24,20 @@ _ROOT = torch.tensor(2.0).sqrt().item()
 
 
 class LogQuantizer(Quantizer):
-    """q = round(-log_base(x/scale)), x̂ = scale·base^-q; codes of 2^bits and above give 0.
+    """Logarithmic quantizer: q = round(-log_base(x/scale)), x̂ = scale·base^-q, and 0 for q ≥ 2^bits.
 
-    For post-softmax attention: steps are finest near 0, where the values are (RepQ-ViT and ADFQ-ViT, base √2).
+    Steps are finest near 0, where the values of post-softmax attention are dense. RepQ-ViT and ADFQ-ViT use base √2.
 
     Args:
-        bits: 2 to 8.
-        base: ratio of neighbouring levels, √2 or 2.
+        bits: bit-width, 2 to 8.
+        base: ratio of neighbouring levels: √2, the default, or 2.
 
     Attributes:
-        scale: float32 scalar, the largest value: of three high percentiles the one with the smallest mean
-            squared error.
+        scale: float32 scalar, the largest level: of three high percentiles the one with the smallest mean squared
+            error.
 
     Raises:
-        AdfqError: for another base or bit-width, and on calibration with negative values.
+        AdfqError: for another base or bit-width, and in calibration for negative values.
     """
 
     def __init__(self, bits: int, base: float = 2**0.5) -> None:
@@ -54,7 +54,7 @@ class LogQuantizer(Quantizer):
     def _find_scale(self, x: Tensor) -> Tensor:
         x = thin_out(x.reshape(1, -1))
         candidates = quantiles(x, PERCENTILES, upper=True)[:, 0]
-        # Percentiles of nearly empty tensors are 0: the largest value serves, or 1 where that is 0 as well.
+        # Percentiles of nearly empty tensors are 0: the largest value serves, or 1 if that is 0 as well.
         largest = x.max()
         candidates = torch.where(candidates > 0, candidates, largest if largest > 0 else torch.ones_like(largest))
         errors = mean_errors(x, [partial(self._try, scale) for scale in candidates])
@@ -76,29 +76,31 @@ class LogQuantizer(Quantizer):
         return self._to_levels(torch.div(x, scale / 2, out=out)).mul_(scale)
 
     def _to_levels(self, doubled: Tensor) -> Tensor:
-        """Moves x/scale to the nearest level (in the logarithm), of which there is none above 1.
+        """Round x/scale to the nearest level in the logarithm; the highest level is 1.
 
-        A logarithm and a power for each value would take longer than all else; a float's bits hold both. Without the
-        mantissa it is the power of two below; from a mantissa that is made smaller by that of the middle between two
-        powers, a value below the middle borrows from the exponent, and one above it does not.
+        A logarithm and a power for each value would take longer than all else, and a float's bits hold both. A float
+        without its mantissa is the power of two below it. The mantissa of the middle between two powers is subtracted
+        first: a value below the middle borrows from the exponent, a value above it does not.
 
         Args:
-            doubled: 2·x/scale, float32; overwritten. (Twice, since what borrows is halved. Values that are not finite
-                stay so.)
+            doubled: 2·x/scale, float32; overwritten. The factor 2 is there because a borrow halves the value. Values
+                that are not finite stay so.
         """
         bits = doubled.clamp_(_SMALLEST, 2).view(torch.int32)
         steps = _LEVELS_OF_OCTAVE[self.base]
         middle, *second = [math.ceil(_ONE * (2 ** ((step + 0.5) / steps) - 1)) for step in range(steps)]
         lower = [(bits - higher).bitwise_and_(_EXPONENT).view(torch.float32) for higher in second]
         bits.sub_(middle).bitwise_and_(_EXPONENT)
-        for power in lower:  # where the two are not the same power, the level is √2 times the lower one
+        for power in lower:  # two different powers mean the level between them, √2 times the lower one
             torch.lerp(power, doubled, _ROOT - 1, out=doubled)
-        # Between the last code's level and what would be the next one's; and what was 0 is again.
+        # Values below the middle between the last code's level and the one after it become 0, zeros included.
         limit = max(self.base ** (0.5 - self.levels), _SMALLEST)
         return F.threshold(doubled, limit, 0.0, inplace=True)
 
     def describe(self) -> str:
+        """Return the kind of quantizer and its parameters as one phrase."""
         return f"logarithmic, {self.bits} bits, base {self.base:.4g}"
 
     def extra_repr(self) -> str:
+        """Return the constructor's arguments for the module's representation."""
         return f"{super().extra_repr()}, base={self.base:.4g}"

@@ -12,13 +12,20 @@ from adfq.ranges import in_parts, minmax_range
 
 
 class OutlierQuantizer(Quantizer):
-    """Keeps values beyond ±threshold as they are, whatever the next class in line does with the rest.
+    """Mixin that keeps values beyond ±threshold in full precision; the next class in line quantizes the others.
 
-    For post-LayerNorm activations (ADFQ-ViT, section "per-patch outlier-aware quantizer"): outliers count as 0
-    while a range is found and values are quantized, and are put back afterwards.
+    For post-LayerNorm activations (ADFQ-ViT, section "per-patch outlier-aware quantizer"). Outliers count as 0 while a
+    range is found and values are quantized, and are put back afterwards.
+
+    Args:
+        threshold: α, above 0; in the activation's units.
+        arguments: positional arguments of the next class in line.
 
     Attributes:
-        threshold: α, above 0; in the activation's units.
+        threshold: α.
+
+    Raises:
+        AdfqError: for a threshold that is not above 0.
     """
 
     def __init__(self, threshold: float, *arguments: object) -> None:
@@ -28,13 +35,22 @@ class OutlierQuantizer(Quantizer):
         self.threshold = threshold
 
     def outliers(self, x: Tensor) -> Tensor:
-        """Which values are kept: bool, the shape of `x`."""
+        """Return a mask of the values that stay in full precision: bool, the shape of `x`."""
         return x.abs() > self.threshold
 
     def _find_range(self, x: Tensor) -> None:
         super()._find_range(x.masked_fill(self.outliers(x), 0.0))  # type: ignore[safe-super]
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the quantized values of `x` with outliers unchanged, in its shape and dtype.
+
+        Args:
+            x: B×N×C or B×H×W×C.
+
+        Raises:
+            RuntimeError: before calibration.
+        """
+
         def quantize(part: Tensor, out: Tensor | None = None) -> Tensor:
             return torch.where(self.outliers(part), part, between(part), out=out)
 
@@ -42,25 +58,27 @@ class OutlierQuantizer(Quantizer):
         return quantize(x) if torch.is_grad_enabled() else in_parts(quantize, x)
 
     def describe(self) -> str:
+        """Return the kind of quantizer and its parameters as one phrase."""
         return f"per-patch outlier, {self.bits} bits, threshold {self.threshold:g}"
 
     def extra_repr(self) -> str:
+        """Return the constructor's arguments for the module's representation."""
         return f"bits={self.bits}, threshold={self.threshold}"
 
 
 class PerPatchOutlierQuantizer(OutlierQuantizer, UniformQuantizer):
-    """Uniform quantization patch by patch, each token position with the range that it had in calibration.
+    """Outlier-aware uniform quantizer with a range for each token position, found in calibration.
 
     Args:
-        bits: 2 to 8.
-        threshold: see `OutlierQuantizer`.
+        bits: bit-width, 2 to 8.
+        threshold: α, above 0; see `OutlierQuantizer`.
 
     Attributes:
-        scale: float32, 1×N×1 (1×H×W×1 for B×H×W×C activations).
-        zero_point: like `scale`.
+        scale: float32, 1×N×1; 1×H×W×1 for B×H×W×C activations.
+        zero_point: float32, the shape of `scale`.
 
     Raises:
-        AdfqError: for another threshold or bit-width; in `forward`, for another number of tokens than in
+        AdfqError: for another threshold or bit-width, and in `forward` for another number of tokens than in
             calibration.
     """
 
@@ -69,17 +87,21 @@ class PerPatchOutlierQuantizer(OutlierQuantizer, UniformQuantizer):
 
 
 class RunTimePatchOutlierQuantizer(OutlierQuantizer):
-    """Uniform quantization patch by patch, the range taken from the patch itself at run time.
+    """Outlier-aware uniform quantizer with a range for each patch, found at run time.
 
-    For activations whose number of tokens changes from image to image, so that there are no positions to calibrate. A
-    patch's range is that of its values, outliers aside; it has too few of them for percentiles to differ.
+    For activations whose number of tokens changes from image to image, so that there are no positions to calibrate. The
+    range of a patch is the minimum and maximum of its values without outliers: one patch has too few values for
+    percentiles to differ from these.
 
     Args:
-        bits: 2 to 8.
-        threshold: see `OutlierQuantizer`.
+        bits: bit-width, 2 to 8.
+        threshold: α, above 0; see `OutlierQuantizer`.
 
     Attributes:
-        scale: float32 scalar, by which the step that just covers a patch is multiplied: 1 after calibration.
+        scale: float32 scalar factor of the step that just covers a patch; 1 after calibration.
+
+    Raises:
+        AdfqError: for another threshold or bit-width.
     """
 
     def __init__(self, bits: int, threshold: float) -> None:
@@ -97,4 +119,5 @@ class RunTimePatchOutlierQuantizer(OutlierQuantizer):
         return quantize_uniformly(x, covering * self.scale, zero_point, self.levels)
 
     def describe(self) -> str:
+        """Return the kind of quantizer and its parameters as one phrase."""
         return f"{super().describe()} (ranges at run time)"

@@ -14,21 +14,21 @@ _EPSILON = 1e-6
 
 
 class ShiftLogQuantizer(LogQuantizer):
-    """Logarithmic quantization of x - min(x) + 1e-6, shifted back.
+    """Logarithmic quantizer of x - min(x) + 1e-6, whose result is shifted back.
 
-    For post-GELU activations: the dense negative lobe falls where the levels are dense (ADFQ-ViT, section
-    "shift-log2 quantizer"; the abstract says base 2, the released code has √2).
+    For post-GELU activations: the dense negative lobe falls where the levels are dense (ADFQ-ViT, section "shift-log2
+    quantizer"). The paper's abstract says base 2, the released code has √2.
 
     Args:
-        bits: 2 to 8.
-        base: ratio of neighbouring levels, above 1.
-        shift: ``"dynamic"`` takes the minimum of the tensor at hand, as the released code does, so that a result
-            can depend on what else is in the batch; ``"static"`` freezes the calibration's, and values below it
-            become it.
+        bits: bit-width, 2 to 8.
+        base: ratio of neighbouring levels: √2, the default, or 2.
+        shift: ``"dynamic"``, the default, takes the minimum of the tensor at hand, as the released code does, so that a
+            result can depend on the rest of the batch. ``"static"`` takes the minimum of the calibration; values below
+            it become it.
 
     Attributes:
-        scale: float32 scalar, the largest shifted value.
-        minimum: float32 scalar, the calibration's minimum (``"static"`` only).
+        scale: float32 scalar, the largest shifted level.
+        minimum: float32 scalar, the calibration's minimum; with ``"static"`` only.
 
     Raises:
         AdfqError: for another shift, base or bit-width.
@@ -63,7 +63,9 @@ class ShiftLogQuantizer(LogQuantizer):
         return in_parts(quantize, x)
 
     def describe(self) -> str:
+        """Return the kind of quantizer and its parameters as one phrase."""
         return f"{self.shift}ally shifted {super().describe()}"
 
     def extra_repr(self) -> str:
+        """Return the constructor's arguments for the module's representation."""
         return f"{super().extra_repr()}, shift={self.shift!r}"

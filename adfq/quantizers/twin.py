@@ -1,4 +1,4 @@
-"""PTQ4ViT's twin uniform quantizers: two uniform grids, each for the part of the values that it suits."""
+"""PTQ4ViT's twin uniform quantizers: two uniform grids for two parts of the values."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from adfq.ranges import in_parts
 
 SPLITS = tuple(2.0**-i for i in range(20))
 
-#: How far GELU reaches below zero.
+#: Depth of GELU's negative lobe.
 GELU_DEPTH = 0.16997124254703522
 
 _WIDTHS = 100  # positive scales tried alone: 1/100 … 100/100 of the largest value
 
 
 class _TwinQuantizer(Quantizer):
-    """Rounds to two grids by `_round`; a gradient passes where the values are `_inside` them."""
+    """Base of quantizers with two grids; gradients pass where no grid cuts the values off."""
 
     def _quantize(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
@@ -29,31 +29,32 @@ class _TwinQuantizer(Quantizer):
 
     @abstractmethod
     def _round(self, x: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
-        """The values that `x` is quantized to with another scale, in `out` or a new tensor; no gradient."""
+        """Return the quantized values of `x` for a given scale, in `out` or a new tensor, without gradient."""
 
     @abstractmethod
     def _inside(self, x: Tensor) -> Tensor:
-        """Which values no grid cuts off: bool, the shape of `x`."""
+        """Return a mask of the values that no grid cuts off: bool, the shape of `x`."""
 
 
 class TwinSoftmaxQuantizer(_TwinQuantizer):
-    """A fine grid from 0 to a split point and a coarse grid to 1, for post-softmax attention.
+    """Twin quantizer of post-softmax attention: a fine grid from 0 to a split point, a coarse grid to 1.
 
-    Values up to the split are on the fine grid, values above it on the coarse one, none of them below the split
-    (PTQ4ViT, section "twin uniform quantization"). Each grid has 2^(bits-1) codes from 0. With splits that are powers
-    of two, the steps are too: fine = coarse·split.
+    Values up to the split are on the fine grid. Values above it are on the coarse grid and never below the split
+    (PTQ4ViT, section "twin uniform quantization"). Each grid has 2^(bits-1) codes from 0. fine step = coarse
+    step·split, so that splits that are powers of two give steps that differ by a power of two.
 
     Args:
-        bits: 2 to 8.
-        released: the sum of x.clamp(0, split) on the fine grid and x.clamp(split, 1) on the coarse one, as the released
-            code computes it: every value above the split comes out too high by the split.
+        bits: bit-width, 2 to 8.
+        released: False, the default, for the paper's formula. True for that of the released code: the sum of x.clamp(0,
+            split) on the fine grid and x.clamp(split, 1) on the coarse one, in which every value above the split comes
+            out too high by the split.
 
     Attributes:
-        scale: float32 scalar, the fine step, split / (2^(bits-1) - 1); alone, `calibrate` takes the split of `SPLITS`
-            with the smallest mean squared error.
+        scale: float32 scalar, the fine step, split / (2^(bits-1) - 1). `calibrate` takes the split of `SPLITS` with the
+            smallest mean squared error.
 
     Raises:
-        AdfqError: for another bit-width, and on calibration with values outside [0, 1].
+        AdfqError: for another bit-width, and in calibration for values outside [0, 1].
     """
 
     def __init__(self, bits: int, released: bool = False) -> None:
@@ -62,12 +63,12 @@ class TwinSoftmaxQuantizer(_TwinQuantizer):
 
     @property
     def steps(self) -> int:
-        """The number of steps of either grid."""
+        """Number of steps of either grid."""
         return self.levels // 2 - 1
 
     @property
     def split(self) -> Tensor:
-        """Where the fine grid ends, in the values' units."""
+        """End of the fine grid, in the values' units: float32 scalar."""
         return self.scale * self.steps
 
     def _find_range(self, x: Tensor) -> None:
@@ -90,21 +91,22 @@ class TwinSoftmaxQuantizer(_TwinQuantizer):
         return torch.where(x <= split, fine, torch.maximum(coarse, split, out=coarse), out=out)
 
     def describe(self) -> str:
+        """Return the kind of quantizer and its parameters as one phrase."""
         return f"twin uniform for softmax, {self.bits} bits{', sum of both grids' if self.released else ''}"
 
 
 class TwinGeluQuantizer(_TwinQuantizer):
-    """A grid for the values below zero with a fixed scale and another for those above, for post-GELU activations.
+    """Twin quantizer of post-GELU activations: a grid with fixed scale below zero, a calibrated one above.
 
-    GELU's negative lobe has a known depth, so that its scale is 0.16997 / 2^(bits-1) and codes -2^(bits-1) … 0; the
+    GELU's negative lobe has a known depth: its scale is 0.16997 / 2^(bits-1), its codes are -2^(bits-1) … 0. The
     positive codes 0 … 2^(bits-1) - 1 have a scale of their own (PTQ4ViT, section "twin uniform quantization").
 
     Args:
-        bits: 2 to 8.
+        bits: bit-width, 2 to 8.
 
     Attributes:
-        scale: float32 scalar, the step above zero; alone, `calibrate` takes the one of 100 with the smallest mean
-            squared error.
+        scale: float32 scalar, the step above zero. `calibrate` takes the one of 100 with the smallest mean squared
+            error.
 
     Raises:
         AdfqError: for another bit-width.
@@ -112,12 +114,12 @@ class TwinGeluQuantizer(_TwinQuantizer):
 
     @property
     def negative_scale(self) -> float:
-        """The step below zero, in the values' units."""
+        """Step below zero, in the values' units."""
         return GELU_DEPTH / (self.levels // 2)
 
     def _find_range(self, x: Tensor) -> None:
         largest = x.max()
-        if largest <= 0:  # any step serves where nothing lies above zero
+        if largest <= 0:  # any step serves a tensor without values above zero
             largest = torch.ones_like(largest)
         widths = torch.arange(1, _WIDTHS + 1, device=x.device) / _WIDTHS
         scales = largest * widths / (self.levels // 2 - 1)
@@ -135,4 +137,5 @@ class TwinGeluQuantizer(_TwinQuantizer):
         return torch.div(x, scale, out=out).round_().clamp_(0, half - 1).mul_(scale).add_(below)
 
     def describe(self) -> str:
+        """Return the kind of quantizer and its parameters as one phrase."""
         return f"twin uniform for GELU, {self.bits} bits"

@@ -15,7 +15,14 @@ GRANULARITIES = ("tensor", "channel", "row", "patch")
 
 
 def quantize_uniformly(x: Tensor, scale: Tensor, zero_point: Tensor, levels: int) -> Tensor:
-    """`fake_quantize` with the gradients of `rescale`; `scale` and `zero_point` broadcast against `x`."""
+    """Return `fake_quantize` of `x` with the gradients of `rescale`.
+
+    Args:
+        x: float32, any shape.
+        scale: step size; broadcasts against `x`.
+        zero_point: code of 0; broadcasts against `x`.
+        levels: number of codes, 2^bits.
+    """
     if not torch.is_grad_enabled():
         return fake_quantize(x, scale, zero_point, levels)
     with torch.no_grad():
@@ -27,23 +34,23 @@ def quantize_uniformly(x: Tensor, scale: Tensor, zero_point: Tensor, levels: int
 
 
 class UniformQuantizer(Quantizer):
-    """q = clamp(round(x/scale) + zero_point, 0, 2^bits - 1), x̂ = scale·(q - zero_point).
+    """Asymmetric uniform quantizer: q = clamp(round(x/scale) + zero_point, 0, 2^bits - 1), x̂ = scale·(q - zero_point).
 
     Args:
-        bits: 2 to 8.
-        granularity: what shares a scale and zero point: ``"tensor"`` all values; ``"channel"`` the values of one
-            index of the last dimension (an activation's channel); ``"row"`` those of one index of the first
-            dimension (a weight's output channel); ``"patch"`` those of one token position of a B×N×C or B×H×W×C
+        bits: bit-width, 2 to 8.
+        granularity: values that share a scale and zero point. ``"tensor"``, the default: all. ``"channel"``: those of
+            one index of the last dimension, an activation's channel. ``"row"``: those of one index of the first
+            dimension, a weight's output channel. ``"patch"``: those of one token position of a B×N×C or B×H×W×C
             activation, over batch and channels.
-        range: how the range is found, `adfq.ranges`: ``"minmax"``, ``"percentile"`` or ``"mse"``.
+        range: search for the range in `adfq.ranges`: ``"minmax"``, the default, ``"percentile"`` or ``"mse"``.
 
     Attributes:
-        scale: float32, as many dimensions as the calibration tensor (none for ``"tensor"``).
-        zero_point: float32, like `scale`; a whole number after calibration (RepQ-ViT sets means of such).
+        scale: float32, as many dimensions as the calibration tensor; none for ``"tensor"``.
+        zero_point: float32, the shape of `scale`; a whole number after calibration. RepQ-ViT sets means of these.
 
     Raises:
-        AdfqError: for another granularity, range or bit-width; in `forward` with ``"patch"``, for another number
-            of tokens than in calibration.
+        AdfqError: for another granularity, range or bit-width; in calibration, for a tensor with too few dimensions for
+            the granularity; in `forward` with ``"patch"``, for another number of tokens than in calibration.
     """
 
     zero_point: Tensor
@@ -83,23 +90,32 @@ class UniformQuantizer(Quantizer):
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
-        """See `Quantizer.encode`; the zero point must be a whole number.
+        """Return the codes of `x`: uint8, the shape of `x`.
 
-        Quantized values give back the codes that they came from, also when cast to float16 since, or to bfloat16 up
+        Quantized values have the codes that they came from, also when they have been cast to float16, or to bfloat16 up
         to 7 bits.
+
+        Args:
+            x: values of any floating-point dtype; the zero point must be a whole number.
         """
         return (x.float() / self.scale).round_().add_(self.zero_point).clamp_(0, self.levels - 1).to(torch.uint8)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """See `Quantizer.decode`; bit for bit what `forward` gave."""
+        """Return the values of codes, bit for bit the result of `forward`: float32, the shape of `codes`.
+
+        Args:
+            codes: uint8, from `encode`.
+        """
         return codes.float().sub_(self.zero_point).mul_(self.scale)
 
     def describe(self) -> str:
+        """Return the kind of quantizer and its parameters as one phrase."""
         # Many rows may share a scale all the same, as PTQ4ViT's of a query do; a few may have equal ones by chance.
         distinct = self.scale.unique().numel()
         shared = f" ({distinct} distinct)" if 1 < distinct <= self.scale.numel() / 2 else ""
         return f"uniform, {self.bits} bits, per {self.granularity}{shared}"
 
     def extra_repr(self) -> str:
+        """Return the constructor's arguments for the module's representation."""
         return f"{super().extra_repr()}, granularity={self.granularity!r}, range={self.range!r}"
