@@ -1,15 +1,15 @@
-"""Trains the bundled classifiers and writes their weights: how the files in ``weights/`` came to be.
+r"""Training of the bundled classifiers; it writes the files in ``weights/``.
 
     python -m scripts.train_classifiers bundled_vit --tilt 3.1416 --samples 420000 --out vit.safetensors
     python -m scripts.train_classifiers bundled_vit --init vit.safetensors --samples 460000 --seed 1
-    python -m scripts.train_classifiers bundled_swin --tilt 3.1416 --samples 480000 --bfloat16 \\
+    python -m scripts.train_classifiers bundled_swin --tilt 3.1416 --samples 480000 --bfloat16 \
         --out swin.safetensors
-    python -m scripts.train_classifiers bundled_swin --init swin.safetensors --samples 320000 --bfloat16 \\
+    python -m scripts.train_classifiers bundled_swin --init swin.safetensors --samples 320000 --bfloat16 \
         --learning-rate 5e-4 --seed 1
 
-(In the first rounds of the shipped files pictures were also turned by quarters; with objects at any angle that
-shows the same pictures.) On one core a round takes half an hour to an hour, on a GPU minutes. Weights are stored in
-float16, and the accuracy it prints is measured after that rounding.
+In the first rounds of the shipped files pictures were also turned by quarters; objects at any angle give the same
+pictures. On one core a round takes half an hour to an hour, on a GPU minutes. Weights are stored in float16; the
+printed accuracy is that of the stored weights.
 """
 
 from __future__ import annotations
@@ -30,19 +30,35 @@ from benchmarks.bundled.scenes import TILT
 
 
 def load_split(split: str, tilt: float, workers: int) -> tuple[Tensor, Tensor]:
-    """Draws a whole split: images N×3×H×W uint8 and labels N."""
+    """Draw a whole split.
+
+    Args:
+        split: ``"train"`` or ``"validation"``.
+        tilt: greatest angle of an object in radians.
+        workers: number of processes that draw.
+
+    Returns:
+        Images, N×3×H×W uint8, and labels, N.
+    """
     loader = DataLoader(SceneClassification(split, pil_to_tensor, tilt), batch_size=100, num_workers=workers)
     batches = list(tqdm(loader, desc=f"drawing {split}", disable=None))
     return torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
 
 
 def normalize(images: Tensor) -> Tensor:
+    """Return images with values from 0 to 255 scaled to -1 to 1, float32."""
     return (images.float() / 255 - 0.5) / 0.5
 
 
 @torch.inference_mode()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Top-1 in percent."""
+    """Return top-1 accuracy in percent.
+
+    Args:
+        model: classifier of normalized images.
+        images: N×3×H×W uint8.
+        labels: N.
+    """
     model.eval()
     hits = 0
     for batch, target in zip(images.split(250), labels.split(250), strict=True):
@@ -51,19 +67,22 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("model", choices=CLASSIFIERS)
     parser.add_argument("--samples", type=int, default=600_000, help="images seen in training, repeats included")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--weight-decay", type=float, default=0.05)
-    parser.add_argument("--tilt", type=float, default=TILT, help="of the objects in the training scenes, radians")
-    parser.add_argument("--init", type=Path, help="weights to go on from")
+    parser.add_argument(
+        "--tilt", type=float, default=TILT, help="greatest angle of the objects in the training scenes, in radians"
+    )
+    parser.add_argument("--init", type=Path, help="file of the weights to start from; default: random weights")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--bfloat16", action="store_true", help="autocast; on a CPU faster for Swin, slower for ViT")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="default: the shipped file")
+    parser.add_argument("--out", type=Path, help="file to write; default: the shipped file")
     arguments = parser.parse_args()
 
     torch.manual_seed(arguments.seed)

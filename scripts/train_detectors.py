@@ -1,12 +1,12 @@
-"""Trains the bundled detectors and writes their weights: how the files in ``weights/`` came to be.
+r"""Training of the bundled detectors; it writes the files in ``weights/``.
 
     python -m benchmarks.bundled.coco scenes --train 16000 --val 200
     python -m scripts.train_detectors bundled_mask_rcnn --scenes scenes --bfloat16
-    python -m scripts.train_detectors bundled_cascade_mask_rcnn --scenes scenes --bfloat16 \\
+    python -m scripts.train_detectors bundled_cascade_mask_rcnn --scenes scenes --bfloat16 \
         --samples 24000 --batch-size 8 --learning-rate 5e-4
 
-The backbone starts as the bundled Swin classifier, and Cascade Mask R-CNN from what it shares with the trained Mask
-R-CNN. Weights are stored in float16.
+The backbone starts as the bundled Swin classifier. Cascade Mask R-CNN starts from the parts that it shares with the
+trained Mask R-CNN. Weights are stored in float16.
 """
 
 from __future__ import annotations
@@ -30,7 +30,13 @@ _WORKERS = 1
 
 
 def swin_backbone(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of timm's Swin as those of the Swin authors, where patch merging ends a stage and begins none."""
+    """Return the weights of timm's Swin under the names of MMDetection's backbone.
+
+    In the Swin authors' layout, which MMDetection converts from, patch merging ends a stage; in timm's it begins one.
+
+    Args:
+        state: state dict of timm's model.
+    """
     renamed = {}
     for name, tensor in state.items():
         parts = name.split(".")
@@ -42,7 +48,12 @@ def swin_backbone(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def initialize(name: str, model: nn.Module) -> None:
-    """Loads what there is for a start."""
+    """Load the weights that training starts from.
+
+    Args:
+        name: a name of `DETECTORS`.
+        model: detector with random weights.
+    """
     if name == "bundled_mask_rcnn":
         classifier = CLASSIFIERS["bundled_swin"].create(CLASSIFIERS["bundled_swin"].checkpoint)
         start = {f"backbone.{key}": value for key, value in swin_backbone(classifier.state_dict()).items()}
@@ -58,9 +69,10 @@ def initialize(name: str, model: nn.Module) -> None:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("model", choices=DETECTORS)
-    parser.add_argument("--scenes", type=Path, required=True, help="what benchmarks.bundled.coco has written")
+    parser.add_argument("--scenes", type=Path, required=True, help="folder that benchmarks.bundled.coco has written")
     parser.add_argument("--samples", type=int, default=48_000, help="images seen in training, repeats included")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=8e-4)

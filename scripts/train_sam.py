@@ -1,11 +1,11 @@
-"""Trains the bundled SAM and writes its weights: how the file in ``weights/`` came to be.
+"""Training of the bundled SAM; it writes the file in ``weights/``.
 
     python -m benchmarks.bundled.coco scenes --train 16000 --val 200
     python -m scripts.train_sam --scenes scenes --bfloat16
 
-The image encoder starts as the bundled ViT classifier. As SAM's own, training asks for every object with a box that is
-a little off and with a point on it; a box has one answer, of three answers to a point the best one counts. Weights are
-stored in float16.
+The image encoder starts as the bundled ViT classifier. As in SAM's own training, every object has two prompts: a box
+that is a little off, and a point on it. A box has one answer; of three answers to a point the best one counts. Weights
+are stored in float16.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from benchmarks.bundled.classifiers import CLASSIFIERS
 from benchmarks.bundled.coco import MAX_OBJECTS
 from benchmarks.bundled.sams import CHECKPOINT, create_bundled_sam
 
-_JITTER = 0.1  # of a box, standard deviation in parts of its size
+_JITTER = 0.1  # standard deviation of a box's corners in parts of its size
 _FOCAL_WEIGHT, _DICE_WEIGHT = 20.0, 1.0
 
 
 def initialize(sam: Any) -> None:
-    """Makes the image encoder the bundled ViT, as far as they are alike."""
+    """Load the weights of the bundled ViT into the image encoder, as far as the two are alike."""
     state = load_file(CLASSIFIERS["bundled_vit"].checkpoint)
     start = {}
     for name, tensor in state.items():
@@ -50,7 +50,14 @@ def initialize(sam: Any) -> None:
 
 
 def read_scenes(root: Path) -> tuple[Tensor, Tensor]:
-    """Images N×3×H×W uint8, and masks N×objects×H×W bool, empty where there are fewer objects."""
+    """Read the scenes to train on.
+
+    Args:
+        root: folder that `benchmarks.bundled.coco` has written.
+
+    Returns:
+        Images, N×3×H×W uint8, and masks, N×objects×H×W bool, all False for missing objects.
+    """
     content = json.loads((root / "annotations" / "instances_train2017.json").read_text())
     paths = [root / "train2017" / image["file_name"] for image in content["images"]]
     images = torch.stack([torch.from_numpy(np.asarray(Image.open(path)).copy()).movedim(-1, 0) for path in paths])
@@ -65,7 +72,15 @@ def read_scenes(root: Path) -> tuple[Tensor, Tensor]:
 
 
 def make_prompts(sam: Any, masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Sparse and dense embeddings of a box around each of N masks (H×W), and then of a point on each."""
+    """Return sparse and dense embeddings of prompts: a box around each mask, and then a point on each.
+
+    Args:
+        sam: segment_anything's Sam.
+        masks: N×H×W bool.
+
+    Returns:
+        Sparse embeddings, 2N×tokens×C, and dense embeddings, 2N×C×h×w.
+    """
     boxes, points = [], []
     for mask in masks:
         rows, columns = mask.nonzero(as_tuple=True)
@@ -81,9 +96,10 @@ def make_prompts(sam: Any, masks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def segmentation_loss(sam: Any, images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss of a batch, and the mean IoU of masks asked for by boxes.
+    """Return the loss of a batch, and the mean IoU of masks from boxes.
 
     Args:
+        sam: segment_anything's Sam.
         images: N×3×H×W, values 0 to 255.
         masks: N×objects×H×W bool.
     """
@@ -113,8 +129,9 @@ def segmentation_loss(sam: Any, images: Tensor, masks: Tensor) -> tuple[Tensor, 
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--scenes", type=Path, required=True, help="what benchmarks.bundled.coco has written")
+    parser.add_argument("--scenes", type=Path, required=True, help="folder that benchmarks.bundled.coco has written")
     parser.add_argument("--samples", type=int, default=80_000, help="images seen in training, repeats included")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=1e-3)

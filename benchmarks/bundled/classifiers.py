@@ -1,4 +1,4 @@
-"""The classification images and classifiers that ship with the project."""
+"""Classification images and classifiers that ship with the project."""
 
 from __future__ import annotations
 
@@ -24,8 +24,14 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 @dataclass(frozen=True)
 class Classifier:
-    """A timm architecture by name and keyword arguments, the file in `WEIGHTS` that holds its weights, and the
-    preprocessing that they were trained with, in the terms of timm's `resolve_data_config`."""
+    """Classifier that ships with the project.
+
+    Attributes:
+        architecture: timm's name of the architecture.
+        arguments: keyword arguments of timm's factory.
+        weights: name of the file with the weights in `WEIGHTS`.
+        preprocessing: preprocessing in training, in the terms of timm's `resolve_data_config`.
+    """
 
     architecture: str
     arguments: Mapping[str, Any]
@@ -34,10 +40,15 @@ class Classifier:
 
     @property
     def checkpoint(self) -> Path:
+        """Path of the weights."""
         return WEIGHTS / self.weights
 
     def create(self, checkpoint: Path | None = None) -> nn.Module:
-        """Builds the model through timm's factory, with the given weights or random ones."""
+        """Build the model through timm's factory.
+
+        Args:
+            checkpoint: file with the weights; None, the default, for random ones.
+        """
         import timm
 
         model: nn.Module = timm.create_model(self.architecture, checkpoint_path=str(checkpoint or ""), **self.arguments)
@@ -47,7 +58,7 @@ class Classifier:
 _PREPROCESSING = {"mean": (0.5,), "std": (0.5,), "crop_pct": 1.0}
 _COMMON = {"img_size": IMAGE_SIZE, "num_classes": len(CATEGORIES)}
 
-# Deep and narrow, as the real ones look from a quantizer's side: many layers for errors to add up in.
+# Deep and narrow models have many layers for errors to add up in, as real ones have.
 CLASSIFIERS: Mapping[str, Classifier] = {
     "bundled_vit": Classifier(
         "vit_tiny_patch16_224",
@@ -65,12 +76,12 @@ CLASSIFIERS: Mapping[str, Classifier] = {
 
 
 class SceneClassification(Dataset[tuple[Any, int]]):
-    """Scenes with one object each, as (image, category); images are drawn when asked for.
+    """Data set of scenes with one object each, as pairs (image, category); images are drawn on access.
 
     Args:
         split: ``"train"`` or ``"validation"``.
-        transform: applied to the PIL image, as torchvision's data sets do.
-        tilt: of the objects, `draw_scene`.
+        transform: applied to the PIL image, as in torchvision's data sets; None, the default, for none.
+        tilt: greatest angle of the objects in radians, see `draw_scene`.
     """
 
     def __init__(self, split: str, transform: Callable[[Image.Image], Any] | None = None, tilt: float = TILT) -> None:
@@ -97,11 +108,11 @@ def _draw(seed: tuple[int, int], tilt: float) -> tuple[NDArray[np.uint8], int]:
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """What never changes a category: mirroring the picture, exchanging its colours, moving it.
+    """Return images augmented without a change of category: mirrored, with exchanged colours, moved by up to 4 pixels.
 
     Args:
         images: N×3×H×W. The whole batch is transformed alike; batches differ.
-        generator: source of the randomness.
+        generator: source of randomness.
     """
 
     def draw(high: int) -> int:

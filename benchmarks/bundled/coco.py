@@ -22,17 +22,18 @@ from benchmarks.bundled.scenes import CATEGORIES, Scene, draw_scene
 IMAGE_SIZE = 96
 MAX_OBJECTS = 3
 RADIUS = (0.17, 0.30)  # the classifiers' objects, in pixels
-MIN_PIXELS = 64  # what shows less of itself cannot be told apart; it counts as COCO's crowds do, neither way
+MIN_PIXELS = 64  # objects with fewer visible pixels cannot be told apart; they count as COCO's crowds do, neither way
 
 #: Names of the splits, which are those of COCO's folders and files.
 SPLITS = ("train2017", "val2017")
 
 
 def write_coco(root: Path, counts: Mapping[str, int]) -> None:
-    """Draws scenes and writes them as ``ROOT/SPLIT/*.png`` and ``ROOT/annotations/instances_SPLIT.json``.
+    """Draw scenes and write them as ``ROOT/SPLIT/*.png`` and ``ROOT/annotations/instances_SPLIT.json``.
 
     Args:
-        counts: images by split, of `SPLITS`. A larger data set begins with the images of a smaller one.
+        root: folder of the data set; created if missing.
+        counts: number of images by split of `SPLITS`. A larger data set begins with the images of a smaller one.
     """
     (root / "annotations").mkdir(parents=True, exist_ok=True)
     for split, count in counts.items():
@@ -70,12 +71,17 @@ def _annotate(scene: Scene, image: int, first: int) -> list[dict[str, Any]]:
 
 
 def encode_mask(mask: NDArray[np.bool_]) -> dict[str, Any]:
-    """A mask H×W as COCO's compressed run lengths, of JSON's types."""
+    """Return a mask as COCO's compressed run lengths, of JSON's types.
+
+    Args:
+        mask: H×W.
+    """
     encoded: dict[str, Any] = rle.encode(np.asfortranarray(mask.astype(np.uint8)))
     return {"size": encoded["size"], "counts": encoded["counts"].decode("ascii")}
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description="Writes scenes as a data set in COCO's format.")
     parser.add_argument("directory", type=Path)
     parser.add_argument("--train", type=int, default=12_000)

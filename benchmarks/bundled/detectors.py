@@ -1,4 +1,4 @@
-"""The detectors that ship with the project, and the scenes that they are measured on."""
+"""Detectors that ship with the project, and the number of scenes that they are measured on."""
 
 from __future__ import annotations
 
@@ -10,13 +10,18 @@ from benchmarks.bundled.classifiers import WEIGHTS
 
 CONFIG_FOLDER = Path(__file__).parents[1] / "tasks" / "detection" / "configs"
 
-#: How many scenes there are: for calibration, and for evaluation.
+#: Number of scenes by split: calibration and evaluation.
 COUNTS: Mapping[str, int] = {"train2017": 256, "val2017": 200}
 
 
 @dataclass(frozen=True)
 class Detector:
-    """An MMDetection config and the file with its weights."""
+    """Detector that ships with the project.
+
+    Attributes:
+        config: path of MMDetection's config.
+        checkpoint: path of the weights.
+    """
 
     config: Path
     checkpoint: Path

@@ -1,4 +1,4 @@
-"""The Segment Anything model that ships with the project."""
+"""Segment Anything model that ships with the project."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ _WIDTH = 64
 
 
 def create_bundled_sam() -> Sam:
-    """SAM of the size of the scenes, with random weights. As in the real one, windows do not fill its feature map."""
+    """Build a SAM for images of the scenes' size, with random weights.
+
+    As in the real one, windows do not fill its feature map.
+    """
     from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 
     tokens = IMAGE_SIZE // _PATCH_SIZE

@@ -1,9 +1,8 @@
-"""A seeded generator of labelled scenes: the data that ships with the project.
+"""Seeded generator of labelled scenes, which are the data that ship with the project.
 
-A scene is a cluttered 1/f background with textured shapes on it, partly hidden by each other and by
-thin occluders, under uneven light, blurred and noisy like a cheap camera's picture. Everything is
-drawn from one ``numpy`` generator, so a seed names a scene. Category = shape × texture: neither the
-outline nor the surface alone decides it.
+A scene is a cluttered 1/f background with textured shapes on it, partly hidden by each other and by thin occluders,
+under uneven light, blurred and noisy like a cheap camera's picture. Everything is drawn from one ``numpy`` generator,
+so that a seed names a scene. Category = shape × texture: neither the outline nor the surface alone decides it.
 """
 
 from __future__ import annotations
@@ -72,7 +71,7 @@ def _dots(u: Array, v: Array) -> NDArray[np.bool_]:
     return dots
 
 
-# Shapes live in the unit disk; textures have period 1 and say where the second colour goes.
+# Shapes live in the unit disk; textures have period 1 and are True for the second colour.
 SHAPES: dict[str, Callable[[Array, Array], NDArray[np.bool_]]] = {
     "disk": _disk,
     "square": _square,
@@ -92,7 +91,12 @@ CATEGORIES: tuple[str, ...] = tuple(f"{texture} {shape}" for shape in SHAPES for
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object: its category (index into `CATEGORIES`) and the pixels of it that can be seen (H×W bool)."""
+    """Object of a scene.
+
+    Attributes:
+        category: index into `CATEGORIES`.
+        mask: visible pixels, H×W.
+    """
 
     category: int
     mask: NDArray[np.bool_]
@@ -106,7 +110,12 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """An RGB image (H×W×3 uint8) and the objects in it, the farthest first."""
+    """Picture with labelled objects.
+
+    Attributes:
+        image: H×W×3, red, green, blue.
+        objects: visible objects, the farthest first.
+    """
 
     image: NDArray[np.uint8]
     objects: tuple[SceneObject, ...]
@@ -119,14 +128,14 @@ def draw_scene(
     radius: tuple[float, float] = (0.26, 0.46),
     tilt: float = TILT,
 ) -> Scene:
-    """Draws one scene.
+    """Draw one scene.
 
     Args:
-        seed: names the scene; a sequence such as (data set, split, index) works too.
+        seed: name of the scene; a sequence such as (data set, split, index) works too.
         size: height and width in pixels.
-        max_objects: between one and so many objects are drawn; a single one stands near the centre.
+        max_objects: largest number of objects, which is drawn from 1 on; a single object stands near the centre.
         radius: smallest and largest object radius as a fraction of `size`.
-        tilt: by how much objects are turned at most, in radians.
+        tilt: greatest angle of an object in radians.
     """
     rng = np.random.default_rng(seed)
     side = size * SUPERSAMPLING
@@ -162,21 +171,21 @@ def draw_scene(
 
 
 def _background(rng: np.random.Generator, size: int) -> Array:
-    """Coloured 1/f noise, which has the spectrum of natural pictures (size×size×3 in [0, 1])."""
+    """Draw coloured 1/f noise, which has the spectrum of natural pictures: size×size×3, 0 to 1."""
     frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None, :]).astype(np.float32)
     frequency[0, 0] = 1.0
     noise = rng.standard_normal((3, size, size), dtype=np.float32)
     field = np.fft.irfft2(np.fft.rfft2(noise) / frequency ** rng.uniform(0.8, 1.3), s=(size, size))
     field -= field.mean((1, 2), keepdims=True)
     field /= field.std((1, 2), keepdims=True)
-    shared = rng.uniform(0.3, 0.9)  # how grey: a share of the variation is common to the three colours
+    shared = rng.uniform(0.3, 0.9)  # share of the variation that is common to the three colours: greyness
     field = shared * field[:1] + (1 - shared) * field
     level = rng.uniform(0.15, 0.45, (3, 1, 1)).astype(np.float32)
     return np.clip(level + rng.uniform(0.05, 0.15) * field, 0, 1).transpose(1, 2, 0).astype(np.float32)
 
 
 def _bar(rng: np.random.Generator, xs: Array, ys: Array) -> NDArray[np.bool_]:
-    """A thin bar across part of the picture: clutter behind the objects, an occluder before them."""
+    """Draw a thin bar across part of the picture: clutter behind the objects, an occluder before them."""
     angle, x, y = rng.uniform(0, math.pi), rng.uniform(0.1, 0.9), rng.uniform(0.1, 0.9)
     along = (xs - x) * math.cos(angle) + (ys - y) * math.sin(angle)
     across = (ys - y) * math.cos(angle) - (xs - x) * math.sin(angle)
@@ -223,7 +232,7 @@ def _shrink(values: Array) -> Array:
 
 
 def _develop(rng: np.random.Generator, canvas: Array, xs: Array, ys: Array) -> NDArray[np.uint8]:
-    """Light falling from one side, a little blur, sensor noise."""
+    """Add light from one side, a little blur and sensor noise."""
     angle, strength = rng.uniform(0, 2 * math.pi), rng.uniform(0, 0.5)
     light = 1 + strength * ((xs - 0.5) * math.cos(angle) + (ys - 0.5) * math.sin(angle)) * 2
     picture = _shrink(np.clip(canvas * light[..., None], 0, 1))

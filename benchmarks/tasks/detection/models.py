@@ -1,4 +1,4 @@
-"""MMDetection's models: configs by name or file, checkpoints in the layouts that there are."""
+"""MMDetection's models: configs by name or file, checkpoints in two layouts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from benchmarks.bundled.detectors import CONFIG_FOLDER, DETECTORS
 from benchmarks.run.console import warn
 from benchmarks.tasks.shared import misfit, one_line, unknown_model, unreadable_checkpoint
 
-#: Config files by model name: those of MMDetection, and those that it has not.
+#: Config files by model name: MMDetection's own, and further ones.
 CONFIGS: Mapping[str, str] = {
     "mask_rcnn_swin_tiny": "mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco.py",
     "mask_rcnn_swin_small": "mmdet::swin/mask-rcnn_swin-s-p4-w7_fpn_amp-ms-crop-3x_coco.py",
@@ -35,7 +35,7 @@ _HARMLESS = ("num_batches_tracked", "relative_position_index", "attn_mask")
 
 
 class _Ignored:
-    """Stands for whatever a training checkpoint holds beside weights; takes anything and does nothing."""
+    """Stand-in for the contents of a training checkpoint beside weights; it takes any arguments and does nothing."""
 
     def __new__(cls, *_: Any, **__: Any) -> _Ignored:
         return super().__new__(cls)
@@ -59,16 +59,16 @@ _HISTORY = (
 
 
 def detector_names() -> list[str]:
-    """Bundled models, then those on COCO."""
+    """Return the names of detectors: bundled ones, then those on COCO."""
     return [*DETECTORS, *CONFIGS]
 
 
 @contextmanager
 def mmdetection() -> Iterator[None]:
-    """Readies MMDetection for use, and keeps what it and its imports have to say from stdout and stderr.
+    """Set MMDetection up for use, and keep its messages and those of its imports from stdout and stderr.
 
     Raises:
-        AdfqError: where it is not installed.
+        AdfqError: if MMDetection is not installed or does not work with the installed mmcv.
     """
     with redirect_stdout(StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -89,11 +89,11 @@ def mmdetection() -> Iterator[None]:
 
 
 def open_config(name: str) -> Any:
-    """Reads an mmengine config.
+    """Read an mmengine config.
 
     Args:
-        name: of a model (`detector_names`); ``mmdet::PATH`` for a config that MMDetection brings along; or a file. A
-            config file is a program, and is run.
+        name: a model of `detector_names`, ``mmdet::PATH`` for one of MMDetection's own configs, or a file. A config
+            file is a program, and is run.
 
     Raises:
         AdfqError: for a config that is not there or cannot be read.
@@ -113,7 +113,11 @@ def open_config(name: str) -> Any:
 
 
 def build_detector(config: Any) -> nn.Module:
-    """The model of a config, with random weights; nothing is downloaded."""
+    """Build the model of a config with random weights; nothing is downloaded.
+
+    Args:
+        config: from `open_config`.
+    """
     with mmdetection():
         from mmdet.registry import MODELS
         from mmengine.model import revert_sync_batchnorm
@@ -124,12 +128,13 @@ def build_detector(config: Any) -> nn.Module:
 
 
 def load_detector(name: str, checkpoint: str | None = None) -> nn.Module:
-    """Builds a detector and loads its weights.
+    """Build a detector and load its weights.
 
     Args:
-        name: as for `open_config`.
-        checkpoint: weights in MMDetection 3's layout or that of the Swin authors' MMDetection 2; safetensors, or a
-            PyTorch file, of which nothing is run. Without it weights are random, or those that ship with the project.
+        name: model or config, see `open_config`.
+        checkpoint: file with weights in the layout of MMDetection 3 or of the Swin authors' MMDetection 2: safetensors,
+            or a PyTorch file, whose code is not run. None, the default, takes the bundled weights of a bundled model
+            and random ones for others.
 
     Returns:
         The model in evaluation mode, with its config as attribute `cfg`.
@@ -159,7 +164,11 @@ def load_detector(name: str, checkpoint: str | None = None) -> nn.Module:
 
 
 def convert_backbone(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The Swin authors' names and order of a backbone's weights as MMDetection's."""
+    """Return a backbone's weights in the Swin authors' names and order under MMDetection's.
+
+    Args:
+        state: weights by name, without prefix.
+    """
     with mmdetection():
         from mmdet.models.backbones.swin import swin_converter
 
@@ -168,7 +177,10 @@ def convert_backbone(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_weights(file: str) -> dict[str, Tensor]:
-    """A checkpoint's weights under MMDetection 3's names.
+    """Read a checkpoint's weights under MMDetection 3's names.
+
+    Args:
+        file: safetensors or PyTorch file.
 
     Raises:
         AdfqError: for a file that cannot be read, holds code, or holds no weights.
@@ -198,7 +210,7 @@ def _load_weights(model: nn.Module, file: str, name: str) -> None:
     state, own = read_weights(file), model.state_dict()
     problem = misfit(state, own, _HARMLESS)
     shared = [key for key in own if key in state]
-    # Else the model would read its tables of position biases in another order than it was trained with.
+    # With other indices the model would read its tables of position biases in another order than in training.
     indices = [] if problem else [key for key in shared if key.endswith("relative_position_index")]
     problem = problem or ", ".join(
         f"{key} is another" for key in indices if not torch.equal(state[key].to(own[key]), own[key])

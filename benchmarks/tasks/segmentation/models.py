@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def create_mobile_sam() -> Sam:
-    """MobileSAM with random weights: SAM's own prompt encoder and mask decoder behind a TinyViT."""
+    """Build MobileSAM (arXiv 2306.14289) with random weights: SAM's decoder behind a TinyViT."""
     from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 
     from adfq.adapters.mobile_sam import MobileSamEncoder
@@ -55,17 +55,17 @@ _MODELS: Mapping[str, Callable[[], Sam]] = {
 
 
 def sam_names() -> list[str]:
-    """The bundled model, then those of 1024 pixels."""
+    """Return the names of models: the bundled one, then those for images of 1024 pixels."""
     return list(_MODELS)
 
 
 def load_sam(name: str, checkpoint: str | None = None) -> nn.Module:
-    """Builds a Segment Anything model and loads its weights.
+    """Build a Segment Anything model and load its weights.
 
     Args:
         name: one of `sam_names()`.
-        checkpoint: weights in the official layout; safetensors, or a PyTorch file, of which nothing is run. Without it
-            weights are random, or those that ship with the project.
+        checkpoint: file with weights in the official layout: safetensors, or a PyTorch file, whose code is not run.
+            None, the default, takes the bundled weights of the bundled model and random ones for others.
 
     Returns:
         segment_anything's Sam in evaluation mode.
@@ -93,10 +93,13 @@ def load_sam(name: str, checkpoint: str | None = None) -> nn.Module:
 
 
 def convert_tiny_vit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """MobileSAM's names of its image encoder's weights as those of `MobileSamEncoder`.
+    """Return the weights of MobileSAM's image encoder under the names of `MobileSamEncoder`.
 
-    timm's TinyViT computes the same with the same numbers; there, what lies between two stages begins the second and
-    does not end the first. The classifier's head, which MobileSAM never uses, is left out.
+    timm's TinyViT computes the same with the same numbers. Its downsampling begins the second of two stages,
+    MobileSAM's ends the first. The classifier's head, which MobileSAM never uses, is left out.
+
+    Args:
+        state: weights by name, without prefix.
     """
     converted = {}
     for name, tensor in state.items():
@@ -112,7 +115,10 @@ def convert_tiny_vit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_weights(file: str) -> dict[str, Tensor]:
-    """A checkpoint's weights under the names of our models.
+    """Read a checkpoint's weights under the names of this project's models.
+
+    Args:
+        file: safetensors or PyTorch file.
 
     Raises:
         AdfqError: for a file that cannot be read, holds code, or holds no weights.

@@ -1,4 +1,4 @@
-"""What Segment Anything is asked: boxes or points of the ground truth, or the boxes that a detector has found."""
+"""Prompts of Segment Anything: boxes or points of the ground truth, or boxes of a detector."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _FIELDS = ("image_id", "category_id", "bbox", "score")
 
 @dataclass(frozen=True)
 class Prompts:
-    """What one image is asked for, by N boxes or N points.
+    """Prompts of one image: N boxes or N points.
 
     Attributes:
-        categories: N ids, of what is asked for.
-        boxes: N×4 in pixels: x0, y0, x1, y1, within the image; or None.
-        points: N×2 in pixels: x, y, whole numbers being the middle of a pixel; or None.
-        scores: N numbers, of the detector that has found the boxes; or None.
+        categories: N category ids of the objects to segment.
+        boxes: N×4 in pixels: x0, y0, x1, y1, within the image; None for points.
+        points: N×2 in pixels: x, y, whole numbers in the middle of a pixel; None for boxes.
+        scores: N scores of the detector that has found the boxes; None for ground truth.
     """
 
     categories: Sequence[Any]
@@ -44,20 +44,34 @@ class Prompts:
 
 
 def box_prompts(boxes: Sequence[Sequence[float]], categories: Sequence[Any], scores: Any = None) -> Prompts:
-    """Prompts from boxes as `clip_box` gives them."""
+    """Return prompts by boxes.
+
+    Args:
+        boxes: N boxes from `clip_box`.
+        categories: N category ids.
+        scores: N scores of a detector; None, the default, for ground truth.
+    """
     return Prompts(categories, boxes=np.array(boxes, np.float64).reshape(-1, 4), scores=scores)
 
 
 def point_prompts(masks: NDArray[np.bool_], categories: Sequence[Any]) -> Prompts:
-    """The innermost point of each mask, N×H×W."""
+    """Return prompts by the innermost point of each mask.
+
+    Args:
+        masks: N×H×W.
+        categories: N category ids.
+    """
     points = [innermost_point(mask) for mask in masks]
     return Prompts(categories, points=np.array(points, np.float64).reshape(-1, 2))
 
 
 def innermost_point(mask: NDArray[np.bool_]) -> tuple[int, int]:
-    """x and y of the pixel that is farthest from all that is not the mask, beyond the image's edge too.
+    """Return x and y of the pixel that is farthest from all pixels outside the mask, the image's surroundings included.
 
-    Of several it is the first, row by row. In an empty mask it is the first pixel.
+    The first of several such pixels counts, row by row. For an empty mask it is the first pixel.
+
+    Args:
+        mask: H×W.
     """
     # A mask's bounding box is enough, and images are large.
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
@@ -81,15 +95,15 @@ def innermost_point(mask: NDArray[np.bool_]) -> tuple[int, int]:
 
 
 def clip_box(box: Any, image: Mapping[str, Any], file: str | Path) -> tuple[float, float, float, float]:
-    """A box's part within an image, x0, y0, x1, y1.
+    """Return the part of a box within an image, x0, y0, x1, y1 in pixels.
 
     Args:
-        box: x, y, width, height, from a file.
-        image: its ``id``, ``width`` and ``height``.
-        file: that the box is from.
+        box: x, y, width, height in pixels, from a file and not yet checked.
+        image: COCO's entry with ``id``, ``width`` and ``height``.
+        file: file that the box is from, for error messages.
 
     Raises:
-        AdfqError: for what is no box, and for a box that is empty or lies outside the image.
+        AdfqError: unless the box is four numbers, not empty and partly within the image.
     """
     name = f"{file}: the box {_shown(box)} in image {image['id']}"
     if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
@@ -104,13 +118,14 @@ def clip_box(box: Any, image: Mapping[str, Any], file: str | Path) -> tuple[floa
 
 
 def read_prompts(file: str, truth: Mapping[str, Any]) -> dict[Hashable, Prompts]:
-    """Boxes that a detector has found, from a file of results in COCO's format, by the image's id.
+    """Read the boxes of a detector from a file of results in COCO's format, by the image's id.
 
     Args:
-        truth: ``images`` and ``categories`` that the file may name.
+        file: path to read.
+        truth: ground truth with ``images`` and ``categories``, which the file may name.
 
     Raises:
-        AdfqError: for a file that is not there or not of such results, images or categories that there are not, and
+        AdfqError: for a file that is missing or no list of results, images or categories that are not in `truth`, and
             boxes that `clip_box` refuses.
     """
     try:
@@ -139,5 +154,5 @@ def read_prompts(file: str, truth: Mapping[str, Any]) -> dict[Hashable, Prompts]
 
 
 def _shown(value: Any) -> str:
-    """A value from JSON, in one line."""
+    """Return a value from JSON in one line of at most 80 characters."""
     return json.dumps(value)[:80]
