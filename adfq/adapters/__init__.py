@@ -1,4 +1,4 @@
-"""Adapters: one file an architecture family. Each makes a model's matrix products explicit and names its sites."""
+"""Adapters, one file an architecture family, which make a model's matrix products explicit and name its sites."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from adfq.errors import AdfqError
 from adfq.layers import QuantConv2d, QuantLinear
 from adfq.sites import Network
 
-# By qualified class name, so that a framework is imported only when one of its models is at hand.
+# Qualified names, so that a framework is imported only for one of its models.
 _ADAPTERS = {
     "timm.models.vision_transformer.VisionTransformer": "adfq.adapters.timm_vit",
     "timm.models.swin_transformer.SwinTransformer": "adfq.adapters.timm_swin",
@@ -29,14 +29,14 @@ _ADAPTERS = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """What it takes to build a model once more, except its weights; as far as the model tells it.
+    """Description of a model without its weights, as far as the model tells it.
 
     Attributes:
-        family: the supported class that the model is an instance of, by qualified name.
-        cls: the model's own class, by qualified name.
-        name: what the family's factory knows the model by; None for one that was made from its class.
-        arguments: of factory or class: numbers, strings, truth values and tuples of them.
-        input_size: channels, height, width.
+        family: qualified name of the supported class that the model is an instance of.
+        cls: qualified name of the model's own class.
+        name: name in the family's factory; None for a model that was made from its class.
+        arguments: keyword arguments of factory or class: numbers, strings, truth values and tuples of them.
+        input_size: channels, height and width in pixels.
     """
 
     family: str
@@ -47,13 +47,13 @@ class Architecture:
 
 
 def adapt(model: nn.Module) -> Network:
-    """Replaces, in place, the layers that methods quantize by their quantizable twins.
+    """Replace, in place, the layers that methods quantize by their quantizable twins.
 
     Args:
-        model: an instance of a supported class or of a subclass of one.
+        model: instance of a supported class or of a subclass of one.
 
     Raises:
-        AdfqError: for a model of another family, or one with a kind of attention that is not covered.
+        AdfqError: for a model of another family, and for a kind of attention that is not covered.
     """
     network: Network = _adapter(_family(model)).adapt(model)
     model.train(model.training)  # the new layers too
@@ -61,12 +61,15 @@ def adapt(model: nn.Module) -> Network:
 
 
 def describe(model: nn.Module) -> Architecture:
-    """How to build a model like this one, which `adapt` has not seen yet.
+    """Describe a model that `adapt` has not changed yet.
 
-    What cannot be told from the model is left to the defaults, so that `create` may give another one.
+    Arguments that cannot be told from the model keep their defaults, so that `create` may build another one.
+
+    Args:
+        model: instance of a supported class or of a subclass of one.
 
     Raises:
-        AdfqError: for a model that has no adapter.
+        AdfqError: for a model without an adapter.
     """
     family = _family(model)
     architecture: Architecture = _adapter(family).describe(model, family)
@@ -74,13 +77,16 @@ def describe(model: nn.Module) -> Architecture:
 
 
 def create(architecture: Architecture) -> nn.Module:
-    """Builds a model as described, with random weights.
+    """Build a model from its description, with random weights.
 
-    Descriptions may come from a file that nobody vouches for: only supported classes and what the family's factory
-    knows are built, and nothing is downloaded.
+    Descriptions may come from a file that nobody vouches for: only supported classes and names of the family's factory
+    are built, and nothing is downloaded.
+
+    Args:
+        architecture: from `describe`, or read from a file.
 
     Raises:
-        AdfqError: for what cannot be built.
+        AdfqError: for a description that cannot be built.
     """
     if architecture.family not in _ADAPTERS:
         raise AdfqError(f"there is no adapter for {architecture.family!r}")
@@ -89,7 +95,7 @@ def create(architecture: Architecture) -> nn.Module:
 
 
 def qualified_name(cls: type) -> str:
-    """Module and name of a class."""
+    """Return module and name of a class."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
@@ -114,13 +120,30 @@ def _left_over(model: nn.Module, kept: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def pair(norms: dict[str, nn.LayerNorm], linear: str, norm: nn.Module | None) -> None:
-    """Records that the layer `linear` alone reads what `norm` gives; only LayerNorms can be paired."""
+    """Record that `linear` is the only reader of a norm's output; only LayerNorms are paired.
+
+    Args:
+        norms: LayerNorms by the name of their reader; the pair is added.
+        linear: name of the linear layer.
+        norm: module before the layer; None for none.
+    """
     if isinstance(norm, nn.LayerNorm):
         norms[linear] = norm
 
 
 def replace(model: nn.Module, name: str, role: str, fixed_positions: bool = True) -> None:
-    """Replaces the linear or convolution layer `name` of `model` by its quantizable twin (`adfq.layers`)."""
+    """Replace a linear or convolution layer by its quantizable twin (`adfq.layers`).
+
+    Args:
+        model: model with the layer.
+        name: name of the layer.
+        role: site role (`adfq.sites.ROLES`) of its input and weight.
+        fixed_positions: True, the default, if all inputs have the same token positions; False where they depend on the
+            image's size.
+
+    Raises:
+        AdfqError: for a layer of another kind.
+    """
     layer = model.get_submodule(name)
     if isinstance(layer, nn.Linear):
         model.set_submodule(name, QuantLinear(layer, role, fixed_positions))

@@ -1,7 +1,7 @@
-"""mmcv's compiled operators on top of torchvision, where no compiled ones are installed.
+"""Operators of mmcv on top of torchvision, for installations without compiled ones.
 
-MMDetection imports ``mmcv._ext``, a C++ extension that has to be compiled for each version of torch. Of its operators
-Swin detectors need three, and torchvision has these.
+MMDetection imports ``mmcv._ext``, a C++ extension that has to be compiled for each version of torch. Swin detectors
+need three of its operators, and torchvision has these.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _EXTENSION = "mmcv._ext"
 
 
 def provide_mmcv_ops() -> None:
-    """Makes ``import mmdet`` work without compiled operators; to be called before it.
+    """Make ``import mmdet`` work without compiled operators; to be called before it.
 
-    Does nothing where compiled operators are installed.
+    Compiled operators are used if they are installed.
     """
     if _EXTENSION in sys.modules or importlib.util.find_spec(_EXTENSION) is not None:
         return
@@ -47,10 +47,13 @@ def _missing(name: str) -> Any:
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
-    """Indices of the boxes (N×4: x0, y0, x1, y1) that stay, highest score first.
+    """Return indices of the boxes that non-maximum suppression keeps, highest score first.
 
     Args:
-        offset: 1 where a box ends after its last pixel's left edge, so that its width is x1 - x0 + 1; 0 otherwise.
+        boxes: N×4 in pixels: x0, y0, x1, y1.
+        scores: N.
+        iou_threshold: IoU with a better box above which a box is dropped.
+        offset: 1 if a box ends after its last pixel's left edge, so that its width is x1 - x0 + 1; 0 otherwise.
     """
     kept: Tensor = box_nms(boxes + boxes.new_tensor([0, 0, offset, offset]), scores, iou_threshold)
     return kept
@@ -70,18 +73,28 @@ def roi_align_forward(
     pool_mode: int,
     aligned: bool,
 ) -> None:
-    """Writes the features under each RoI into `output` (K×C×height×width).
+    """Write the features of each RoI to `output`.
 
     Args:
-        input: N×C×H×W.
-        rois: K×5: index into N, x0, y0, x1, y1.
-        pool_mode: 1 for the mean of the samples; nothing else is covered.
+        input: features, N×C×H×W.
+        rois: K×5: index into N, x0, y0, x1, y1 in pixels of the image.
+        output: K×C×height×width; overwritten.
+        argmax_y: without effect.
+        argmax_x: without effect.
+        aligned_height: height of the output in bins.
+        aligned_width: width of the output in bins.
+        spatial_scale: pixels of the features for each pixel of the image.
         sampling_ratio: samples along each side of a bin; 0 for as many as it has pixels.
+        pool_mode: 1 for the mean of the samples, which is all that is covered.
+        aligned: True to shift RoIs by half a pixel.
+
+    Raises:
+        NotImplementedError: for another `pool_mode`.
     """
     if pool_mode != 1:
         _missing("roi_align_forward with pool_mode='max'")()
     size = (aligned_height, aligned_width)
-    # In float32, since torchvision has no kernels for half precision on a CPU.
+    # torchvision has no kernels for half precision on a CPU.
     output.copy_(roi_align(input.float(), rois.float(), size, spatial_scale, sampling_ratio, aligned))
 
 
@@ -99,7 +112,24 @@ def roi_align_backward(
     pool_mode: int,
     aligned: bool,
 ) -> None:
-    """Writes the gradient of `roi_align_forward` to its input into `grad_input`; arguments as there."""
+    """Write the gradient of `roi_align_forward` with respect to its input to `grad_input`.
+
+    Args:
+        grad_output: K×C×height×width.
+        rois: see `roi_align_forward`.
+        argmax_y: without effect.
+        argmax_x: without effect.
+        grad_input: N×C×H×W; overwritten.
+        aligned_height: see `roi_align_forward`.
+        aligned_width: see `roi_align_forward`.
+        spatial_scale: see `roi_align_forward`.
+        sampling_ratio: see `roi_align_forward`.
+        pool_mode: see `roi_align_forward`.
+        aligned: see `roi_align_forward`.
+
+    Raises:
+        NotImplementedError: for another `pool_mode`.
+    """
     if pool_mode != 1:
         _missing("roi_align_backward with pool_mode='max'")()
     gradient = torch.ops.torchvision._roi_align_backward(

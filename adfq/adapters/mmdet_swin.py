@@ -1,4 +1,4 @@
-"""MMDetection's SwinTransformer, and any of its detectors that has one as backbone."""
+"""Adapter of MMDetection's SwinTransformer, and of any of its detectors with that backbone."""
 
 from __future__ import annotations
 
@@ -34,12 +34,15 @@ _MASKS = 100  # proposals whose masks are predicted; as many as a single stage d
 
 
 class QuantShiftWindowAttention(ShiftWindowMSA):  # type: ignore[misc]
-    """MMDetection's ShiftWindowMSA with a quantizable attention, and its own value for padding.
+    """MMDetection's ShiftWindowMSA with a quantizable attention and a value for padding.
 
     Input and output B×(H·W)×C. Windows that the feature map does not fill are padded.
 
+    Args:
+        attention: module to replace, whose parameters are shared.
+
     Attributes:
-        padding: (C) the padding's tokens; 0 until somebody transforms the input.
+        padding: C, the padding's tokens; 0 until a method transforms the input.
     """
 
     padding: Tensor
@@ -51,6 +54,12 @@ class QuantShiftWindowAttention(ShiftWindowMSA):  # type: ignore[misc]
         self.register_buffer("padding", attention.w_msa.qkv.weight.new_zeros(attention.w_msa.embed_dims))
 
     def forward(self, query: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        """Return attention within shifted windows: B×(H·W)×C.
+
+        Args:
+            query: B×(H·W)×C.
+            hw_shape: H and W in tokens.
+        """
         batch, _, channels = query.shape
         height, width = hw_shape
         size, shift = self.window_size, self.shift_size
@@ -67,7 +76,7 @@ class QuantShiftWindowAttention(ShiftWindowMSA):  # type: ignore[misc]
         return dropped
 
     def _mask(self, padded: Tensor) -> Tensor:
-        """Windows×N×N, added to scores: keeps apart what only the shift has brought into one window."""
+        """Return a mask to add to scores, windows×N×N, that separates tokens brought together by the shift."""
         regions = padded.new_zeros(1, *padded.shape[1:3], 1)
         for start in (-self.window_size, -self.shift_size):
             regions[:, start:] += 3
@@ -78,9 +87,16 @@ class QuantShiftWindowAttention(ShiftWindowMSA):  # type: ignore[misc]
 
 
 def adapt(model: nn.Module) -> Network:
-    """See `adfq.adapters.adapt`; of a detector, every linear and convolution layer of neck and heads is quantized too.
+    """Adapt a backbone or detector, see `adfq.adapters.adapt`.
 
-    So does RepQ-ViT's code. Transposed convolutions stay in floating point, there and here.
+    In a detector every linear and convolution layer of neck and heads is quantized too, as in RepQ-ViT's code.
+    Transposed convolutions stay in floating point, there and here.
+
+    Args:
+        model: MMDetection's SwinTransformer or a detector with that backbone.
+
+    Raises:
+        AdfqError: for a detector with another backbone, and a feed-forward network of other than two layers.
     """
     if not isinstance(model, BaseDetector):
         return _adapt_backbone(model, "")
@@ -120,21 +136,21 @@ def _adapt_backbone(model: nn.Module, prefix: str) -> Network:
 
 
 def detect_densely(model: Any, images: Tensor) -> list[Tensor]:
-    """Takes images through every layer of a detector, whether or not it detects anything.
+    """Run images through every layer of a detector, even if it detects nothing.
 
     Args:
-        model: a detector; of two stages, its second works on the proposals of the first.
+        model: a detector; the second of two stages works on the proposals of the first.
         images: B×3×H×W, preprocessed.
 
     Returns:
-        What the layers before any decision give: class logits, box deltas, mask logits.
+        Outputs of the layers before any decision: class logits, box deltas, mask logits.
     """
     size = tuple(images.shape[-2:])
     shapes = {"img_shape": size, "ori_shape": size, "pad_shape": size, "batch_input_shape": size}
     samples = [DetDataSample(metainfo={**shapes, "scale_factor": (1.0, 1.0), "img_id": 0}) for _ in images]
     outputs: list[Any] = []
     result: Any = None
-    # What the detector gives out of itself lacks region proposals and the stages of a cascade.
+    # The detector's own output lacks region proposals and the stages of a cascade.
     heads = [module for module in model.modules() if isinstance(module, (BaseDenseHead, BBoxHead, FCNMaskHead))]
     hooks = [head.register_forward_hook(lambda _, __, output: outputs.append(output)) for head in heads]
     try:
@@ -149,7 +165,7 @@ def detect_densely(model: Any, images: Tensor) -> list[Tensor]:
 
 
 def _run_cascade(model: Any, images: Tensor, samples: list[DetDataSample]) -> None:
-    """What the detector's own forward pass does, but for masks of every proposal by every stage, which take long."""
+    """Run the detector's own forward pass without masks of every proposal by every stage, which take long."""
     features = model.extract_feat(images)
     proposals = [found.bboxes for found in model.rpn_head.predict(features, samples, rescale=False)]
     metas = [sample.metainfo for sample in samples]
@@ -169,10 +185,19 @@ def _tensors(outputs: Any) -> Iterator[Tensor]:
 
 
 def describe(model: nn.Module, family: str) -> Architecture:
-    """See `adfq.adapters.describe`; a model of MMDetection does not tell how it was made."""
+    """Describe a model, see `adfq.adapters.describe`; a model of MMDetection does not tell how it was made.
+
+    Args:
+        model: SwinTransformer or detector.
+        family: qualified name of the supported class.
+    """
     return Architecture(family, qualified_name(type(model)), None, {}, (3, 0, 0))
 
 
 def create(architecture: Architecture) -> nn.Module:
-    """See `adfq.adapters.create`."""
+    """Raise AdfqError: models of MMDetection cannot be built from a description yet.
+
+    Args:
+        architecture: without effect.
+    """
     raise AdfqError("models of MMDetection cannot be built from a file yet")

@@ -1,4 +1,4 @@
-"""MobileSAM's image encoder, which segment_anything does not have: timm's TinyViT and SAM's neck."""
+"""MobileSAM's image encoder, which segment_anything does not have, and its adapter."""
 
 from __future__ import annotations
 
@@ -16,18 +16,21 @@ from adfq.sites import Network
 
 
 class MobileSamEncoder(nn.Module):
-    """Image encoder of MobileSAM (arXiv 2306.14289).
+    """Image encoder of MobileSAM (arXiv 2306.14289): timm's TinyViT and SAM's neck.
 
     Images B×3×S×S become embeddings B×C×(S/16)×(S/16).
 
     Args:
-        img_size: S, a multiple of 16.
-        embed_dims, depths, num_heads, window_sizes: of TinyViT's stages.
+        img_size: S in pixels, a multiple of 16.
+        embed_dims: channels of TinyViT's stages.
+        depths: blocks of its stages.
+        num_heads: attention heads of its stages.
+        window_sizes: side of its stages' windows in tokens.
         out_chans: C.
 
     Attributes:
         trunk: TinyViT without its head; its last stage keeps the resolution.
-        neck: as in SAM's own encoder.
+        neck: convolutions and norms of SAM's own encoder.
     """
 
     def __init__(
@@ -55,12 +58,23 @@ class MobileSamEncoder(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return embeddings, B×C×(S/16)×(S/16).
+
+        Args:
+            x: images, B×3×S×S.
+        """
         embeddings: Tensor = self.neck(self.trunk.forward_features(x))
         return embeddings
 
 
 class QuantTinyAttention(nn.Module):
-    """timm's TinyViT Attention with its two matrix products made explicit. Input and output (windows·B)×N×C."""
+    """timm's TinyViT Attention with its two matrix products made explicit.
+
+    Input and output (windows·B)×N×C.
+
+    Args:
+        attention: module to replace, whose parameters are shared.
+    """
 
     attention_bias_idxs: Tensor
 
@@ -78,6 +92,11 @@ class QuantTinyAttention(nn.Module):
         self.proj = QuantLinear(attention.proj, "proj")
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return attention within each window: (windows·B)×N×C.
+
+        Args:
+            x: (windows·B)×N×C.
+        """
         qkv = self.qkv(self.norm(x)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         query, key, value = qkv.split(self.sizes, -1)
         scores = self.scores(query * self.scale, key) + self.attention_biases[:, self.attention_bias_idxs]
@@ -89,9 +108,12 @@ class QuantTinyAttention(nn.Module):
 
 
 def adapt(model: nn.Module) -> Network:
-    """See `adfq.adapters.adapt`.
+    """Adapt an encoder, see `adfq.adapters.adapt`.
 
     Batch normalizations are folded into their convolutions, as they are wherever such a network runs quantized.
+
+    Args:
+        model: MobileSamEncoder.
     """
     norms: dict[str, nn.LayerNorm] = {}
     modules = []
@@ -112,16 +134,20 @@ def adapt(model: nn.Module) -> Network:
 
 
 def adapt_neck(encoder: nn.Module) -> str:
-    """Replaces the convolutions of an image encoder's neck; the name of what is optimized together."""
+    """Replace the convolutions of an image encoder's neck, and return its name as a unit of reconstruction.
+
+    Args:
+        encoder: SAM's or MobileSAM's image encoder.
+    """
     for index in (0, 2):
         replace(encoder, f"neck.{index}", "neck", fixed_positions=False)
     return "neck"
 
 
 def _convolution_role(name: str) -> str:
-    """The role of a convolution by its name.
+    """Return the role of a convolution by its name.
 
-    The first convolution of each part reads what comes from outside of it; the others read GELU's output.
+    The first convolution of each part reads the part's input; the others read GELU's output.
     """
     if name == "trunk.patch_embed.conv1":
         return "patch_embed"
@@ -138,10 +164,19 @@ def _fold(model: nn.Module, name: str) -> None:
 
 
 def describe(model: nn.Module, family: str) -> Architecture:
-    """See `adfq.adapters.describe`; models of Segment Anything do not tell how they were made."""
+    """Describe a model, see `adfq.adapters.describe`; a Segment Anything model does not tell how it was made.
+
+    Args:
+        model: Sam or image encoder.
+        family: qualified name of the supported class.
+    """
     return Architecture(family, qualified_name(type(model)), None, {}, (3, 0, 0))
 
 
 def create(architecture: Architecture) -> nn.Module:
-    """See `adfq.adapters.create`."""
+    """Raise AdfqError: models of Segment Anything cannot be built from a description yet.
+
+    Args:
+        architecture: without effect.
+    """
     raise AdfqError("models of Segment Anything cannot be built from a file yet")

@@ -1,4 +1,4 @@
-"""segment_anything's Sam and its image encoder: image encoder and mask decoder quantized, prompt encoder not."""
+"""Adapter of segment_anything's Sam, with image encoder and mask decoder quantized, and of its image encoder alone."""
 
 from __future__ import annotations
 
@@ -22,18 +22,22 @@ from adfq.errors import AdfqError
 from adfq.layers import QuantLinear, QuantMatMul
 from adfq.sites import Network
 
-#: How many boxes, and how many points, a Sam without prompts is asked of each image.
+#: Number of boxes, and of points, for each image.
 _PROMPTS = 2
 
 
 class QuantEncoderAttention(nn.Module):
-    """Attention of SAM's image encoder with its windows, and its two matrix products made explicit.
+    """Attention of SAM's image encoder with its windows, and with its two matrix products made explicit.
 
     Input and output B×H×W×C. Windows that the feature map does not fill are padded.
 
+    Args:
+        attention: module to replace, whose parameters are shared.
+        window_size: side of a window in tokens; 0 for attention over everything.
+
     Attributes:
-        window_size: 0 for attention over everything.
-        padding: (C) the padding's tokens; 0 until somebody transforms the input.
+        window_size: side of a window in tokens; 0 for attention over everything.
+        padding: C, the padding's tokens; 0 until a method transforms the input.
     """
 
     padding: Tensor
@@ -51,6 +55,11 @@ class QuantEncoderAttention(nn.Module):
         self.register_buffer("padding", attention.qkv.weight.new_zeros(attention.qkv.in_features))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return attention within windows: B×H×W×C.
+
+        Args:
+            x: B×H×W×C.
+        """
         if not self.window_size:
             return self._attend(x)
         height, width = x.shape[1:3]
@@ -80,6 +89,9 @@ class QuantDecoderAttention(nn.Module):
     """Attention of SAM's mask decoder, to itself or across, with its two matrix products made explicit.
 
     Queries B×N×C, keys and values B×M×C, output B×N×C.
+
+    Args:
+        attention: module to replace, whose parameters are shared.
     """
 
     def __init__(self, attention: DecoderAttention) -> None:
@@ -94,6 +106,13 @@ class QuantDecoderAttention(nn.Module):
         self.out_proj = QuantLinear(attention.out_proj, "proj", fixed_positions=False)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return attention from queries to keys: B×N×C.
+
+        Args:
+            q: queries, B×N×C.
+            k: keys, B×M×C.
+            v: values, B×M×C.
+        """
         query, key, value = (
             projection(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for projection, x in ((self.q_proj, q), (self.k_proj, k), (self.v_proj, v))
@@ -107,9 +126,15 @@ class QuantDecoderAttention(nn.Module):
 
 
 def adapt(model: nn.Module) -> Network:
-    """See `adfq.adapters.adapt`; of a Sam or of its image encoder.
+    """Adapt a Sam or its image encoder, see `adfq.adapters.adapt`.
 
     Transposed convolutions and the product of mask tokens and image, whose result is the masks, stay in floating point.
+
+    Args:
+        model: segment_anything's Sam or ImageEncoderViT.
+
+    Raises:
+        AdfqError: for a Sam with an unknown image encoder.
     """
     if isinstance(model, ImageEncoderViT):
         return _adapt_encoder(model)
@@ -151,7 +176,7 @@ def _adapt_encoder(encoder: Any) -> Network:
 
 
 def _adapt_decoder(model: nn.Module) -> list[str]:
-    """Replaces the layers of the mask decoder; names of the parts that are optimized together.
+    """Replace the layers of the mask decoder, and return the names of its units of reconstruction.
 
     No LayerNorm is paired: tokens go on with its output, around the next layer.
     """
@@ -176,10 +201,10 @@ def _adapt_decoder(model: nn.Module) -> list[str]:
 
 @torch.no_grad()
 def _embed_prompts(sam: Any, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Sparse and dense embeddings of a few boxes and points for each image, an image's prompts side by side.
+    """Return sparse and dense embeddings of a few boxes and points for each image, an image's prompts side by side.
 
-    They are drawn at random where an image is not padded; an image decides its own, and has the same ones always.
-    (With the same prompts for all images, weights would be rounded for these alone.)
+    Prompts are drawn at random in the part of an image that is not padding, from a seed that is the image's own.
+    Weights would be rounded for the prompts at hand if all images had the same ones.
     """
     sparse, dense = [], []
     for image in images:
@@ -199,14 +224,14 @@ def _embed_prompts(sam: Any, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def segment_densely(sam: Any, images: Tensor) -> list[Tensor]:
-    """Takes images through image encoder and mask decoder, asking by boxes and points drawn at random.
+    """Run images through image encoder and mask decoder, with boxes and points drawn at random.
 
     Args:
         sam: segment_anything's Sam.
         images: B×3×S×S, preprocessed.
 
     Returns:
-        mask logits (4·B)×masks×h×w and predicted IoU (4·B)×masks.
+        Mask logits, (4·B)×masks×h×w, and predicted IoU, (4·B)×masks.
     """
     embeddings = sam.image_encoder(images)
     sparse, dense = _embed_prompts(sam, images)
@@ -215,17 +240,17 @@ def segment_densely(sam: Any, images: Tensor) -> list[Tensor]:
 
 
 def decode(decoder: Any, embeddings: Tensor, positions: Tensor, sparse: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
-    """What SAM's mask decoder predicts for prompts, each with an image of its own.
+    """Return the mask decoder's predictions for prompts that have an image each.
 
     Args:
         decoder: segment_anything's MaskDecoder, whose own forward pass takes one image.
         embeddings: P×C×h×w, of the prompts' images.
         positions: 1×C×h×w, the dense positional encoding.
-        sparse: P×N×C, the prompts' points and boxes, bundled.
-        dense: P×C×h×w, their masks, bundled.
+        sparse: P×N×C, embedded points and boxes of the prompts.
+        dense: P×C×h×w, embedded masks of the prompts.
 
     Returns:
-        mask logits P×masks×4h×4w and predicted IoU P×masks, of all masks.
+        Mask logits, P×masks×4h×4w, and predicted IoU, P×masks, of all masks.
     """
     prompts = len(sparse)
     tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])[None].expand(prompts, -1, -1)

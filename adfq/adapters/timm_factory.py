@@ -1,4 +1,4 @@
-"""What timm's families share in describing a model and building it once more."""
+"""Description and construction of a model, for all of timm's families."""
 
 from __future__ import annotations
 
@@ -14,12 +14,18 @@ from adfq.errors import AdfqError
 
 
 def is_present(layer: nn.Module) -> bool:
-    """Whether a layer that a model can do without is there."""
+    """Return True for a layer that is not replaced by nn.Identity."""
     return not isinstance(layer, nn.Identity)
 
 
 def describe_timm(model: Any, family: str, arguments: Mapping[str, Any]) -> Architecture:
-    """Adds to a family's own arguments those that all of timm's have."""
+    """Describe a model by a family's own arguments and those that all of timm's families have.
+
+    Args:
+        model: timm's model, not adapted.
+        family: qualified name of the supported class.
+        arguments: the family's own arguments.
+    """
     size = tuple(model.patch_embed.img_size)
     channels = getattr(model, "in_chans", model.patch_embed.proj.weight.shape[1])
     shared = {
@@ -35,10 +41,15 @@ def describe_timm(model: Any, family: str, arguments: Mapping[str, Any]) -> Arch
 
 
 def create_timm(architecture: Architecture, family: type[nn.Module], *others: type[nn.Module]) -> nn.Module:
-    """Builds a model through timm's factory, or one of the given classes where the factory has no name for it.
+    """Build a model through timm's factory, or from its class if the factory has no name for it.
+
+    Args:
+        architecture: from `describe_timm`.
+        family: supported class.
+        *others: subclasses that may be built too.
 
     Raises:
-        AdfqError: if the two do not know the class, the name or an argument, and if what they give is something else.
+        AdfqError: for an unknown class, name or argument, and for a name that gives another class.
     """
     name, arguments = architecture.name, dict(architecture.arguments)
     unknown = sorted(arguments.keys() - inspect.signature(family).parameters.keys())
@@ -59,7 +70,7 @@ def create_timm(architecture: Architecture, family: type[nn.Module], *others: ty
 
 
 def _name(model: nn.Module) -> str | None:
-    """timm's name of the model, with its tag where there is one, since mean and std can depend on it."""
+    """Return timm's name of the model, with its tag if there is one, because mean and std can depend on it."""
     known = getattr(model, "pretrained_cfg", None)
     if not isinstance(known, dict) or not timm.is_model(known.get("architecture") or ""):
         return None

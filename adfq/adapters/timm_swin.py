@@ -1,4 +1,4 @@
-"""timm's SwinTransformer."""
+"""Adapter of timm's SwinTransformer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from adfq.sites import Network
 
 
 def adapt(model: nn.Module) -> Network:
-    """See `adfq.adapters.adapt`."""
+    """Adapt a model, see `adfq.adapters.adapt`.
+
+    Args:
+        model: timm's SwinTransformer.
+    """
     replace(model, "patch_embed.proj", "patch_embed")
     norms: dict[str, nn.LayerNorm] = {}
     modules = ["patch_embed"]
@@ -43,7 +47,12 @@ def adapt(model: nn.Module) -> Network:
 
 
 def describe(model: SwinTransformer, family: str) -> Architecture:
-    """See `adfq.adapters.describe`."""
+    """Describe a model, see `adfq.adapters.describe`.
+
+    Args:
+        model: timm's SwinTransformer, not adapted.
+        family: qualified name of the supported class.
+    """
     stages: list[Any] = [stage.get_submodule("blocks.0") for stage in model.layers]
     arguments: dict[str, Any] = {
         "embed_dim": model.embed_dim,
@@ -60,7 +69,14 @@ def describe(model: SwinTransformer, family: str) -> Architecture:
 
 
 def create(architecture: Architecture) -> nn.Module:
-    """See `adfq.adapters.create`."""
+    """Build a model, see `adfq.adapters.create`.
+
+    Args:
+        architecture: from `describe`.
+
+    Raises:
+        AdfqError: for a description that cannot be built.
+    """
     return create_timm(architecture, SwinTransformer)
 
 

@@ -1,4 +1,4 @@
-"""timm's VisionTransformer: ViT, DeiT (distilled too), and the other models of that class."""
+"""Adapter of timm's VisionTransformer: ViT, DeiT (distilled too), and other models of that class."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ class QuantAttention(nn.Module):
     """timm's Attention with its two matrix products made explicit, in place of fused attention.
 
     Input and output B×N×C.
+
+    Args:
+        attention: module to replace, whose parameters are shared.
     """
 
     def __init__(self, attention: Attention) -> None:
@@ -37,6 +40,13 @@ class QuantAttention(nn.Module):
         self.proj_drop = attention.proj_drop
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Return attention of tokens to each other: B×N×C.
+
+        Args:
+            x: B×N×C.
+            attn_mask: mask of pairs of tokens; None, the default, for none.
+            is_causal: True to mask later tokens; False by default.
+        """
         batch, tokens, _ = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         query, key, value = qkv.unbind(0)
@@ -53,7 +63,14 @@ class QuantAttention(nn.Module):
 
 
 def adapt(model: nn.Module) -> Network:
-    """See `adfq.adapters.adapt`."""
+    """Adapt a model, see `adfq.adapters.adapt`.
+
+    Args:
+        model: timm's VisionTransformer.
+
+    Raises:
+        AdfqError: for a block with another attention than timm's Attention.
+    """
     replace(model, "patch_embed.proj", "patch_embed")
     norms: dict[str, nn.LayerNorm] = {}
     modules = ["patch_embed"]
@@ -72,7 +89,7 @@ def adapt(model: nn.Module) -> Network:
 
 
 def _adapt_block(model: nn.Module, block_name: str, norms: dict[str, nn.LayerNorm]) -> list[str]:
-    """Replaces the layers of a block; returns the names of its attentions and MLPs."""
+    """Replace the layers of a block, and return the names of its attentions and MLPs."""
     block = model.get_submodule(block_name)
     modules = []
     for relative, module in list(block.named_modules()):
@@ -95,7 +112,7 @@ def _adapt_block(model: nn.Module, block_name: str, norms: dict[str, nn.LayerNor
     return modules
 
 
-#: Which child is the LayerNorm right before a sub-block: in timm's Block, and in the Sequentials of its
+#: Child that is the LayerNorm right before a sub-block, in timm's Block and in the Sequentials of its
 #: ParallelThingsBlock. Post-norm blocks have none.
 _NORM_BEFORE = {
     ("Block", "attn"): "norm1",
@@ -113,7 +130,12 @@ def _norm_before(model: nn.Module, name: str) -> nn.Module | None:
 
 
 def describe(model: VisionTransformer, family: str) -> Architecture:
-    """See `adfq.adapters.describe`."""
+    """Describe a model, see `adfq.adapters.describe`.
+
+    Args:
+        model: timm's VisionTransformer, not adapted.
+        family: qualified name of the supported class.
+    """
     arguments: dict[str, Any] = {
         "embed_dim": model.embed_dim,
         "depth": len(model.blocks),
@@ -147,11 +169,18 @@ def describe(model: VisionTransformer, family: str) -> Architecture:
 
 
 def create(architecture: Architecture) -> nn.Module:
-    """See `adfq.adapters.create`."""
+    """Build a model, see `adfq.adapters.create`.
+
+    Args:
+        architecture: from `describe`.
+
+    Raises:
+        AdfqError: for a description that cannot be built.
+    """
     return create_timm(architecture, VisionTransformer, VisionTransformerDistilled)
 
 
 def _ratio(hidden: int, width: int) -> float:
-    """What timm multiplies `width` with and cuts off to get `hidden`."""
+    """Return the factor that timm multiplies `width` with, and truncates, to get `hidden`."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width

@@ -12,7 +12,10 @@ from adfq.layers import QuantLinear, QuantMatMul
 class QuantWindowAttention(nn.Module):
     """timm's WindowAttention or MMDetection's WindowMSA with its two matrix products made explicit.
 
-    Input and output (windows·B)×N×C, N tokens a window; the mask windows×N×N keeps shifted windows apart.
+    Input and output (windows·B)×N×C with N tokens a window.
+
+    Args:
+        attention: module to replace, whose parameters are shared.
     """
 
     relative_position_index: Tensor
@@ -33,6 +36,12 @@ class QuantWindowAttention(nn.Module):
         self.proj_drop = attention.proj_drop
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return attention within each window: (windows·B)×N×C.
+
+        Args:
+            x: (windows·B)×N×C.
+            mask: windows×N×N, added to scores, which keeps parts of shifted windows apart; None, the default, for none.
+        """
         batch, tokens, _ = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         query, key, value = qkv.unbind(0)
