@@ -1,1 +1,1 @@
-"""Measuring: one cell, its cost, a schedule of cells, where records are kept."""
+"""Measurement of cells: one cell, its cost, a schedule of cells, and the store of records."""

@@ -1,4 +1,4 @@
-"""How the C library hands out memory for tensors on a CPU."""
+"""Settings of the C library's allocator for tensors on a CPU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Of glibc's mallopt(3).
+# Parameters of glibc's mallopt(3).
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 
 _FREED = 2**30  # bytes that a process keeps at most beside what it uses
@@ -15,21 +15,19 @@ _SMALL = 2**16
 
 
 def keep_freed_memory() -> None:
-    """Has this process keep the memory of freed tensors for the next ones.
+    """Keep the memory of freed tensors in this process for the next ones.
 
-    glibc gives tensors above 32 MB back to the system, and the end of its heap. The same pages are then fetched anew
-    for each layer, which takes a third of a quantized model's forward pass. Where the C library is another one,
-    nothing happens.
+    glibc gives tensors above 32 MB, and the end of its heap, back to the system. The same pages are then fetched anew
+    for each layer, which takes a third of a quantized model's forward pass. Another C library is left as it is.
     """
     _set_thresholds(_LARGE, _FREED)
 
 
 @contextmanager
 def freed_memory_given_back() -> Iterator[None]:
-    """Has the process give freed memory back at once, so that what it has at most is what it needs; kept afterwards.
+    """Give freed memory back at once inside the block, so that peak memory is the memory in need; keep it afterwards.
 
-    Tensors have pages of their own meanwhile, and leave no holes that nothing fits into. How large these are differs
-    from run to run.
+    Tensors have pages of their own meanwhile, without the holes of a heap, whose size differs from run to run.
     """
     _set_thresholds(_SMALL, _SMALL)
     try:

@@ -1,4 +1,4 @@
-"""Words to the person at the terminal."""
+"""Messages on the terminal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ _collected: ContextVar[list[str] | None] = ContextVar("collected", default=None)
 
 
 def warn(message: str) -> None:
-    """One line on stderr that does not tear a progress bar."""
+    """Print one line to stderr without tearing a progress bar.
+
+    Args:
+        message: the line, without the program's name.
+    """
     tqdm.write(f"adfq: {message}", file=sys.stderr)
     collected = _collected.get()
     if collected is not None and message not in collected:
@@ -23,7 +27,7 @@ def warn(message: str) -> None:
 
 @contextmanager
 def collect_warnings() -> Iterator[list[str]]:
-    """The messages that `warn` says within it, each once."""
+    """Yield a list that collects the messages of `warn` inside the block, each once."""
     messages: list[str] = []
     token = _collected.set(messages)
     try:
@@ -33,6 +37,11 @@ def collect_warnings() -> Iterator[list[str]]:
 
 
 def markdown_table(frame: pd.DataFrame, names: int = 1) -> str:
-    """A frame of text as Markdown: the first columns, which hold names, to the left, all others to the right."""
+    """Return a frame of text as Markdown.
+
+    Args:
+        frame: text, with column names.
+        names: number of the first columns that are aligned to the left; others are aligned to the right. 1 by default.
+    """
     alignment = [*["left"] * names, *["right"] * (frame.shape[1] - names)]
     return str(frame.to_markdown(index=False, disable_numparse=True, colalign=alignment))

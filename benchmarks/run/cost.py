@@ -1,4 +1,4 @@
-"""What a quantized model costs: seconds, memory, bytes, kept outliers."""
+"""Cost of a quantized model: seconds, memory, bytes, kept outliers."""
 
 from __future__ import annotations
 
@@ -23,14 +23,25 @@ _MB = 1e6
 
 @dataclass
 class Peak:
-    """Memory in use at most, in MB above what was in use before; None where the system does not tell."""
+    """Peak of the memory in use, above the memory in use before.
+
+    Attributes:
+        megabytes: the peak in MB; None if the system does not tell.
+    """
 
     megabytes: float | None = None
 
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Peak]:
-    """Measures the memory that is used within it: the GPU's, or the process's (Linux)."""
+    """Measure the peak memory of the block: the GPU's, or the process's on Linux.
+
+    Args:
+        device: device that the block runs on.
+
+    Yields:
+        The peak, which is set when the block ends.
+    """
     peak = Peak()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -60,16 +71,18 @@ def measure_cost(
     device: torch.device,
     forward: Callable[[nn.Module, Tensor], Any] = nn.Module.__call__,
 ) -> dict[str, float]:
-    """Of a model as it evaluates.
+    """Measure the cost of a model in evaluation.
 
     Args:
-        images: B×C×H×W, preprocessed.
-        forward: runs the model on images.
+        model: model to measure; moved to the device and put in evaluation mode.
+        images: preprocessed, B×C×H×W.
+        device: device to run on.
+        forward: function that runs the model on images; by default, a call of the model.
 
     Returns:
-        ``forward_seconds`` for these images, the shortest of three times; ``size`` in MB as `adfq.save` would pack
-        it, parameters alone in full precision; ``outliers``, in % of the values that per-patch quantizers see, where
-        there are any.
+        ``forward_seconds`` for these images, the shortest of three times; ``size`` in MB as packed by `adfq.save`, of
+        parameters alone in full precision; ``outliers`` in % of the values that per-patch quantizers see, if there are
+        any.
     """
     model, images = model.to(device).eval(), images.to(device)
     cost = {"size": packed_size(model) / _MB}
@@ -92,7 +105,12 @@ def _count(seen: list[tuple[int, int]], quantizer: OutlierQuantizer, inputs: tup
 
 
 def time_of(run: Callable[[], Any], device: torch.device) -> float:
-    """How long a call takes, in seconds."""
+    """Return the duration of a call in seconds.
+
+    Args:
+        run: function to call.
+        device: device that it runs on, which is waited for.
+    """
     start = time.perf_counter()
     run()
     if device.type == "cuda":

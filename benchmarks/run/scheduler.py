@@ -1,4 +1,4 @@
-"""Runs cells, and records each as soon as it is measured."""
+"""Schedule of cells, each of which is recorded as soon as it is measured."""
 
 from __future__ import annotations
 
@@ -17,27 +17,32 @@ from benchmarks.run.console import warn
 from benchmarks.run.executors.local import Executor, Failure, Job, LostWorkerError
 from benchmarks.run.store import Record, ResultStore
 
-#: How often to ask whether another process has finished a cell, in seconds.
+#: Interval of checks for a cell that another process measures, in seconds.
 _PATIENCE = 1.0
 
-#: How often a cell may lose its worker through no fault of its own.
+#: Number of times that a cell may lose its worker through no fault of its own.
 _LOSSES = 3
 
 Running = dict["Future[Record | Failure]", tuple[Cell, FileLock]]
 
 
 def run_cells(cells: Sequence[Cell], store: ResultStore, executor: Executor) -> list[Record | None]:
-    """Measures what the store does not have yet.
+    """Measure the cells that the store has no record of.
 
     Each record is in the store as soon as its cell is measured. A cell that another process is measuring on the same
-    store is waited for. One whose worker was lost is measured again (`LostWorkerError`). A failure is recorded, and the
-    rest goes on.
+    store is waited for. A cell whose worker was lost is measured again (`LostWorkerError`). A failure is recorded, and
+    the rest goes on.
+
+    Args:
+        cells: cells to measure, in order; repeated ones are measured once.
+        store: store of records.
+        executor: place to measure at.
 
     Returns:
-        Every cell's record, in the order given; None where measuring has failed.
+        Every cell's record, in the order given; None for a cell that could not be measured.
 
     Raises:
-        AdfqError: for the user's mistakes, and if a record cannot be written. What was measured before is recorded.
+        AdfqError: for the user's mistakes, and if a record cannot be written. Earlier measurements are recorded.
     """
     return _Run(store, executor, cells).run()
 
@@ -70,7 +75,7 @@ class _Run:
         return [self.results[cell] for cell in self.cells]
 
     def _start(self) -> bool:
-        """Fills the executor's slots; returns whether others have cells that it would take."""
+        """Fill the executor's slots, and return True if other processes have cells that it would take."""
         if not self.waiting and not self.running and self.lost:
             alone = self.lost.pop(0)
             if not self._submit(alone):
@@ -117,7 +122,7 @@ class _Run:
             lock.release()
 
     def _result(self, cell: Cell, future: Future[Any]) -> Record | Failure | None:
-        """None for a cell that is to be measured again."""
+        """Return the result of a cell; None for a cell that is to be measured again."""
         try:
             result: Record | Failure = future.result()
         except LostWorkerError as error:

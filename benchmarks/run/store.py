@@ -1,4 +1,4 @@
-"""The result store: one JSON file for each measured cell."""
+"""Store of results, with one JSON file for each measured cell."""
 
 from __future__ import annotations
 
@@ -21,13 +21,19 @@ Record = dict[str, Any]
 
 
 class ResultStore:
-    """Records under DIRECTORY/records, written whole or not at all, and never overwritten by another measurement.
+    """Store of records under DIRECTORY/records, written whole and never overwritten by another measurement.
 
-    A record counts only for the code, data, weights and library versions that it was measured with (its
-    ``provenance``): a number in a table is one that the present code gives. Records of other provenance stay beside it.
+    A record counts only for the code, data, weights and library versions that it was measured with, its ``provenance``:
+    a number in a table is one that the present code gives. Records of other provenance stay beside it.
 
-    Cells that could not be measured are under DIRECTORY/failures, until they can. What runs is locked under
+    Cells that could not be measured are under DIRECTORY/failures, until they can. Running cells are locked under
     DIRECTORY/locks, by the operating system: a process that is killed leaves nothing locked.
+
+    Args:
+        directory: folder of the store; created if missing.
+
+    Raises:
+        AdfqError: if the folder cannot be written to.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -40,7 +46,10 @@ class ResultStore:
             raise AdfqError(f"cannot write results to {directory}: {error.strerror}") from None
 
     def lock(self, cell: Cell) -> FileLock | None:
-        """Takes a cell for this process, until the lock is released; None while another process has it.
+        """Lock a cell for this process, until the lock is released; return None while another process has it.
+
+        Args:
+            cell: cell to measure.
 
         Raises:
             AdfqError: if the store cannot be written to.
@@ -55,40 +64,48 @@ class ResultStore:
         return lock
 
     def known(self, cell: Cell) -> list[Record]:
-        """All records of a cell, whatever they were measured with. A damaged one is set aside."""
+        """Return all records of a cell, of any provenance; a damaged one is set aside."""
         return [record for _, record in self._read(f"{cell.id}*.json") if record["config"] == cell.config]
 
     def get(self, cell: Cell, provenance: Mapping[str, Any]) -> Record | None:
-        """The record of a cell that was measured with all this, or None."""
+        """Return the record of a cell with the given provenance; None if there is none."""
         return next((record for record in self.known(cell) if record["provenance"] == provenance), None)
 
     def put(self, cell: Cell, record: Record) -> None:
-        """Writes a record, and forgets that the cell had failed. The cell is locked by this process.
+        """Write a record, and delete the cell's failure.
+
+        Args:
+            cell: measured cell, locked by this process.
+            record: its record.
 
         Raises:
-            AdfqError: if it cannot be written.
+            AdfqError: if the record cannot be written.
         """
         digest = hashlib.sha256(json.dumps(record["provenance"], sort_keys=True).encode()).hexdigest()[:8]
         self._write(self.records / f"{cell.id}-{digest}.json", record)
         (self.failures / f"{cell.id}.json").unlink(missing_ok=True)
 
     def put_failure(self, cell: Cell, failure: Mapping[str, Any]) -> None:
-        """Writes why a cell could not be measured. The cell is locked by this process.
+        """Write the reason why a cell could not be measured.
+
+        Args:
+            cell: cell, locked by this process.
+            failure: the reason, see `Failure.record`.
 
         Raises:
-            AdfqError: if it cannot be written.
+            AdfqError: if the failure cannot be written.
         """
         self._write(self.failures / f"{cell.id}.json", {"config": cell.config, **failure})
 
     def unfinished(self, cell: Cell) -> Path:
-        """Where a cell's method may keep what it has finished, until the cell has a record."""
+        """Return the folder for finished parts of a cell's method, which lasts until the cell has a record."""
         return self.directory / "unfinished" / cell.id
 
     def tabulate(self) -> pd.DataFrame:
-        """Every record and failure, in the order they were finished: a row each.
+        """Return a row for every record and failure, in the order they were finished.
 
-        Columns: ``id``, ``status`` ("measured" or "failed"), what ``config`` says (arguments as ``key=value …``), the
-        metrics, costs as ``cost.…``, versions and hardware as ``environment.…``, and ``finished``.
+        Columns: ``id``, ``status`` ("measured" or "failed"), the fields of ``config`` (arguments as ``key=value …``),
+        the metrics, costs as ``cost.…``, versions and hardware as ``environment.…``, and ``finished``.
         """
         rows = [_row(path, record) for path, record in self._read("*.json")]
         for path in sorted(self.failures.glob("*.json")):
@@ -98,7 +115,7 @@ class ResultStore:
         return frame.sort_values("finished", kind="stable", ignore_index=True)
 
     def find(self, identity: str) -> list[Record]:
-        """The records and failures whose id begins so."""
+        """Return the records and failures whose id begins with `identity`."""
         files = [*sorted(self.records.glob("*.json")), *sorted(self.failures.glob("*.json"))]
         return [json.loads(file.read_text(encoding="utf-8")) for file in files if file.stem.startswith(identity)]
 

@@ -1,4 +1,4 @@
-"""What an exported model is in onnxruntime: how like the simulation, how large, how fast."""
+"""Comparison of an exported model in onnxruntime with the simulation: agreement, size, speed."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ _CPU = torch.device("cpu")
 
 
 class OnnxModel(nn.Module):
-    """An ONNX file in onnxruntime, on as many threads of the CPU as torch uses.
+    """ONNX file in onnxruntime, on as many threads of the CPU as torch uses.
 
     Args:
-        file: with one input and one output, float32.
-        optimized: where onnxruntime leaves what it really runs.
+        file: path of a model with one float32 input and one float32 output.
+        optimized: path that onnxruntime writes its optimized model to; empty, the default, for none.
     """
 
     def __init__(self, file: str | os.PathLike[str], optimized: str | os.PathLike[str] = "") -> None:
@@ -52,18 +52,27 @@ class OnnxModel(nn.Module):
         self.session: Any = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
     def forward(self, images: Tensor) -> Tensor:
+        """Return logits, B×classes.
+
+        Args:
+            images: B×C×H×W, float32.
+        """
         (logits,) = self.session.run(None, {INPUT: images.numpy()})
         return torch.from_numpy(logits)
 
 
 def _has_vnni() -> bool:
-    """Whether the processor is known to add up products of uint8 and int8 in 32 bits."""
+    """Return True if the processor is known to add up products of uint8 and int8 in 32 bits."""
     known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not every version of torch tells
     return any(known.get(name, False) for name in ("avx512_vnni", "avx_vnni"))
 
 
 def count_integer_products(file: str | os.PathLike[str]) -> int:
-    """How many products onnxruntime runs on integers: it decides so itself when it reads a file."""
+    """Count the products that onnxruntime runs on integers, which it decides when it reads a file.
+
+    Args:
+        file: path of an ONNX file.
+    """
     import onnx
 
     with TemporaryDirectory() as folder:
@@ -73,17 +82,19 @@ def count_integer_products(file: str | os.PathLike[str]) -> int:
 
 
 def compare(saved: Path, file: Path, subject: Subject, limit: int, batch_size: int) -> dict[str, Any]:
-    """Compares an exported model with the simulation, and with full precision.
+    """Compare an exported model with the simulation and with full precision.
 
     Args:
-        saved: the file that the subject's model is from.
-        file: the ONNX file of it.
-        limit: how many of the first evaluation images are looked at.
+        saved: file that the subject's model was loaded from.
+        file: the model's ONNX file.
+        subject: the quantized model with its data.
+        limit: number of evaluation images, the first ones.
+        batch_size: images a batch.
 
     Returns:
         ``images``; in percent of them, ``agreement`` of both top-1 predictions, and ``simulated`` and ``exported``
-        top-1; ``integer``, the number of products on integers; ``models``: by name, ``size`` in MB, and by number of
-        images at once the median of milliseconds for each image.
+        top-1; ``integer``, the number of products on integers; ``models``: by name, ``size`` in MB, and by batch size
+        the median of milliseconds an image.
 
     Raises:
         AdfqError: for images that cannot be read.
@@ -117,7 +128,7 @@ def compare(saved: Path, file: Path, subject: Subject, limit: int, batch_size: i
 
 
 def _predict(model: nn.Module, subject: Subject, limit: int, batch_size: int) -> tuple[Tensor, Mapping[str, float]]:
-    """The class of each image, and the task's metrics."""
+    """Return the class of each image, and the task's metrics."""
     predicted: list[Tensor] = []
     hook = model.register_forward_hook(lambda _, __, logits: predicted.append(logits.argmax(1)))
     metrics = subject.evaluate(model, _CPU, limit, batch_size)
@@ -127,7 +138,7 @@ def _predict(model: nn.Module, subject: Subject, limit: int, batch_size: int) ->
 
 @torch.inference_mode()
 def _measure(models: Mapping[str, nn.Module], subject: Subject) -> dict[str, dict[int, float]]:
-    """All in turn, so that what else the machine does meets each of them."""
+    """Time the models in turn, so that other work of the machine meets each of them."""
     found: dict[str, dict[int, float]] = defaultdict(dict)
     for count in _BATCHES:
         images = subject.evaluation_images(1).expand(count, -1, -1, -1).contiguous()
@@ -144,7 +155,11 @@ def _measure(models: Mapping[str, nn.Module], subject: Subject) -> dict[str, dic
 
 
 def render(models: Mapping[str, Mapping[Any, float]]) -> str:
-    """Markdown of the ``models`` that `compare` has found; ends in a newline."""
+    """Return the ``models`` of `compare` as Markdown, which ends in a newline.
+
+    Args:
+        models: size and times by name.
+    """
     rows = [
         {
             "": name,

@@ -1,4 +1,4 @@
-"""Tasks: load a model and data, give calibration images, evaluate to metrics. They know nothing of methods."""
+"""Tasks, which load a model and data, give calibration images and evaluate to metrics; they know no method."""
 
 from __future__ import annotations
 
@@ -28,31 +28,42 @@ from benchmarks.tasks.shared import Stopwatch
 
 
 class Subject(Protocol):
-    """A model with its data; in full precision, unless it comes from `load_quantized`."""
+    """Model with its data; in full precision, unless it comes from `load_quantized`."""
 
     @property
-    def model(self) -> nn.Module: ...
+    def model(self) -> nn.Module:
+        """Model to quantize or to evaluate."""
 
     @property
     def preprocessing(self) -> Mapping[str, Any]:
-        """All that the task does to images before the model, made of JSON's types."""
+        """Everything that the task does to images before the model, of JSON's types."""
 
     @property
     def weights_digest(self) -> str:
-        """SHA-256 of the weights that were loaded."""
+        """SHA-256 of the loaded weights."""
 
     @property
     def data_digests(self) -> Mapping[str, Any]:
-        """``images``, the number of those to evaluate on, and SHA-256 of what names each split's images, by split."""
+        """Number of evaluation ``images``, and SHA-256 of the names of each split's images, by split."""
 
     def calibration_images(self, count: int, seed: int) -> Tensor:
-        """`count` images of the training split, preprocessed, B×C×H×W."""
+        """Return preprocessed images of the train split, `count`×C×H×W.
+
+        Args:
+            count: number of images.
+            seed: seed of their choice.
+        """
 
     def evaluation_images(self, count: int) -> Tensor:
-        """The first images of the evaluation split, at most `count`, preprocessed, B×C×H×W."""
+        """Return the first images of the evaluation split, preprocessed: B×C×H×W with B at most `count`."""
 
     def forward(self, model: nn.Module, images: Tensor) -> Any:
-        """What a model computes of preprocessed images; what is measured of it is how long it takes."""
+        """Run the part of a model that is timed.
+
+        Args:
+            model: the subject's model or its quantized twin.
+            images: preprocessed, B×C×H×W.
+        """
 
     def evaluate(
         self,
@@ -62,10 +73,14 @@ class Subject(Protocol):
         batch_size: int,
         loading: Stopwatch | None = None,
     ) -> dict[str, float]:
-        """Metrics of a model on the evaluation split, and ``images``, their number.
+        """Return metrics of a model on the evaluation split, and the number of ``images``.
 
         Args:
-            loading: measures how long images are waited for.
+            model: the subject's model or its quantized twin.
+            device: device to run on.
+            limit: largest number of images; None for all.
+            batch_size: images a batch.
+            loading: stopwatch of the time spent waiting for images; None, the default, for none.
         """
 
 
@@ -164,27 +179,33 @@ def check_saved(task: str) -> Callable[[Cell, nn.Module], Subject]:
 
 
 def save_quantized(model: nn.Module, cell: Cell, subject: Subject, file: str | os.PathLike[str]) -> None:
-    """Saves the quantized model of a cell with what `load_quantized` needs to know of its subject.
+    """Save the quantized model of a cell, with the notes that `load_quantized` needs.
+
+    Args:
+        model: from `adfq.quantize`.
+        cell: cell that was measured.
+        subject: the cell's subject.
+        file: path to write, or to replace.
 
     Raises:
-        AdfqError: where `adfq.save` does.
+        AdfqError: as `adfq.save`.
     """
     adfq.save(model, file, notes={"model": cell.model, "preprocessing": dict(subject.preprocessing)})
 
 
 def load_quantized(file: str, **fields: Any) -> tuple[Cell, Subject]:
-    """Loads a quantized model with its data.
+    """Load a quantized model with its data.
 
     Args:
-        file: from `save_quantized`; one from `adfq.save` is preprocessed for as the task finds right.
-        **fields: of the cell, as far as the file does not decide them: task, data, limit, batch size, and
-            preprocessing that goes before the file's.
+        file: from `save_quantized`; for one from `adfq.save`, the task decides the preprocessing.
+        **fields: fields of the cell that the file does not decide: task, data, limit, batch size, and preprocessing
+            that goes before the file's.
 
     Returns:
         The cell that was quantized, with the file as its checkpoint and every option of the method; its subject.
 
     Raises:
-        AdfqError: for a file that `adfq.load` refuses, an unknown task, unusable data or preprocessing.
+        AdfqError: for a file that `adfq.load` refuses, an unknown task, and unusable data or preprocessing.
     """
     attach = check_saved(fields["task"])
     model = adfq.load(file)

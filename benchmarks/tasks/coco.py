@@ -25,14 +25,14 @@ from benchmarks.bundled.detectors import COUNTS
 from benchmarks.tasks.classification.data import BUNDLED
 from benchmarks.tasks.shared import check_place, digest_file, one_line
 
-#: What is found, by the names that COCO's tools have for it.
+#: Kinds of detections by the names of COCO's tools.
 KINDS: Mapping[str, str] = {"bbox": "box", "segm": "mask"}
 
 # COCO's summary begins with these.
 _AVERAGES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 
-# How many of what is found in an image count: the first number for AP, the last for the other averages. As MMDetection
-# has them; COCO's own are smaller.
+# Most detections of an image that count: the first number for AP, the last for the other averages. These are
+# MMDetection's; COCO's own are smaller.
 _MOST_FOUND = (100, 300, 1000)
 
 _IMAGE = ("id", "file_name", "height", "width")
@@ -42,13 +42,13 @@ _ANNOTATION = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
 
 @dataclass(frozen=True)
 class CocoSplit:
-    """One split of a data set.
+    """Split of a data set in COCO's format.
 
     Attributes:
-        file: its annotations.
-        folder: its images.
-        classes: the model's, in the order of its outputs; None for a model that knows none.
-        masks: whether objects need a mask.
+        file: path of the annotations.
+        folder: path of the images.
+        classes: the model's classes, in the order of its outputs; None for a model without classes.
+        masks: True if objects need a mask.
     """
 
     file: Path
@@ -58,11 +58,11 @@ class CocoSplit:
 
     @cached_property
     def images(self) -> list[dict[str, Any]]:
-        """What the annotations say of each image.
+        """COCO's entries of the images.
 
         Raises:
-            AdfqError: for annotations that are not there or not COCO's, other categories than the model's, and images
-                that are missing.
+            AdfqError: for annotations that are missing or not COCO's, other categories than the model's, and missing
+                images.
         """
         content = self._read()
         images: list[dict[str, Any]] = content["images"]
@@ -75,21 +75,29 @@ class CocoSplit:
 
     @cached_property
     def digest(self) -> str | None:
-        """SHA-256 of the annotations, which name the images; None where there are none."""
+        """SHA-256 of the annotations, which name the images; None without annotations."""
         return digest_file(self.file) if self.file.is_file() else None
 
     def write_images(self, chosen: Iterable[int], file: Path) -> None:
-        """Writes annotations of the chosen images, in that order and without what is to be found in them."""
+        """Write the chosen images' entries, in that order and without their objects.
+
+        Args:
+            chosen: indices into `images`.
+            file: path to write.
+        """
         images = [self.images[index] for index in chosen]
         categories = [{"id": number, "name": name} for number, name in enumerate(self.classes or (), 1)]
         content = {"images": images, "annotations": [], "categories": categories}
         file.write_text(json.dumps(content), encoding="utf-8")
 
     def read_truth(self, limit: int | None) -> dict[str, Any]:
-        """All that is known of the first images, at most `limit`: ``images``, ``annotations`` and ``categories``.
+        """Return the ground truth of the first images: ``images``, ``annotations`` and ``categories``.
+
+        Args:
+            limit: largest number of images; None for all.
 
         Raises:
-            AdfqError: where there are no images, or nothing to be found in them.
+            AdfqError: if there are no images or no objects.
         """
         content = self._read()
         images = content["images"][:limit]
@@ -145,12 +153,17 @@ class CocoSplit:
 
 
 def digest_splits(train: CocoSplit, validation: CocoSplit) -> dict[str, Any]:
-    """What `benchmarks.tasks.Subject.data_digests` says of a data set."""
+    """Return `benchmarks.tasks.Subject.data_digests` of a data set.
+
+    Args:
+        train: split to calibrate on.
+        validation: split to evaluate on.
+    """
     return {"images": len(validation.images), "validation": validation.digest, "train": train.digest}
 
 
 class CheckedImages(Dataset[dict[str, Any]]):
-    """MMDetection's data set, whose unreadable images are errors that name the file.
+    """MMDetection's data set with one-line errors for unreadable images.
 
     Args:
         dataset: a CocoDataset.
@@ -180,10 +193,13 @@ class CheckedImages(Dataset[dict[str, Any]]):
 
 
 def find_root(spec: str) -> Path:
-    """The folder of a data set: scenes that are drawn for ``bundled``, or the folder of that name.
+    """Return the folder of a data set.
+
+    Args:
+        spec: ``bundled`` for scenes, which are drawn into a temporary folder, or a folder.
 
     Raises:
-        AdfqError: where there is none.
+        AdfqError: if there is no such folder.
     """
     if spec == BUNDLED:
         return Path(_draw_scenes(tuple(COUNTS.items())).name)
@@ -209,7 +225,14 @@ def _draw_scenes(counts: tuple[tuple[str, int], ...]) -> TemporaryDirectory[str]
 
 
 def cocotools(part: str) -> Any:
-    """A module of pycocotools, which only tasks on COCO's data need; AdfqError where it is not installed."""
+    """Import a module of pycocotools, which only tasks on COCO's data need.
+
+    Args:
+        part: name of the module.
+
+    Raises:
+        AdfqError: if pycocotools is not installed.
+    """
     try:
         return importlib.import_module(f"pycocotools.{part}")
     except ImportError as error:
@@ -217,7 +240,14 @@ def cocotools(part: str) -> Any:
 
 
 def read_image(path: Path) -> NDArray[np.uint8]:
-    """An image as H×W×3, red, green, blue; AdfqError for one that cannot be read."""
+    """Read an image: H×W×3, red, green, blue.
+
+    Args:
+        path: path of the image.
+
+    Raises:
+        AdfqError: for a file that cannot be read.
+    """
     try:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB"))
@@ -226,21 +256,32 @@ def read_image(path: Path) -> NDArray[np.uint8]:
 
 
 def read_mask(segmentation: Any, height: int, width: int, name: str = "a mask") -> NDArray[np.bool_]:
-    """A mask height×width; arguments and errors are those of `read_rle`."""
+    """Return a mask height×width.
+
+    Args:
+        segmentation: mask in one of COCO's forms, see `read_rle`.
+        height: height of the image in pixels.
+        width: width of the image in pixels.
+        name: name of the mask in error messages.
+
+    Raises:
+        AdfqError: as `read_rle`.
+    """
     mask: NDArray[np.uint8] = cocotools("mask").decode(read_rle(segmentation, height, width, name))
     return mask.astype(bool)
 
 
 def read_rle(segmentation: Any, height: int, width: int, name: str) -> dict[str, Any]:
-    """A mask as pycocotools' run lengths, checked.
+    """Return a mask as checked run lengths of pycocotools.
 
     Args:
-        segmentation: in any of COCO's forms: polygons, which add up, or run lengths, compressed or not.
-        height, width: of the image.
-        name: what errors call the mask.
+        segmentation: mask in one of COCO's forms: polygons, which add up, or run lengths, compressed or not.
+        height: height of the image in pixels.
+        width: width of the image in pixels.
+        name: name of the mask in error messages.
 
     Raises:
-        AdfqError: for what has none of these forms, and a mask of another size.
+        AdfqError: for other forms, and a mask of another size.
     """
     rle: dict[str, Any]
     if isinstance(segmentation, list):
@@ -274,13 +315,15 @@ def _check_polygons(polygons: list[Any], height: int, width: int, name: str) -> 
 
 
 def _times(size: Sequence[Any]) -> str:
-    """Height and width as it is usual to say them."""
+    """Return height and width in the usual order, width first."""
     return "×".join(str(side)[:20] for side in reversed(size))
 
 
 def _decompress(text: str | bytes) -> list[int]:
-    """COCO's compressed run lengths: six bits a character, five of a number and one for whether it goes on; from the
-    fourth number on, differences to the last but one.
+    """Return the numbers of COCO's compressed run lengths.
+
+    A character holds six bits, five of a number and one that tells if the number goes on. From the fourth number on,
+    numbers are differences to the last but one.
     """
     counts: list[int] = []
     value = shift = 0
@@ -300,18 +343,20 @@ def _decompress(text: str | bytes) -> list[int]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value from JSON is a finite number."""
+    """Return True for a finite number from JSON."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def average_precisions(kind: str, truth: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """COCO's summary of what was found, in percent, unrounded: ``box_ap``, ``box_ap50``, ``box_ap75``,
-    ``box_ap_small`` … or ``mask_ap`` …. Where no object has that size, there is no such average.
+    """Return COCO's average precisions in percent, unrounded.
+
+    Names are ``box_ap``, ``box_ap50``, ``box_ap75``, ``box_ap_small``, ``box_ap_medium`` and ``box_ap_large``, or
+    ``mask_ap`` …. A size that no object has gives no average.
 
     Args:
         kind: one of `KINDS`.
-        truth: as `CocoSplit.read_truth` gives it.
-        found: in COCO's format.
+        truth: ground truth from `CocoSplit.read_truth`.
+        found: detections in COCO's format.
     """
     coco, evaluating = cocotools("coco"), cocotools("cocoeval")
     if kind == "segm":  # by its mask an object is small or large, which boxes would overrule
@@ -332,7 +377,12 @@ def average_precisions(kind: str, truth: Mapping[str, Any], found: Sequence[Mapp
 
 
 def check_results(prefix: str, kinds: Iterable[str]) -> None:
-    """Raises AdfqError, before the work, where ``PREFIX.KIND.json`` cannot be written after it."""
+    """Raise AdfqError, before the work, unless ``PREFIX.KIND.json`` can be written after it.
+
+    Args:
+        prefix: beginning of the path.
+        kinds: kinds of results.
+    """
     for kind in kinds:
         path = Path(f"{prefix}.{kind}.json")
         check_place(path)

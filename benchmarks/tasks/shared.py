@@ -1,4 +1,4 @@
-"""What tasks have in common."""
+"""Functions that several tasks use."""
 
 from __future__ import annotations
 
@@ -20,7 +20,19 @@ from adfq.errors import AdfqError
 
 
 def choose_images(available: int, count: int, seed: int) -> list[int]:
-    """Which images of a train split to calibrate on; AdfqError where there are fewer than `count`."""
+    """Choose images of a train split to calibrate on.
+
+    Args:
+        available: number of images in the split.
+        count: number of images to choose.
+        seed: seed of the choice.
+
+    Returns:
+        Indices, `count` different ones.
+
+    Raises:
+        AdfqError: unless `count` is from 1 to `available`.
+    """
     if count < 1:
         raise AdfqError(f"at least one calibration image is needed, {count} were asked for")
     if count > available:
@@ -30,7 +42,11 @@ def choose_images(available: int, count: int, seed: int) -> list[int]:
 
 
 class Stopwatch:
-    """Adds up how long whatever runs within it takes, in ``seconds``."""
+    """Sum of the time spent in all blocks that it is the context of.
+
+    Attributes:
+        seconds: the sum so far.
+    """
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -43,30 +59,37 @@ class Stopwatch:
 
 
 def count_workers() -> int:
-    """How many processes are to read images: one for each core that this process may use, which are its share where
-    cells run side by side.
+    """Return the number of processes that read images: one for each core that this process may use.
+
+    Cells that run side by side share the cores.
     """
     return int(loky.cpu_count())
 
 
 def create_loader(dataset: Any, batch_size: int | None, workers: int, device: torch.device, **options: Any) -> Any:
-    """A DataLoader that reads in order, ahead of the model.
+    """Create a DataLoader that reads in order, ahead of the model.
 
     Args:
-        batch_size: None for images one by one.
-        workers: how many processes read, at most; each makes whole batches. 0 reads in this process.
-        device: where the batches go.
-        **options: of DataLoader.
+        dataset: a torch data set with a length.
+        batch_size: images a batch; None for images one by one.
+        workers: largest number of processes that read, each of them whole batches; 0 reads in this process.
+        device: device that the batches go to.
+        **options: further arguments of DataLoader.
     """
     workers = min(workers, math.ceil(len(dataset) / (batch_size or 1)))
     return DataLoader(dataset, batch_size, num_workers=workers, pin_memory=device.type == "cuda", **options)
 
 
 def read_batches(loader: DataLoader[Any], loading: Stopwatch | None = None) -> Iterator[Any]:
-    """A loader's batches; an AdfqError from one of its processes stays one line.
+    """Yield a loader's batches; an AdfqError from one of its processes stays one line.
 
     Args:
-        loading: measures how long batches are waited for, from the start of the loader's processes to their end.
+        loader: from `create_loader`.
+        loading: stopwatch of the time spent waiting for batches, from the start of the loader's processes to their end;
+            None, the default, for none.
+
+    Raises:
+        AdfqError: for images that cannot be read.
     """
     try:
         yield from _wait_for(loader, loading or Stopwatch())
@@ -90,7 +113,12 @@ def _wait_for(loader: DataLoader[Any], loading: Stopwatch) -> Iterator[Any]:
 
 
 def digest_weights(model: nn.Module, *more: str) -> str:
-    """SHA-256 of a model's weights and of whatever else decides what they compute."""
+    """Return SHA-256 of a model's weights and of further texts.
+
+    Args:
+        model: model with the weights.
+        *more: texts that also decide the model's outputs, a config for example.
+    """
     digest = hashlib.sha256()
     for text in more:
         digest.update(text.encode())
@@ -101,7 +129,7 @@ def digest_weights(model: nn.Module, *more: str) -> str:
 
 
 def digest_file(file: Path) -> str:
-    """SHA-256 of a file's content."""
+    """Return SHA-256 of a file's content."""
     with open(file, "rb") as stream:
         digest = hashlib.sha256()
         while block := stream.read(1 << 20):
@@ -110,7 +138,7 @@ def digest_file(file: Path) -> str:
 
 
 def digest_names(names: Iterable[str]) -> str:
-    """SHA-256 of a list of files."""
+    """Return SHA-256 of a list of names, in its order."""
     digest = hashlib.sha256()
     for name in names:
         digest.update(f"{name}\n".encode())
@@ -118,7 +146,13 @@ def digest_names(names: Iterable[str]) -> str:
 
 
 def first_non_finite(model: nn.Module, *inputs: Any, **keywords: Any) -> str:
-    """The name of the first module whose output is not finite, for what the model is called with."""
+    """Return the name of the first module whose output holds NaN or infinity.
+
+    Args:
+        model: model to run.
+        *inputs: its positional arguments.
+        **keywords: its keyword arguments.
+    """
     found: list[str] = []
 
     def look(name: str) -> Any:
@@ -138,32 +172,48 @@ def first_non_finite(model: nn.Module, *inputs: Any, **keywords: Any) -> str:
 
 
 def one_line(error: Exception, length: int = 300) -> str:
-    """What an error says, for a message of one line."""
+    """Return an error's message as one line.
+
+    Args:
+        error: the error.
+        length: number of characters that a longer message is cut after.
+    """
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= length else f"{text[:length]} …"
 
 
 def unknown_model(name: str, known: Sequence[str]) -> AdfqError:
-    """An error that names the models most like it."""
+    """Return an error that names the models with the most similar names.
+
+    Args:
+        name: name that was asked for.
+        known: names of all models.
+    """
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f"close to it are {', '.join(close)}; " if close else ""
     return AdfqError(f"unknown model {name!r}; {hint}'adfq list models' lists all")
 
 
 def unreadable_checkpoint(file: str, error: Exception, problem: str) -> AdfqError:
-    """An error for a checkpoint that could not be loaded: because it holds code, or else for the given problem."""
+    """Return an error for a checkpoint that could not be loaded.
+
+    Args:
+        file: path of the checkpoint.
+        error: error of the attempt, which tells of code in the file.
+        problem: message for any other error.
+    """
     if "weights_only" in str(error):
         return AdfqError(f"{file} is not a file of weights alone, and code in it is never run")
     return AdfqError(f"{problem}: {one_line(error)}")
 
 
 def misfit(state: Mapping[str, Tensor], own: Mapping[str, Tensor], harmless: tuple[str, ...]) -> str:
-    """Why weights are not those of a model; empty where they are.
+    """Return the reason why weights do not fit a model; empty if they do.
 
     Args:
-        state: the weights by name.
-        own: the model's.
-        harmless: how names end that either side may have alone.
+        state: weights by name.
+        own: the model's state dict.
+        harmless: endings of names that either side may have alone.
     """
     missing = [key for key in own if key not in state and not key.endswith(harmless)]
     unexpected = [key for key in state if key not in own and not key.endswith(harmless)]
@@ -188,7 +238,7 @@ def _shape(tensor: Tensor) -> str:
 
 
 def check_place(file: Path) -> None:
-    """Raises AdfqError, before the work, for a file that has no directory or is one."""
+    """Raise AdfqError, before the work, for a file that has no directory or is one."""
     if not file.absolute().parent.is_dir():
         raise AdfqError(f"cannot write {file}: there is no directory {file.parent}")
     if file.is_dir():

@@ -1,1 +1,1 @@
-"""Executors: one file a place where cells are measured."""
+"""Executors, one file for each place where cells are measured."""

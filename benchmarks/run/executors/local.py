@@ -1,4 +1,4 @@
-"""Where cells are measured: in this process, or side by side in processes of their own."""
+"""Executors on this machine: in this process, or side by side in processes of their own."""
 
 from __future__ import annotations
 
@@ -41,11 +41,12 @@ CORES = "LOKY_MAX_CPU_COUNT"
 
 @dataclass(frozen=True)
 class Job:
-    """A cell to measure.
+    """Cell to measure.
 
     Attributes:
-        known: its records, whatever they were measured with; one that still counts is the result.
-        unfinished: where its method finds and keeps what it has finished; None where it cannot.
+        cell: the cell.
+        known: records of the cell, of any provenance; one that still counts is the result.
+        unfinished: folder for finished parts of the cell's method; None, the default, for none.
     """
 
     cell: Cell
@@ -55,11 +56,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a cell could not be measured.
+    """Reason why a cell could not be measured.
 
     Attributes:
-        error: in one line.
-        details: the traceback, where there is one.
+        error: the reason in one line.
+        details: traceback; empty, the default, for none.
+        environment: versions and hardware; None, the default, if unknown.
     """
 
     error: str
@@ -68,17 +70,21 @@ class Failure:
 
     @property
     def record(self) -> dict[str, Any]:
-        """As the store has it."""
+        """Record for the store."""
         finished = datetime.now(timezone.utc).isoformat(timespec="seconds")
         return {"error": self.error, "details": self.details, "environment": self.environment, "finished": finished}
 
 
 class LostWorkerError(Exception):
-    """What measured a cell has died: killed for its memory, perhaps, or its machine has gone.
+    """Loss of the worker of a cell: its process was killed, for its memory perhaps, or its machine has gone.
+
+    Args:
+        message: reason in one line.
+        crowded: True if other cells on the machine may be to blame. The cell is then measured again on its own, and has
+            failed if its worker is lost again.
 
     Attributes:
-        crowded: whether other cells on the machine may be to blame. Then the cell is measured again when nothing else
-            runs, and has failed if that is lost too.
+        crowded: see the argument.
     """
 
     def __init__(self, message: str, crowded: bool) -> None:
@@ -87,29 +93,33 @@ class LostWorkerError(Exception):
 
 
 class Executor(Protocol):
-    """Measures jobs.
+    """Place where jobs are measured.
 
     Attributes:
-        slots: how many jobs it takes at once.
+        slots: number of jobs at once.
     """
 
     slots: int
 
     def submit(self, job: Job) -> Future[Record | Failure]:
-        """Starts a job. Its future raises LostWorkerError, or AdfqError for the user's mistakes."""
+        """Start a job; its future raises LostWorkerError, or AdfqError for the user's mistakes.
+
+        Args:
+            job: job to measure.
+        """
 
     def close(self) -> None:
-        """Ends everything that runs."""
+        """End all running jobs."""
 
 
 def create_local_executor(device: torch.device, jobs: int | None, cell_memory: float | None) -> Executor:
-    """The executor for this machine.
+    """Create the executor of this machine.
 
     Args:
-        device: ``cuda`` stands for every GPU there is.
-        jobs: how many cells at once; None for one a GPU, or as many as fit memory and cores; 0 for one after the other
+        device: device to run on; ``cuda`` stands for all GPUs.
+        jobs: number of cells at once; None for one a GPU, or as many as fit memory and cores; 0 for one after the other
             in this process.
-        cell_memory: what each takes, in GB; None for cells that have the machine for themselves.
+        cell_memory: memory of a cell in GB; None for cells that have the machine for themselves.
     """
     if jobs == 0:
         return InProcess(device)
@@ -121,7 +131,11 @@ def create_local_executor(device: torch.device, jobs: int | None, cell_memory: f
 
 
 class InProcess:
-    """One job after the other, in this process."""
+    """Executor that measures one job after the other in this process.
+
+    Args:
+        device: device to run on.
+    """
 
     slots = 1
 
@@ -129,6 +143,7 @@ class InProcess:
         self.worker = Worker(device)
 
     def submit(self, job: Job) -> Future[Record | Failure]:
+        """Measure a job at once, see `Executor.submit`."""
         future: Future[Record | Failure] = Future()
         try:
             future.set_result(self.worker.run(job))
@@ -137,22 +152,24 @@ class InProcess:
         return future
 
     def close(self) -> None:
+        """Do nothing: no job is running."""
         pass
 
 
 class Processes:
-    """Jobs side by side on this machine, each in a process of its own with its share of the cores."""
+    """Executor that measures jobs side by side, each in a process of its own with its share of the cores.
+
+    Args:
+        devices: device of each job that runs at a time.
+    """
 
     def __init__(self, devices: Sequence[str]) -> None:
-        """
-        Args:
-            devices: one for each job that runs at a time.
-        """
         self.slots = len(devices)
         self.free = list(devices)
         self.pool: Any = None
 
     def submit(self, job: Job) -> Future[Record | Failure]:
+        """Start a job on a free device, see `Executor.submit`."""
         device = self.free.pop()
         try:
             inner = self._open().submit(run_in_process, job, device)
@@ -191,6 +208,7 @@ class Processes:
         return self.pool
 
     def close(self) -> None:
+        """End the processes, and kill those that are measuring."""
         if self.pool is not None:
             # Killed processes leave semaphores behind, about which Python warns.
             self.pool.shutdown(wait=True, kill_workers=len(self.free) < self.slots)
@@ -198,10 +216,10 @@ class Processes:
 
 
 def count_processes(cell_memory: float | None) -> int:
-    """How many cells fit this machine side by side.
+    """Return the number of cells that fit this machine side by side.
 
     Args:
-        cell_memory: what each takes, in GB; None for cells that have the machine for themselves.
+        cell_memory: memory of a cell in GB; None for cells that have the machine for themselves.
     """
     if cell_memory is None:
         return 1
@@ -210,7 +228,11 @@ def count_processes(cell_memory: float | None) -> int:
 
 
 class Worker:
-    """Measures cells one after the other; those on the same model and data share them in memory."""
+    """Worker that measures cells one after the other; cells on the same model and data share them in memory.
+
+    Args:
+        device: device to run on.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -218,9 +240,13 @@ class Worker:
         self.loaded: tuple[Any, ...] | None = None
 
     def run(self, job: Job) -> Record | Failure:
-        """
+        """Measure a job; any error but the user's mistakes is a failure of its cell.
+
+        Args:
+            job: job to measure.
+
         Raises:
-            AdfqError: for the user's mistakes. All else, values that are not finite among it, is this cell's failure.
+            AdfqError: for the user's mistakes.
         """
         try:
             with collect_warnings() as messages:
@@ -228,7 +254,7 @@ class Worker:
         except Exception as error:
             if isinstance(error, AdfqError) and not isinstance(error, NonFiniteError):
                 raise
-            self.subject = None  # whatever state it is in, and its memory
+            self.subject = None  # its state is unknown, and its memory may be needed
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             name = "" if isinstance(error, (RuntimeError, NonFiniteError)) else f"{type(error).__name__}: "
@@ -260,7 +286,12 @@ class Worker:
 
 
 def run_in_process(job: Job, device: str) -> Record | Failure:
-    """Runs a job with the worker that this process has for the device."""
+    """Run a job with this process's worker for the device.
+
+    Args:
+        job: job to measure.
+        device: torch's name of the device.
+    """
     return _process_worker(device).run(job)
 
 
@@ -280,7 +311,7 @@ def _prepare_process(threads: int, parent: int) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """A parent that is killed cannot end its processes, and would leave them measuring for nobody."""
+    """End this process with its parent, which cannot end its processes if it is killed."""
     while os.getppid() == parent:
         time.sleep(0.5)
     sys.stderr.close()

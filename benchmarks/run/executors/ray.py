@@ -1,4 +1,4 @@
-"""Cells on the machines of a Ray cluster."""
+"""Executor on the machines of a Ray cluster."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ from benchmarks.run.executors.local import CORES, Failure, Job, LostWorkerError,
 from benchmarks.run.store import Record
 from benchmarks.tasks.shared import one_line
 
-#: How long a cluster may take to answer, in seconds.
+#: Time for a cluster to answer, in seconds.
 _PATIENCE = 10
 
 
 class RayExecutor:
-    """Jobs on a cluster, each on CPUs of its own, or on a GPU with its share of them (an `Executor`).
+    """Executor that measures jobs on a cluster, each on CPUs of its own or on a GPU with its share of them.
 
-    Every machine has this project installed, and data and checkpoints under the same paths. What a job's method would
-    keep for an interrupted run is not kept, for machines need not share a disk.
+    Every machine has this project installed, and data and checkpoints under the same paths. Machines need not share a
+    disk, so that nothing is kept of an interrupted job.
+
+    Args:
+        device: device of a job, by type.
+        cell_memory: memory of a job in GB; None for jobs that have a machine's CPUs for themselves.
+        address: address of the cluster; None, the default, for the one that the environment names, or else one of this
+            machine alone.
+
+    Raises:
+        AdfqError: if Ray is not installed, the cluster cannot be reached, or it has no such device.
     """
 
     def __init__(self, device: torch.device, cell_memory: float | None, address: str | None = None) -> None:
-        """
-        Args:
-            cell_memory: what a job takes, in GB; None for jobs that have a machine's CPUs for themselves.
-            address: of the cluster; None for the one that the environment names, or else one of this machine alone.
-
-        Raises:
-            AdfqError: if Ray is not installed, the cluster cannot be reached, or it has no such device.
-        """
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
             import ray
@@ -70,6 +71,7 @@ class RayExecutor:
         self.measure: Any = self.ray.remote(max_retries=0, **options)(_run_with_cores)
 
     def submit(self, job: Job) -> Future[Record | Failure]:
+        """Start a job on the cluster, see `Executor.submit`."""
         result: Future[Record | Failure] = Future()
         errors = self.ray.exceptions
 
@@ -91,6 +93,7 @@ class RayExecutor:
         return result
 
     def close(self) -> None:
+        """Leave the cluster, which ends its jobs."""
         self.ray.shutdown()
 
 

@@ -23,12 +23,12 @@ _SPLIT_FOLDERS = {"train": ("train", "training"), "validation": ("validation", "
 
 
 class CheckedDataset(Dataset[tuple[Tensor, int]]):
-    """A map-style data set whose unreadable images are errors that name the file, instead of being passed over.
+    """Map-style data set whose unreadable images are errors that name the file; timm passes them over.
 
     Args:
-        dataset: gives (PIL image, label).
+        dataset: data set of pairs (PIL image, label).
         mode: PIL mode that images are converted to, "RGB" or "L".
-        transform: PIL image to C×H×W.
+        transform: function from a PIL image to a tensor C×H×W.
     """
 
     def __init__(self, dataset: Any, mode: str, transform: Callable[[Image.Image], Tensor]) -> None:
@@ -41,7 +41,7 @@ class CheckedDataset(Dataset[tuple[Tensor, int]]):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the files' names in order; of the labels, where images are not files."""
+        """SHA-256 of the files' names in order, or of the labels for images without files."""
         filenames = getattr(self.dataset, "filenames", None)
         names = filenames() if filenames else getattr(self.dataset, "targets", range(len(self)))
         return digest_names(map(str, names))
@@ -59,19 +59,19 @@ class CheckedDataset(Dataset[tuple[Tensor, int]]):
 
 
 def open_split(spec: str, split: str, classes: int) -> Any:
-    """Opens one split of a data set.
+    """Open one split of a data set.
 
     Args:
-        spec: ``bundled``; ``folder:ROOT``, class folders (or tars of them) under ROOT/train and ROOT/val; or any
-            other of timm's data set names with its root, ``torch/fashion_mnist:ROOT``.
+        spec: ``bundled``; ``folder:ROOT`` for class folders (or tars of them) under ROOT/train and ROOT/val; any other
+            of timm's data set names with its root, such as ``torch/fashion_mnist:ROOT``.
         split: ``"train"`` or ``"validation"``.
-        classes: how many classes the model tells apart.
+        classes: number of the model's classes.
 
     Returns:
-        A map-style data set of (PIL image, label).
+        Map-style data set of pairs (PIL image, label).
 
     Raises:
-        AdfqError: for a spec that cannot be read, data that is not there, another layout, another number of classes.
+        AdfqError: for a spec that cannot be read, missing data, another layout, and another number of classes.
     """
     dataset, found = _open(spec, split)
     if found not in (classes, None):
@@ -80,7 +80,10 @@ def open_split(spec: str, split: str, classes: int) -> Any:
 
 
 def count_classes(spec: str) -> int | None:
-    """How many classes a data set has; None where it does not tell.
+    """Return the number of classes of a data set; None if it does not tell.
+
+    Args:
+        spec: see `open_split`.
 
     Raises:
         AdfqError: for a data set whose validation split cannot be opened.
@@ -89,7 +92,7 @@ def count_classes(spec: str) -> int | None:
 
 
 def _open(spec: str, split: str) -> tuple[Any, int | None]:
-    """A split and the number of its classes, if it tells."""
+    """Open a split, and count its classes if it tells."""
     if spec == BUNDLED:
         return SceneClassification(split), len(CATEGORIES)
     name, colon, root = spec.partition(":")

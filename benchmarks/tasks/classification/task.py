@@ -1,4 +1,4 @@
-"""Image classification with timm: models, preprocessing and data come from its factories."""
+"""Image classification with timm, whose factories give models, preprocessing and data."""
 
 from __future__ import annotations
 
@@ -42,18 +42,21 @@ _MODES = {1: "L", 3: "RGB"}
 
 
 def classifier_names() -> list[str]:
-    """Bundled models, then timm's that can be quantized."""
+    """Return the names of classifiers: bundled ones, then timm's that can be quantized."""
     return [*CLASSIFIERS, *(name for module in TIMM_MODULES for name in timm.list_models(module=module))]
 
 
 @dataclass(frozen=True)
 class Classification:
-    """A classifier with its train and evaluation split (`benchmarks.tasks.Subject`).
+    """Classifier with its train and evaluation split (`benchmarks.tasks.Subject`).
 
     Attributes:
-        preprocessing: timm's data configuration, with nothing left to resolve.
-        train: None where nothing is calibrated.
-        workers: how many processes read images for evaluation, at most; 0 reads them in this one.
+        model: timm's classifier.
+        weights_digest: SHA-256 of the weights.
+        preprocessing: timm's data configuration, complete.
+        train: split to calibrate on; None for a quantized model.
+        validation: split to evaluate on.
+        workers: largest number of processes that read images for evaluation; 0 reads in this process.
     """
 
     model: nn.Module
@@ -65,10 +68,20 @@ class Classification:
 
     @property
     def data_digests(self) -> Mapping[str, Any]:
+        """Number of evaluation images, and SHA-256 of each split's names."""
         digests = {"images": len(self.validation), "validation": self.validation.digest}
         return digests if self.train is None else {**digests, "train": self.train.digest}
 
     def calibration_images(self, count: int, seed: int) -> Tensor:
+        """Return preprocessed images of the train split, `count`×C×H×W.
+
+        Args:
+            count: number of images.
+            seed: seed of their choice.
+
+        Raises:
+            AdfqError: for a quantized model, more images than there are, and images that cannot be read.
+        """
         if self.train is None:
             raise AdfqError("a quantized model is not calibrated again")
         chosen = choose_images(len(self.train), count, seed)
@@ -76,15 +89,28 @@ class Classification:
         return torch.stack([self.train[index][0] for index in bar])
 
     def evaluation_images(self, count: int) -> Tensor:
+        """Return the first evaluation images, preprocessed: B×C×H×W with B at most `count`."""
         available = len(self.validation)
         return torch.stack([self.validation[index][0] for index in range(min(count, available))])
 
     def forward(self, model: nn.Module, images: Tensor) -> Tensor:
+        """Return logits, B×classes.
+
+        Args:
+            model: the classifier or its quantized twin.
+            images: B×C×H×W.
+        """
         logits: Tensor = model(images)
         return logits
 
     def create_loader(self, chosen: Sequence[int], batch_size: int, device: torch.device) -> Any:
-        """Batches of the chosen evaluation images, in that order: B×C×H×W, and B labels."""
+        """Create a loader of evaluation images: batches of images, B×C×H×W, and labels, B.
+
+        Args:
+            chosen: indices of the images, in the order to read.
+            batch_size: images a batch.
+            device: device that the batches go to.
+        """
         return create_loader(Subset(self.validation, chosen), batch_size, self.workers, device)
 
     @torch.inference_mode()
@@ -96,10 +122,17 @@ class Classification:
         batch_size: int,
         loading: Stopwatch | None = None,
     ) -> dict[str, float]:
-        """Top-1 and top-5 in percent.
+        """Return ``top1`` and ``top5`` accuracy in percent, and the number of ``images``.
+
+        Args:
+            model: the classifier or its quantized twin.
+            device: device to run on.
+            limit: largest number of images; None for all.
+            batch_size: images a batch.
+            loading: stopwatch of the time spent waiting for images; None, the default, for none.
 
         Raises:
-            NonFiniteError: naming the layer, if logits are not finite.
+            NonFiniteError: if logits hold NaN or infinity; the message names the layer.
             AdfqError: for images that cannot be read.
         """
         images = len(self.validation)
@@ -123,26 +156,29 @@ class Classification:
 
 
 def describe_classification(metrics: Mapping[str, float]) -> str:
-    """The metrics in words."""
+    """Return the metrics as one phrase."""
     return f"top-1 {metrics['top1']:.2f} %, top-5 {metrics['top5']:.2f} % on {metrics['images']} images"
 
 
 def load_classification(cell: Cell) -> Classification:
-    """Loads a cell's model and data.
+    """Load a cell's model and data.
+
+    Args:
+        cell: its model is a name of `classifier_names`; its data are a spec of `open_split`.
 
     Raises:
-        AdfqError: for an unknown model or unusable arguments, a checkpoint that does not fit, unusable data.
+        AdfqError: for an unknown model or unusable arguments, a checkpoint that does not fit, and unusable data.
     """
     cell = _resolve_shipped(cell)
     return _open_data(cell, _create_model(cell), calibrated=True)
 
 
 def attach_classification(cell: Cell, model: nn.Module) -> Classification:
-    """Gives a quantized model the data to evaluate it on; a train split is not needed.
+    """Return a quantized model with its evaluation data; no train split is needed.
 
     Args:
-        cell: its preprocessing is complete, as in `Classification.preprocessing`; what it says of the model is for
-            messages only.
+        cell: cell with the complete preprocessing of `Classification.preprocessing`; its model is for messages alone.
+        model: from `adfq.load`.
 
     Raises:
         AdfqError: for unusable data or preprocessing.
@@ -168,7 +204,7 @@ def _open_data(cell: Cell, model: Any, calibrated: bool) -> Classification:
 
 
 def _resolve_shipped(cell: Cell) -> Cell:
-    """An bundled model's cell in timm's terms; other cells as they are."""
+    """Return a bundled model's cell in timm's terms, and other cells unchanged."""
     if cell.model not in CLASSIFIERS:
         return cell
     shipped = CLASSIFIERS[cell.model]

@@ -1,4 +1,4 @@
-"""Zero-shot segmentation with Segment Anything: every object of COCO is asked for, and its mask compared."""
+"""Zero-shot segmentation with Segment Anything: a prompt for every object of COCO, scored by its mask."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ from benchmarks.tasks.shared import (
     read_batches,
 )
 
-#: What a cell's `task_arguments` may have, with what holds where they have it not.
+#: Names that a cell's `task_arguments` may have, with their defaults.
 ARGUMENTS: Mapping[str, Any] = {"prompts": BOXES, "encoder_only": False}
 
 #: COCO's sizes of objects, and the area in pixels that each begins at.
@@ -63,15 +63,15 @@ _PROMPTS_AT_ONCE = 16
 
 @dataclass(frozen=True)
 class Segmented:
-    """An image with what was asked, what there is and what was found.
+    """Image with its prompts, ground truth and predicted masks.
 
     Attributes:
-        image: H×W×3.
-        boxes: N×4 in pixels: x0, y0, x1, y1; or None.
-        points: N×2 in pixels: x, y; or None.
-        truth: N×H×W, or None where a detector's boxes asked.
+        image: H×W×3, red, green, blue.
+        boxes: N×4 in pixels: x0, y0, x1, y1; None for points.
+        points: N×2 in pixels: x, y; None for boxes.
+        truth: N×H×W; None for a detector's boxes, which belong to no object.
         masks: N×H×W.
-        scores: N numbers, the detector's or the model's own.
+        scores: N scores, the detector's or the model's predicted IoU.
     """
 
     image: NDArray[np.uint8]
@@ -84,11 +84,11 @@ class Segmented:
 
 @dataclass(frozen=True)
 class _Scene:
-    """What the annotations say of an image; masks are run lengths.
+    """Annotations of an image, with masks as run lengths.
 
     Attributes:
-        annotations: all of them.
-        instances: those that are no crowds.
+        image: COCO's entry of the image.
+        annotations: COCO's annotations of the image, crowds included.
     """
 
     image: Mapping[str, Any]
@@ -96,26 +96,28 @@ class _Scene:
 
     @property
     def instances(self) -> list[Mapping[str, Any]]:
+        """Annotations without crowds."""
         return [annotation for annotation in self.annotations if not annotation["iscrowd"]]
 
     @property
     def rles(self) -> list[Any]:
-        """The instances' masks."""
+        """Masks of the instances as run lengths."""
         return [annotation["segmentation"] for annotation in self.instances]
 
     @property
     def masks(self) -> NDArray[np.bool_]:
-        """The same, N×H×W."""
+        """Masks of the instances, N×H×W."""
         shape = len(self.rles), self.image["height"], self.image["width"]
         return np.array([cocotools("mask").decode(mask) for mask in self.rles], bool).reshape(shape)
 
 
 class _Scaled(Dataset[Tensor]):
-    """Images as `_scale` makes them.
+    """Data set of a split's images, scaled by `_scale`.
 
     Args:
-        images: what the split's annotations say of them.
-        side: the longer one, in pixels.
+        split: split that the images are from.
+        images: COCO's entries of the images.
+        side: longer side in pixels.
     """
 
     def __init__(self, split: CocoSplit, images: Sequence[Mapping[str, Any]], side: int) -> None:
@@ -130,16 +132,20 @@ class _Scaled(Dataset[Tensor]):
 
 @dataclass(frozen=True)
 class Segmentation:
-    """A Segment Anything model with its train and evaluation split (`benchmarks.tasks.Subject`).
+    """Segment Anything model with its train and evaluation split (`benchmarks.tasks.Subject`).
 
     Attributes:
-        sam: segment_anything's.
+        sam: segment_anything's model.
+        weights_digest: SHA-256 of the weights and the preprocessing.
         preprocessing: ``size`` of the longer side in pixels, ``mean`` and ``std`` by channel.
-        workers: how many processes read images for evaluation, at most; 0 reads them in this one.
-        prompts: `BOXES` or `POINTS` of the ground truth, or the name of a file.
-        detected: the file's prompts by the image's id; None for those of the ground truth.
-        encoder_only: whether `model` is the image encoder alone, and everything else stays `sam`'s.
-        results: where to write the masks that were found, in COCO's format: ``RESULTS.segm.json``.
+        train: split to calibrate on.
+        validation: split to evaluate on.
+        workers: largest number of processes that read images for evaluation; 0, the default, reads in this process.
+        prompts: `BOXES`, the default, or `POINTS` of the ground truth, or the name of a file.
+        detected: prompts of the file by the image's id; None, the default, for those of the ground truth.
+        encoder_only: True if `model` is the image encoder alone and the rest stays that of `sam`; False by default.
+        results: prefix of the file ``RESULTS.segm.json`` that predicted masks are written to, in COCO's format; None,
+            the default, for none.
     """
 
     sam: nn.Module
@@ -155,29 +161,45 @@ class Segmentation:
 
     @property
     def model(self) -> nn.Module:
+        """Part of the model that is quantized: the whole, or its image encoder."""
         return self.sam.get_submodule("image_encoder") if self.encoder_only else self.sam
 
     @property
     def data_digests(self) -> Mapping[str, Any]:
+        """Number of evaluation images, and SHA-256 of each split's annotations and of the prompts' file."""
         digests = digest_splits(self.train, self.validation)
         return digests if self.detected is None else {**digests, "prompts": digest_file(Path(self.prompts))}
 
     def calibration_images(self, count: int, seed: int) -> Tensor:
-        """Scaled, normalized and padded to B×3×S×S."""
+        """Return images of the train split, scaled, normalized and padded to `count`×3×S×S.
+
+        Args:
+            count: number of images.
+            seed: seed of their choice.
+        """
         return self._read(self.train, choose_images(len(self.train.images), count, seed), "reading calibration images")
 
     def evaluation_images(self, count: int) -> Tensor:
+        """Return the first evaluation images, scaled, normalized and padded to B×3×S×S with B at most `count`."""
         return self._read(self.validation, range(min(count, len(self.validation.images))), "reading images")
 
     def forward(self, model: nn.Module, images: Tensor) -> Any:
-        """The image encoder, which nearly all the time goes into."""
+        """Run the image encoder, which takes nearly all of the time.
+
+        Args:
+            model: `Segmentation.model` or its quantized twin.
+            images: B×3×S×S.
+        """
         return (model if self.encoder_only else model.get_submodule("image_encoder"))(images)
 
     def check(self, limit: int | None) -> None:
-        """Reads the ground truth and prompts of the images that are to be evaluated on.
+        """Check the ground truth and prompts of the images to evaluate on.
+
+        Args:
+            limit: largest number of images; None for all.
 
         Raises:
-            AdfqError: where `evaluate` could not use them.
+            AdfqError: unless `evaluate` could use them.
         """
         for scene in self._scenes(self._read_truth(limit)):
             if self.prompts == BOXES:
@@ -192,23 +214,27 @@ class Segmentation:
         batch_size: int,
         loading: Stopwatch | None = None,
     ) -> dict[str, float]:
-        """How well the masks of objects are found, in percent; crowds do not count.
+        """Return metrics of the predicted masks, in percent; crowds do not count.
 
-        ``mean_iou`` is over all objects, and ``mean_iou_small``, ``mean_iou_medium``, ``mean_iou_large`` over those of
-        that size, if there are any. Asked by the ground truth, an object has the mask that it was asked for by. The
-        boxes of a detector belong to no object: there the best mask in the image counts, 0 where there is none.
+        ``mean_iou`` is over all objects; ``mean_iou_small``, ``mean_iou_medium`` and ``mean_iou_large`` are over those
+        of that size, if there are any. With prompts of the ground truth, an object's mask is that of its prompt. A
+        detector's boxes belong to no object: an object's IoU is that of the best mask in the image, 0 without one.
 
-        ``mask_ap``, ``mask_ap50``, ``mask_ap75``, ``mask_ap_small``, ``mask_ap_medium``, ``mask_ap_large`` are COCO's
-        average precisions; how sure a mask is, is what the model predicts of its IoU, or the detector's score.
+        ``mask_ap``, ``mask_ap50``, ``mask_ap75``, ``mask_ap_small``, ``mask_ap_medium`` and ``mask_ap_large`` are
+        COCO's average precisions. Masks are ranked by the model's predicted IoU, or by the detector's score.
 
-        ``instances`` and ``images`` are what there is.
+        ``instances`` and ``images`` are the numbers of objects and images.
 
         Args:
-            batch_size: without effect; images are of different sizes, and one after the other.
+            model: `Segmentation.model` or its quantized twin.
+            device: device to run on.
+            limit: largest number of images; None for all.
+            batch_size: without effect, because images of different sizes are processed one by one.
+            loading: stopwatch of the time spent waiting for images; None, the default, for none.
 
         Raises:
-            NonFiniteError: naming the module, if an output is not finite.
-            AdfqError: for annotations, images and prompts that cannot be used; where results cannot be written.
+            NonFiniteError: if an output holds NaN or infinity; the message names the module.
+            AdfqError: for annotations, images and prompts that cannot be used, and results that cannot be written.
         """
         from benchmarks.bundled.coco import encode_mask
 
@@ -245,7 +271,12 @@ class Segmentation:
 
     @torch.inference_mode()
     def find(self, model: nn.Module, device: torch.device, count: int) -> list[Segmented]:
-        """The first images in which something is asked for, at most `count`.
+        """Return the first images that have a prompt, with predicted masks.
+
+        Args:
+            model: `Segmentation.model` or its quantized twin.
+            device: device to run on.
+            count: largest number of images.
 
         Raises:
             AdfqError: as `evaluate`.
@@ -274,7 +305,7 @@ class Segmentation:
         return truth
 
     def _scenes(self, truth: Mapping[str, Any]) -> Iterator[_Scene]:
-        """Image by image, checked."""
+        """Yield image by image, with checked masks."""
         annotations = defaultdict(list)
         for annotation in truth["annotations"]:
             annotations[annotation["image_id"]].append(annotation)
@@ -282,7 +313,7 @@ class Segmentation:
             yield _Scene(image, [self._check_mask(annotation, image) for annotation in annotations[image["id"]]])
 
     def _check_mask(self, annotation: Mapping[str, Any], image: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The annotation with its mask as run lengths."""
+        """Return the annotation with its mask as run lengths."""
         name = f"{self.validation.file}: annotation {annotation['id']}"
         if not is_number(annotation["area"]):
             raise AdfqError(f"{name} has no number as its area")
@@ -290,7 +321,7 @@ class Segmentation:
         return {**annotation, "segmentation": mask}
 
     def _ask(self, scene: _Scene) -> Prompts:
-        """What a scene's image is asked; of the ground truth, a prompt for each instance."""
+        """Return a scene's prompts; those of the ground truth are one for each instance."""
         if self.detected is not None:
             return self.detected.get(scene.image["id"], box_prompts([], []))
         categories = [instance["category_id"] for instance in scene.instances]
@@ -300,7 +331,7 @@ class Segmentation:
         return box_prompts(boxes, categories)
 
     def _compare(self, found: list[Any], truth: list[Any]) -> list[float]:
-        """The IoU of each object."""
+        """Return the IoU of each object."""
         if not found or not truth:
             return [0.0] * len(truth)
         ious = cocotools("mask").iou(found, truth, [0] * len(truth))
@@ -317,7 +348,7 @@ class Segmentation:
         return SamPredictor(model.to(device).eval())
 
     def _read(self, split: CocoSplit, chosen: Sequence[int], label: str) -> Tensor:
-        """Images as the image encoder gets them, one batch."""
+        """Read images as the image encoder takes them, as one batch."""
         sam: Any = self.sam
         dataset = _Scaled(split, [split.images[index] for index in chosen], self.preprocessing["size"])
         bar = tqdm(range(len(dataset)), desc=label, unit="image", delay=2, leave=False, disable=None)
@@ -335,7 +366,7 @@ def _read_pixels(split: CocoSplit, image: Mapping[str, Any]) -> NDArray[np.uint8
 
 
 def _scale(pixels: NDArray[np.uint8], side: int) -> Tensor:
-    """An image H×W×3 so that its longer side has so many pixels, 3×h×w, values 0 to 255."""
+    """Return an image H×W×3 scaled to a longer side of so many pixels: 3×h×w, values 0 to 255."""
     from segment_anything.utils.transforms import ResizeLongestSide
 
     return torch.from_numpy(ResizeLongestSide(side).apply_image(pixels)).permute(2, 0, 1).contiguous()
@@ -344,13 +375,15 @@ def _scale(pixels: NDArray[np.uint8], side: int) -> Tensor:
 def _segment(
     predictor: Any, image: Tensor, size: tuple[int, int], prompts: Prompts
 ) -> Iterator[tuple[NDArray[np.bool_], list[float]]]:
-    """Masks n×H×W and the IoU that the model predicts of each, some prompts after the other.
+    """Yield masks n×H×W and their n predicted IoUs, for some prompts after the other.
 
-    A box has one mask, as SAM's authors have it. A point has three, of which the one with the best prediction counts.
+    A box has one mask, as SAM's authors have it. A point has three, and the one with the best predicted IoU counts.
 
     Args:
-        image: from `_scale`.
-        size: height and width that it had before; the masks have it.
+        predictor: segment_anything's SamPredictor.
+        image: 3×h×w, from `_scale`.
+        size: height and width before scaling, which the masks have.
+        prompts: prompts of the image.
     """
     sam = predictor.model
     image = image.to(sam.device)
@@ -376,7 +409,7 @@ def _segment(
 
 
 def _mean_ious(ious: Sequence[float], areas: Sequence[float]) -> dict[str, float]:
-    """In percent, by the name of the metric."""
+    """Return mean IoUs in percent by the name of the metric."""
     percent = 100 * np.array(ious)
     sizes = np.searchsorted(list(SIZES.values()), areas, side="right") - 1
     by_size = {
@@ -395,7 +428,7 @@ def _write_results(found: Sequence[Mapping[str, Any]], file: Path) -> None:
 
 
 def describe_segmentation(metrics: Mapping[str, float]) -> str:
-    """The metrics in words."""
+    """Return the metrics as one phrase."""
     named = [f"{name} {metrics[f'mean_iou_{name}']:.2f}" for name in SIZES if f"mean_iou_{name}" in metrics]
     return (
         f"mean IoU {metrics['mean_iou']:.2f} % ({', '.join(named)}), mask AP {metrics['mask_ap']:.2f}, "
@@ -404,17 +437,17 @@ def describe_segmentation(metrics: Mapping[str, float]) -> str:
 
 
 def load_segmentation(cell: Cell, results: str | None = None) -> Segmentation:
-    """Loads a cell's model and data.
+    """Load a cell's model and data.
 
     Args:
-        cell: its model is one of `sam_models.sam_names`, its data are as those of detection, of any categories; its
-            task arguments are `ARGUMENTS`, where ``prompts`` is ``boxes``, ``points``, or a file of a detector's
-            results in COCO's format.
-        results: `Segmentation.results`.
+        cell: its model is a name of `sam_names`; its data are as in detection, with any categories; its task arguments
+            are those of `ARGUMENTS`, with ``prompts`` one of ``boxes``, ``points`` and a file of a detector's results
+            in COCO's format.
+        results: prefix of the file for predicted masks; None, the default, for none.
 
     Raises:
-        AdfqError: for what this task does not have, a checkpoint that does not fit, unusable data or prompts, and
-            results that could not be written.
+        AdfqError: for settings that this task does not have, a checkpoint that does not fit, unusable data or prompts,
+            and results that could not be written.
     """
     _check_supported(cell)
     if results is not None:
