@@ -4,37 +4,62 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+import os
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 from adfq.methods import FULL_PRECISION, Bits, check_method
 
-#: What a full-precision cell says of its bits.
+#: The ``bits`` of a full-precision cell.
 FULL_PRECISION_BITS = "W32/A32"
 
 Arguments = tuple[tuple[str, Any], ...]
 
+_CONFIG_SUFFIXES = (".py", ".json", ".yaml", ".yml")
+
+
+@dataclass(frozen=True)
+class Location:
+    """Places on this machine of the files that a cell names.
+
+    Attributes:
+        data: data set specification in the task's terms, such as ``bundled``, ``folder:ROOT`` or a folder.
+        checkpoint: path of the weights file; None where the cell has none.
+        files: paths of other files, by the name of the field or task argument, sorted: ``model`` (a config file),
+            ``prompts``.
+    """
+
+    data: str
+    checkpoint: str | None = None
+    files: tuple[tuple[str, str], ...] = ()
+
+    def file(self, name: str, default: str) -> str:
+        """Return the path of the file that a field or task argument names, or `default` where it names no file."""
+        return dict(self.files).get(name, default)
+
 
 @dataclass(frozen=True)
 class Cell:
-    """Everything that decides a result, except the code, the data and the weights themselves.
+    """Everything that decides a result, except code, data and weights, which the cell only names.
 
     Attributes:
-        task: ``"classification"``, ``"detection"`` or ``"segmentation"``.
-        model: a name that the task knows.
-        data: where images come from, in the task's terms.
+        task: one of `benchmarks.tasks.task_names()`.
+        model: name that the task knows, or file name of a config.
+        data: name of the data set (`data_set_name`).
         method: one of `adfq.methods()`.
         bits: ``"W4/A4"``; ``"W32/A32"`` for full precision.
         model_arguments: keyword arguments of the model's factory, sorted.
-        checkpoint: weights file, or None.
+        checkpoint: name of the weights file, without folder and suffix; None for the task's own weights.
         pretrained: download the weights where there is no checkpoint.
-        method_arguments: the method's options, sorted.
-        preprocessing: overrides of the model's own, sorted.
-        task_arguments: options that the task alone has, sorted, as far as they differ from its defaults.
+        method_arguments: options of the method, sorted.
+        preprocessing: overrides of the model's own preprocessing, sorted.
+        task_arguments: options of this task alone that differ from its defaults, sorted; files by their names.
         calibration_size: number of calibration images.
-        seed: of their choice, and of the method.
-        limit: how many evaluation images at most; None for all.
-        batch_size: of evaluation; quantizers with run-time ranges can depend on it.
+        seed: seed of the choice of calibration images and of the method.
+        limit: largest number of evaluation images; None for all.
+        batch_size: images per evaluation batch; quantizers with run-time ranges can depend on it.
+        location: paths of what the cell names; no part of its equality, hash and id.
     """
 
     task: str
@@ -52,15 +77,45 @@ class Cell:
     seed: int = 0
     limit: int | None = None
     batch_size: int = 100
+    location: Location = field(kw_only=True, compare=False)
 
     @classmethod
-    def create(cls, **fields: Any) -> Cell:
-        """A checked cell in its normal form: equal experiments are equal cells.
+    def create(
+        cls,
+        *,
+        model: str,
+        data: str,
+        checkpoint: str | None = None,
+        task_arguments: Arguments = (),
+        data_name: str | None = None,
+        **more: Any,
+    ) -> Cell:
+        """Return a checked cell in its normal form: equal experiments are equal cells, wherever their files lie.
+
+        Args:
+            model: name of a model, or path of a config file.
+            data: data set specification in the task's terms.
+            checkpoint: path of the weights file; None for the task's own weights.
+            task_arguments: options of this task alone, sorted; files by their paths.
+            data_name: name of the data set; None for `data_set_name` of `data`.
+            **more: other fields of the cell.
 
         Raises:
-            AdfqError: for an unknown method or option of one, and for unreadable bits.
+            AdfqError: for an unknown method, an unknown option of the method, and unreadable bits.
         """
-        cell = cls(**fields)
+        files = {name: value for name, value in task_arguments if _is_path(value)}
+        if model.endswith(_CONFIG_SUFFIXES) and "::" not in model:  # mmdet::PATH names a config of the package
+            files["model"] = model
+        cell = cls(
+            model=file_name(model) if "model" in files else model,
+            data=data_name or data_set_name(data),
+            checkpoint=None if checkpoint is None else checkpoint_name(checkpoint),
+            task_arguments=tuple(
+                (name, file_name(value) if name in files else value) for name, value in task_arguments
+            ),
+            location=Location(data, checkpoint, tuple(sorted(files.items()))),
+            **more,
+        )
         check_method(cell.method, dict(cell.method_arguments))
         if cell.method == FULL_PRECISION:
             return replace(cell, bits=FULL_PRECISION_BITS, calibration_size=0, seed=0)
@@ -68,8 +123,9 @@ class Cell:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The cell as JSON has it."""
-        config: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        """Fields that identify the cell, in JSON's types."""
+        named = {field.name: getattr(self, field.name) for field in fields(self) if field.compare}
+        config: dict[str, Any] = json.loads(json.dumps(named))
         if not self.task_arguments:  # most tasks have none, and records are older than these
             del config["task_arguments"]
         return config
@@ -77,4 +133,35 @@ class Cell:
     @property
     def id(self) -> str:
         """Sixteen hexadecimal digits that stay the same as long as the configuration does."""
-        return hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()[:16]
+        return identify(self.config)
+
+
+def identify(config: dict[str, Any]) -> str:
+    """Return the id of the cell with this `Cell.config`."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def data_set_name(spec: str) -> str:
+    """Return the name of a data set: that of its folder, or of the library's data set where the library has several.
+
+    ``bundled`` → ``bundled``, ``folder:/x/imagenet`` → ``imagenet``, ``/path/to/coco`` → ``coco``,
+    ``torch/fashion_mnist:ROOT`` → ``fashion_mnist``.
+    """
+    kind, colon, root = spec.partition(":")
+    if not colon or os.path.isabs(spec):
+        return file_name(spec)
+    return file_name(root if kind == "folder" else kind) or spec
+
+
+def checkpoint_name(path: str) -> str:
+    """Return the name of a checkpoint: its file name without folder and suffix."""
+    return Path(path).stem or path
+
+
+def file_name(path: str) -> str:
+    """Return the last part of a path; of ``.`` and ``..``, the name of the folder that they stand for."""
+    return os.path.basename(os.path.abspath(path)) or path
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str) and (os.path.basename(value) != value or bool(Path(value).suffix))

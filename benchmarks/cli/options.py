@@ -132,14 +132,16 @@ def create_cell(options: argparse.Namespace) -> Cell:
 def command_line(cell: Cell) -> str:
     """The ``adfq run`` that measures a cell, quoted for a shell: the inverse of `create_cell`."""
     task = find_task(cell.task)
-    words: list[Any] = ["adfq", "run", cell.task, "--model", cell.model]
+    location = cell.location
+    words: list[Any] = ["adfq", "run", cell.task, "--model", location.file("model", cell.model)]
     words += _pairs("--model-arg", cell.model_arguments)
-    if cell.checkpoint is not None:
-        words += ["--checkpoint", cell.checkpoint]
+    if location.checkpoint is not None:
+        words += ["--checkpoint", location.checkpoint]
     if cell.pretrained:
         words.append("--pretrained")
-    words += ["--data", cell.data]
-    for name, value in (*cell.task_arguments, *cell.preprocessing):
+    words += ["--data", location.data]
+    arguments = [(name, location.file(name, value)) for name, value in cell.task_arguments]
+    for name, value in (*arguments, *cell.preprocessing):
         words.append(f"--{name.replace('_', '-')}")
         if name == "input_size":
             words += value

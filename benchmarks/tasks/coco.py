@@ -21,8 +21,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from adfq.errors import AdfqError
+from benchmarks.bundled import BUNDLED
 from benchmarks.bundled.detectors import COUNTS
-from benchmarks.tasks.classification.data import BUNDLED
 from benchmarks.tasks.shared import check_place, digest_file, one_line
 
 #: Kinds of detections by the names of COCO's tools.

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from adfq import AdfqError
-from benchmarks.cell import Cell
+from benchmarks.cell import Cell, Location, data_set_name
 
 FIELDS = {"task": "classification", "model": "bundled_vit", "data": "bundled"}
 
@@ -46,3 +50,76 @@ def test_the_id_is_stable_and_tells_configurations_apart() -> None:
 def test_mistakes_say_what_there_is(change: dict[str, object], message: str) -> None:
     with pytest.raises(AdfqError, match=message):
         Cell.create(**{**FIELDS, **change})
+
+
+@pytest.mark.parametrize(
+    ("spec", "name"),
+    [
+        ("bundled", "bundled"),
+        ("folder:/x/imagenet", "imagenet"),
+        ("folder:/x/imagenet/", "imagenet"),
+        ("/path/to/coco", "coco"),
+        ("../data/coco", "coco"),
+        ("/path/to:here/coco", "coco"),
+        ("torch/fashion_mnist:/x/imagenet", "fashion_mnist"),
+        ("tfds/imagenet2012:ROOT", "imagenet2012"),
+        ("any", "any"),
+    ],
+)
+def test_a_data_set_has_a_name(spec: str, name: str) -> None:
+    assert data_set_name(spec) == name
+
+
+def test_a_folder_is_named_though_it_is_only_pointed_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert data_set_name("folder:.") == data_set_name(".") == tmp_path.name
+
+
+@pytest.mark.parametrize(
+    ("task", "here", "there"),
+    [
+        (
+            "classification",
+            {"model": "vit_tiny_patch16_224.a", "data": "folder:/x/imagenet", "checkpoint": "/x/vit.v1.safetensors"},
+            {"model": "vit_tiny_patch16_224.a", "data": "folder:imagenet", "checkpoint": "vit.v1.pth"},
+        ),
+        (
+            "detection",
+            {"model": "/x/configs/mine.py", "data": "/x/coco"},
+            {"model": "mine.py", "data": "../coco/"},
+        ),
+        (
+            "segmentation",
+            {"model": "vit_b", "data": "/x/coco", "task_arguments": (("prompts", "/x/found.json"),)},
+            {"model": "vit_b", "data": "coco", "task_arguments": (("prompts", "./found.json"),)},
+        ),
+    ],
+)
+def test_an_experiment_is_the_same_wherever_its_files_lie(
+    task: str, here: dict[str, Any], there: dict[str, Any]
+) -> None:
+    first, second = (Cell.create(task=task, method="base_ptq", **fields) for fields in (here, there))
+    assert first == second
+    assert hash(first) == hash(second)
+    assert first.id == second.id
+    assert not any(os.sep in str(value) for value in first.config.values() if value != "W4/A4")
+    assert first.location != second.location
+    assert first.location.data == here["data"]
+    assert first.location.checkpoint == here.get("checkpoint")
+
+
+def test_files_are_located_by_what_names_them() -> None:
+    fields = {"method": "base_ptq", "data": "/x/coco"}
+    cell = Cell.create(task="segmentation", model="vit_b", task_arguments=(("prompts", "a/found.json"),), **fields)
+    assert cell.task_arguments == (("prompts", "found.json"),)
+    assert cell.location == Location("/x/coco", files=(("prompts", "a/found.json"),))
+    assert cell.location.file("prompts", "boxes") == "a/found.json"
+    assert cell.location.file("model", "vit_b") == "vit_b"
+    packaged = Cell.create(task="detection", model="mmdet::swin/a.py", **fields)
+    assert packaged.model == packaged.location.file("model", packaged.model) == "mmdet::swin/a.py"
+
+
+def test_a_data_set_may_be_given_a_name() -> None:
+    named = Cell.create(method="base_ptq", task="classification", model="m", data="folder:/x/y", data_name="imagenet")
+    assert named.data == "imagenet"
+    assert named.location.data == "folder:/x/y"

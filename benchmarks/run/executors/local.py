@@ -267,9 +267,8 @@ class Worker:
             cell.task,
             cell.model,
             cell.model_arguments,
-            cell.checkpoint,
             cell.pretrained,
-            cell.data,
+            cell.location,
             cell.preprocessing,
             cell.task_arguments,
         )
@@ -281,7 +280,7 @@ class Worker:
             if record["provenance"] == now:
                 return record
         if any(record["provenance"].get("data", now["data"]) != now["data"] for record in job.known):
-            warn(f"the data of {cell.data} are not those of earlier records, which do not count any more")
+            warn(f"the data of {cell.location.data} are not those of earlier records, which do not count any more")
         return {**run_cell(cell, self.subject, self.device, job.unfinished), "warnings": messages}
 
 

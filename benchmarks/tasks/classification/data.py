@@ -13,11 +13,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from adfq.errors import AdfqError
+from benchmarks.bundled import BUNDLED
 from benchmarks.bundled.classifiers import SceneClassification
 from benchmarks.bundled.scenes import CATEGORIES
 from benchmarks.tasks.shared import digest_names
-
-BUNDLED = "bundled"
 
 _SPLIT_FOLDERS = {"train": ("train", "training"), "validation": ("validation", "val", "valid", "test", "eval")}
 

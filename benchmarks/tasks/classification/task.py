@@ -18,10 +18,11 @@ from torch.utils.data import Subset
 from tqdm import tqdm
 
 from adfq.errors import AdfqError, NonFiniteError
+from benchmarks.bundled import BUNDLED
 from benchmarks.bundled.classifiers import CLASSIFIERS
 from benchmarks.cell import Cell
 from benchmarks.run.console import warn
-from benchmarks.tasks.classification.data import BUNDLED, CheckedDataset, open_split
+from benchmarks.tasks.classification.data import CheckedDataset, open_split
 from benchmarks.tasks.shared import (
     Stopwatch,
     choose_images,
@@ -191,15 +192,15 @@ def _open_data(cell: Cell, model: Any, calibrated: bool) -> Classification:
         config = _data_config(cell, model)
         transform = create_transform(**config, is_training=False)
     except (AttributeError, KeyError, TypeError):  # a saved model's notes may be anybody's
-        raise AdfqError(f"{cell.checkpoint or cell.model}: its preprocessing is not timm's") from None
+        raise AdfqError(f"{cell.location.checkpoint or cell.model}: its preprocessing is not timm's") from None
     mode = _MODES[config["input_size"][0]]
 
     def open_checked(split: str) -> CheckedDataset:
-        return CheckedDataset(open_split(cell.data, split, model.num_classes), mode, transform)
+        return CheckedDataset(open_split(cell.location.data, split, model.num_classes), mode, transform)
 
     train = open_checked("train") if calibrated else None
     # Scenes are drawn once and kept, which only works within one process.
-    workers = 0 if cell.data == BUNDLED else count_workers()
+    workers = 0 if cell.location.data == BUNDLED else count_workers()
     return Classification(model.eval(), digest_weights(model), config, train, open_checked("validation"), workers)
 
 
@@ -212,13 +213,13 @@ def _resolve_shipped(cell: Cell) -> Cell:
         cell,
         model=shipped.architecture,
         model_arguments=tuple({**shipped.arguments, **dict(cell.model_arguments)}.items()),
-        checkpoint=cell.checkpoint or str(shipped.checkpoint),
+        location=replace(cell.location, checkpoint=cell.location.checkpoint or str(shipped.checkpoint)),
         preprocessing=tuple({**shipped.preprocessing, **dict(cell.preprocessing)}.items()),
     )
 
 
 def _create_model(cell: Cell) -> Any:
-    name, checkpoint = cell.model, cell.checkpoint
+    name, checkpoint = cell.model, cell.location.checkpoint
     if not timm.is_model(name):
         raise unknown_model(name, classifier_names())
     if checkpoint and not os.path.isfile(checkpoint):

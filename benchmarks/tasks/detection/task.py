@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from adfq.errors import AdfqError, NonFiniteError
+from benchmarks.bundled import BUNDLED
 from benchmarks.cell import Cell
-from benchmarks.tasks.classification.data import BUNDLED
 from benchmarks.tasks.coco import (
     KINDS,
     CheckedImages,
@@ -226,7 +226,7 @@ def load_detection(cell: Cell, results: str | None = None) -> Detection:
     """Loads a cell's model and data.
 
     Args:
-        cell: its model is a name or a config's path, its data ``bundled`` or a folder with COCO's
+        cell: its model is a name or a config file, its data ``bundled`` or a folder with COCO's
             ``annotations/instances_{train,val}2017.json`` and ``{train,val}2017/``.
         results: `Detection.results`.
 
@@ -237,19 +237,20 @@ def load_detection(cell: Cell, results: str | None = None) -> Detection:
     _check_supported(cell)
     if results is not None:
         check_results(results, KINDS)
-    root = find_root(cell.data)
-    model: Any = load_detector(cell.model, cell.checkpoint)
+    name = cell.location.file("model", cell.model)
+    root = find_root(cell.location.data)
+    model: Any = load_detector(name, cell.location.checkpoint)
     loader: Any = model.cfg.get("test_dataloader") or {}
     if loader.get("dataset", {}).get("type") != "CocoDataset":
-        raise AdfqError(f"{cell.model} has no 'test_dataloader' with a CocoDataset")
+        raise AdfqError(f"{name} has no 'test_dataloader' with a CocoDataset")
     try:
         with mmdetection():
             classes = _build_dataset(model.cfg, lazy_init=True).metainfo["classes"]
     except Exception as error:  # whatever the pipeline's steps raise
-        raise AdfqError(f"{cell.model}: the images' pipeline cannot be used: {one_line(error)}") from None
+        raise AdfqError(f"{name}: the images' pipeline cannot be used: {one_line(error)}") from None
     for number in _head_classes(model):
         if number != len(classes):
-            raise AdfqError(f"{cell.model}: its box head tells {number} classes apart, its data set {len(classes)}")
+            raise AdfqError(f"{name}: its box head tells {number} classes apart, its data set {len(classes)}")
 
     def split(name: str) -> CocoSplit:
         return CocoSplit(root / "annotations" / f"instances_{name}.json", root / name, classes, model.with_mask)
@@ -261,7 +262,7 @@ def load_detection(cell: Cell, results: str | None = None) -> Detection:
     preprocessing = json.loads(json.dumps(described, default=str))
     config = json.dumps({"model": model.cfg.model, **described}, sort_keys=True, default=str)
     # Scenes are so small that processes would not read them faster.
-    workers = 0 if cell.data == BUNDLED else count_workers()
+    workers = 0 if cell.location.data == BUNDLED else count_workers()
     digest = digest_weights(model, config)
     return Detection(model, digest, preprocessing, split("train2017"), validation, workers, results)
 

@@ -18,8 +18,8 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from adfq.errors import AdfqError, NonFiniteError
+from benchmarks.bundled import BUNDLED
 from benchmarks.cell import Cell
-from benchmarks.tasks.classification.data import BUNDLED
 from benchmarks.tasks.coco import (
     CocoSplit,
     average_precisions,
@@ -452,21 +452,22 @@ def load_segmentation(cell: Cell, results: str | None = None) -> Segmentation:
     _check_supported(cell)
     if results is not None:
         check_results(results, ["segm"])
-    root = find_root(cell.data)
+    root = find_root(cell.location.data)
     arguments = {**ARGUMENTS, **dict(cell.task_arguments)}
 
     def split(name: str) -> CocoSplit:
         return CocoSplit(root / "annotations" / f"instances_{name}.json", root / name, classes=None, masks=True)
 
-    validation, prompts, encoder_only = split("val2017"), arguments["prompts"], arguments["encoder_only"]
+    validation, encoder_only = split("val2017"), arguments["encoder_only"]
+    prompts = cell.location.file("prompts", arguments["prompts"])
     if not validation.images:
         raise AdfqError(f"{validation.file} has no images")
     detected = None if prompts in (BOXES, POINTS) else read_prompts(prompts, validation.read_truth(None))
-    sam: Any = load_sam(cell.model, cell.checkpoint)
+    sam: Any = load_sam(cell.model, cell.location.checkpoint)
     mean, std = (values.flatten().tolist() for values in (sam.pixel_mean, sam.pixel_std))
     preprocessing = {"size": sam.image_encoder.img_size, "mean": mean, "std": std}
     digest = digest_weights(sam, json.dumps(preprocessing))
-    workers = 0 if cell.data == BUNDLED else count_workers()
+    workers = 0 if cell.location.data == BUNDLED else count_workers()
     subject = Segmentation(
         sam, digest, preprocessing, split("train2017"), validation, workers, prompts, detected, encoder_only, results
     )

@@ -47,7 +47,7 @@ def test_every_cell_of_every_table(
         options = parse(["table", name, "--profile", profile, *data, *more])
         for entry in table_entries(choose_part(load_table(name, profile), options), options):
             again = cell_of(command_line(entry.cell), parse)
-            assert (again, again.id) == (entry.cell, entry.cell.id)
+            assert (again, again.id, again.location) == (entry.cell, entry.cell.id, entry.cell.location)
 
 
 @pytest.mark.parametrize(
@@ -59,15 +59,23 @@ def test_every_cell_of_every_table(
         {"preprocessing": (("interpolation", "bilinear"),), "batch_size": 1, "seed": 3, "bits": "W3/A8"},
         {"task": "detection", "model": "configs/mine.py", "batch_size": 1},
         {
+            "task": "detection",
+            "model": "mask_rcnn_swin_tiny",
+            "checkpoint": "a/b.pth",
+            "data": "/c/coco",
+            "batch_size": 1,
+        },
+        {
             "task": "segmentation",
-            "task_arguments": (("encoder_only", True), ("prompts", "found.json")),
+            "task_arguments": (("encoder_only", True), ("prompts", "detections/found.json")),
             "batch_size": 2,
         },
     ],
 )
 def test_every_field_of_a_cell(fields: dict[str, Any], parse: Callable[[list[str]], argparse.Namespace]) -> None:
     cell = Cell.create(**{"task": "classification", "model": "m", "data": "bundled", "method": "base_ptq"} | fields)
-    assert cell_of(command_line(cell), parse) == cell
+    again = cell_of(command_line(cell), parse)
+    assert (again, again.location) == (cell, cell.location)
 
 
 def test_what_a_shell_reads(parse: Callable[[list[str]], argparse.Namespace]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from concurrent.futures import Future
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -29,6 +30,30 @@ def test_recorded_cells_do_not_run_again(subject: Any, cells: list[Cell], tmp_pa
     first, second = run(cells, tmp_path), run(cells, tmp_path)
     assert len(subject.evaluated) == len(cells)
     assert [record["metrics"] for record in first] == [record["metrics"] for record in second]
+
+
+def test_a_copy_of_the_data_elsewhere_is_not_measured_again(pictures: Path, tmp_path: Path) -> None:
+    def measure(root: Path) -> Any:
+        torch.manual_seed(0)  # of the model's weights
+        cell = Cell.create(
+            task="classification",
+            model="vit_tiny_patch16_224",
+            model_arguments=(("depth", 1), ("img_size", 32), ("num_classes", 2)),
+            data=f"folder:{root}",
+            method="base_ptq",
+            calibration_size=2,
+        )
+        (record,) = run([cell], tmp_path / "runs")
+        return record
+
+    first = measure(pictures)
+    copy = tmp_path / "elsewhere" / pictures.name
+    shutil.copytree(pictures, copy)
+    assert measure(copy) == first
+    assert len(list((tmp_path / "runs" / "records").iterdir())) == 1
+    (copy / "val" / "cat" / "picture.jpg").rename(copy / "val" / "cat" / "another.jpg")
+    assert measure(copy)["provenance"] != first["provenance"]
+    assert len(list((tmp_path / "runs" / "records").iterdir())) == 2
 
 
 def test_a_cell_that_stands_twice_runs_once(subject: Any, cells: list[Cell], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ def test_a_locked_cell_is_another_processes(tmp_path: Path, cell: Cell) -> None:
 def test_results_are_a_table(tmp_path: Path, cell: Cell, record: dict[str, Any]) -> None:
     store = ResultStore(tmp_path)
     assert store.tabulate().empty
-    failed = Cell.create(**{**vars(cell), "seed": 1})
+    failed = replace(cell, seed=1)
     store.put(cell, {**record, "cost": {"size": 0.25}, "finished": "2024-01-02T00:00:00+00:00"})
     store.put_failure(failed, {"error": "out of memory", "finished": "2024-01-01T00:00:00+00:00"})
     frame = store.tabulate()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -59,11 +58,14 @@ def test_a_process_counts_its_share_of_the_cores() -> None:
 
 
 def test_a_process_reads_pictures_with_processes_of_its_own(pictures: Path, tmp_path: Path) -> None:
-    reads = replace(
-        cell(),
+    reads = Cell.create(
+        task="classification",
         model="vit_tiny_patch16_224",
         model_arguments=(("depth", 1), ("img_size", 32), ("num_classes", 2)),
         data=f"folder:{pictures}",
+        method="base_ptq",
+        calibration_size=2,
+        limit=4,
     )
     executor = Processes(["cpu"])
     try:
