@@ -31,7 +31,7 @@ ROLES = (
     "in_proj",  # separate projections to queries, keys and values: LayerNorm's output and positions
     "reduction",  # Swin's patch merging, post-LayerNorm
     "neck",  # a detector's feature pyramid; behind SAM's image encoder
-    "head",  # of a classifier; every layer of a detector's heads, and of those of SAM's mask decoder
+    "head",  # a classifier's; every layer of a detector's heads and of those of SAM's mask decoder
 )
 
 POST_NORM_ROLES = ("qkv", "fc1", "reduction")

@@ -25,12 +25,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line.
-
-    Returns:
-        The exit code: 0; 1 where cells failed or a regression was found; 2 for the user's mistakes; 130 when
-        interrupted.
-    """
+    """Run the command line."""
     for library in ("timm", "huggingface_hub"):  # what matters of their warnings comes as our own errors
         logging.getLogger(library).setLevel(logging.ERROR)
     warnings.showwarning = lambda message, *_: warn(str(message))

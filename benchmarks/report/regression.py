@@ -154,7 +154,7 @@ def _compare_metrics(names: Iterable[str], old: Record, new: Record, tolerance: 
 
 
 def _times(record: Record, reference: Record | None) -> dict[str, float]:
-    """In forwards of full precision; NaN for what was not measured."""
+    """Return times in forward passes of full precision; NaN for times that were not measured."""
     forward, calibration = (_cost(record, f"{name}_seconds") for name in _TIMES)
     unit = _cost(reference or {}, "forward_seconds") or math.nan
     floored = max(calibration / unit, CALIBRATION_FLOOR) if calibration == calibration else math.nan
@@ -170,7 +170,7 @@ def _compare_times(old: Mapping[str, float], new: Mapping[str, float], comparabl
 
 
 def _judge_metrics(frame: pd.DataFrame) -> None:
-    """On another processor a metric has moved only if it has, the same way, for all seeds."""
+    """Count a metric on another processor as moved only if it has moved, the same way, for all seeds."""
     moved = frame[frame["elsewhere"].eq(True) & frame["status"].isin(("worse", "better", "same"))]
     for _, group in moved.groupby(["configuration", "quantity"]):
         if group["status"].nunique() > 1:
@@ -210,8 +210,14 @@ def _differ(old: Record | None, new: Record | None) -> bool:
 
 
 def count(frame: pd.DataFrame) -> dict[str, int]:
-    """How many cells there are (``cells``), and of these how many ``moved`` by more than the tolerance, for better or
-    worse, are ``regressions``, or ``new``; and how many are ``gone``, which are not among the cells.
+    """Count the cells by outcome.
+
+    Args:
+        frame: from `compare`.
+
+    Returns:
+        Numbers of ``cells``, of cells that ``moved`` by more than the tolerance for better or worse, of
+        ``regressions``, of ``new`` cells, and of ``gone`` ones, which are not among the cells.
     """
     cells = frame.groupby("id", sort=False)["status"].agg(set)
     counts = {
@@ -228,7 +234,14 @@ def _having(cells: pd.Series[Any], *statuses: str) -> int:
 
 
 def render(frame: pd.DataFrame, tolerance: Tolerance) -> str:
-    """Markdown: a table of what moved, is new or gone, notes, and a last line that counts; ends in a newline."""
+    """Return the comparison as Markdown that ends in a newline.
+
+    It has a table of cells that moved, are new or gone, notes, and a last line with the counts.
+
+    Args:
+        frame: from `compare`.
+        tolerance: tolerance of the comparison.
+    """
     moved = frame[~frame["status"].isin(["same", "not compared"])]
     lines = [_line(row) for row in _rows(moved)]
     parts = []
@@ -275,7 +288,10 @@ def _print(row: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def to_junit(frame: pd.DataFrame) -> JUnitXml:
-    """A test case a cell: failed where it is a regression, skipped where there is nothing to compare with."""
+    """Return the comparison as JUnit XML with a test case for each cell.
+
+    A regression has failed; a cell with nothing to compare with is skipped.
+    """
     suite = TestSuite("adfq regress")
     for _, cell in frame.groupby("id", sort=False):
         rows = _rows(cell)

@@ -1,4 +1,4 @@
-"""What a method does with each site of a model, as a table."""
+"""Table of a method's quantizers at the sites of a model."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _reason(name: str, module: nn.Module, network: Network) -> str:
 
 
 def summarize_sites(frame: pd.DataFrame) -> str:
-    """How much of what `tabulate_sites` has found is quantized, in a line."""
+    """Return one line with the share of layers and weights in `tabulate_sites` that are quantized."""
     layers = frame[frame["shape"].map(bool)]
     sizes = layers["shape"].map(math.prod)
     quantized = ~layers["weight"].str.startswith(_FULL)
@@ -82,7 +82,12 @@ def summarize_sites(frame: pd.DataFrame) -> str:
 
 
 def render_sites(frame: pd.DataFrame, style: str) -> str:
-    """The table as ``"csv"``, or as ``"md"`` with the summary as its last line; ends in a newline."""
+    """Return the table as text that ends in a newline.
+
+    Args:
+        frame: from `tabulate_sites`.
+        style: ``"csv"``, or ``"md"`` for Markdown with the summary as its last line.
+    """
     shown = frame.assign(shape=frame["shape"].map(lambda shape: "×".join(map(str, shape))))
     if style == "csv":
         return str(shown.to_csv(index=False))

@@ -1,4 +1,4 @@
-"""What accuracy costs: a table's rows as points."""
+"""Accuracy over cost: a table's rows as points."""
 
 from __future__ import annotations
 
@@ -20,7 +20,12 @@ from benchmarks.report.figures import style
 
 @dataclass(frozen=True)
 class Cost:
-    """A column of `benchmarks.report.tables.summarize`, and its axis."""
+    """Column of `benchmarks.report.tables.summarize`, and its axis.
+
+    Attributes:
+        column: name of the column.
+        label: label of the axis.
+    """
 
     column: str
     label: str
@@ -42,21 +47,33 @@ _WIDTH, _LEFT, _ABOVE, _BELOW, _CHARACTER = 3.6, 0.5, 0.15, 0.45, 0.055
 
 
 def draw_accuracy_cost(table: Table, summary: pd.DataFrame, file: Path, costs: Sequence[str] = tuple(COSTS)) -> None:
-    """Draws a table's first metric over what each row costs, and writes it: ``.png`` or ``.svg``.
+    """Draw a table's first metric over the cost of each row, and write it.
 
     Args:
-        table: what was measured.
-        summary: of `benchmarks.report.tables.summarize`; of several models, the first.
-        costs: names of `COSTS`, a panel each.
+        table: measured table.
+        summary: `benchmarks.report.tables.summarize` of the table; the first of several models is drawn.
+        file: path to write, ``.png`` or ``.svg``.
+        costs: names of `COSTS`, a panel each; all by default.
 
     Raises:
-        AdfqError: for another kind of file, or one that cannot be written; where no row was measured.
+        AdfqError: for another kind of file or one that cannot be written, and if no row was measured.
     """
     style.save(plot_accuracy_cost(table, summary, costs), file)
 
 
 def plot_accuracy_cost(table: Table, summary: pd.DataFrame, costs: Sequence[str] = tuple(COSTS)) -> Figure:
-    """A panel for each cost: error bars are the seeds' standard deviation, full precision is a line."""
+    """Return a figure with a panel for each cost; error bars are standard deviations over seeds.
+
+    Full precision is a line.
+
+    Args:
+        table: measured table.
+        summary: `benchmarks.report.tables.summarize` of the table; the first of several models is drawn.
+        costs: names of `COSTS`, a panel each; all by default.
+
+    Raises:
+        AdfqError: if no row was measured beside full precision.
+    """
     metric = next(iter(table.metrics))
     rows = summary[(summary["metric"] == metric) & (summary["model"] == table.models[0].key)]
     rows = rows.dropna(subset=["mean"])
@@ -83,7 +100,7 @@ def _draw(axes: Axes, rows: pd.DataFrame, full: pd.Series[float], cost: Cost) ->
     methods = list(dict.fromkeys(rows["method"]))
     for row in rows.to_dict("records"):
         index = methods.index(row["method"])
-        # Of what is measured under several settings, what goes by the method's own name is filled.
+        # A method that is measured under several settings has filled marks under its own name.
         color, fill = _COLORS[index % len(_COLORS)], "full" if row["row"] == row["method"] else "none"
         axes.errorbar(
             row[cost.column],
@@ -106,10 +123,10 @@ def _draw(axes: Axes, rows: pd.DataFrame, full: pd.Series[float], cost: Cost) ->
 
 
 def _write_labels(axes: Axes, rows: pd.DataFrame, full: pd.Series[float], column: str, height: float) -> None:
-    """Beside the panel, in the order of the points, so that no label hides another; a line leads to each."""
+    """Write labels beside the panel, in the order of the points, with a line to each; no label hides another."""
     named = pd.concat([rows, full.to_frame().T]).reset_index(drop=True)
     right = axes.get_xlim()[1]
-    axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())  # what is drawn from here on changes neither
+    axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())  # labels change neither
     x, y = named[column].where(named["method"] != FULL_PRECISION, right).astype(float), named["mean"].astype(float)
     order = np.lexsort((-x, y))
     places = axes.transAxes.inverted().transform(axes.transData.transform(np.column_stack([x, y])))[order, 1]
@@ -127,7 +144,7 @@ def _write_labels(axes: Axes, rows: pd.DataFrame, full: pd.Series[float], column
 
 
 def _spread(places: NDArray[np.float64], gap: float) -> NDArray[np.float64]:
-    """Places between 0 and 1, in ascending order, moved apart to that gap by as little as it takes."""
+    """Move places between 0 and 1, in ascending order, apart to a gap, by as little as possible."""
     ranks = gap * np.arange(len(places))
     pools: list[tuple[float, int]] = []  # neighbours that touch, about the middle of where they belong
     for place in (places - ranks).tolist():

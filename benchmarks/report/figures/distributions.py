@@ -1,4 +1,4 @@
-"""What is to be quantized: the values after LayerNorm and after GELU, layer by layer."""
+"""Distributions of activations after LayerNorm and after GELU, layer by layer."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ PERCENTILES = {"min": 0, "p1": 1, "p25": 25, "p50": 50, "p75": 75, "p99": 99, "m
 _KINDS = {**dict.fromkeys(POST_NORM_ROLES, "post-LayerNorm"), "fc2": "post-GELU"}
 _TITLES = {"post-LayerNorm": "Post-LayerNorm activations", "post-GELU": "Post-GELU activations"}
 _COLOR, _BOX = style.COLORS[4], style.COLORS[1]
-# How many times the bulk's size the largest value is before a linear axis shows nothing of the bulk.
+# Ratio of the largest value to the bulk from which on a linear axis shows nothing of the bulk.
 _LINEAR = 15
 
 
 def collect_distributions(model: nn.Module, images: Tensor) -> pd.DataFrame:
-    """Percentiles of what layers behind LayerNorm and GELU take in, in full precision.
+    """Return percentiles of the inputs of layers behind LayerNorm and GELU, in full precision.
 
-    One forward pass of all images, and no activation outlives its layer: as much memory as calibration needs. Of a
-    layer that is used several times the first input counts, as in calibration.
+    One forward pass takes all images, and no activation outlives its layer: as much memory as calibration needs. The
+    first input of a layer that is used several times counts, as in calibration.
 
     Args:
-        model: of a family that has an adapter; it is left untouched.
+        model: model of a family with an adapter; not changed.
         images: B×C×H×W; moved to the model's device and dtype.
 
     Returns:
@@ -48,8 +48,8 @@ def collect_distributions(model: nn.Module, images: Tensor) -> pd.DataFrame:
         ``"post-LayerNorm"`` or ``"post-GELU"``; and the columns of `PERCENTILES`, in the activation's units.
 
     Raises:
-        AdfqError: for a model without adapter, or without such layers; naming the layer, for activations that are not
-            finite.
+        AdfqError: for a model without adapter or without such layers, and for activations that hold NaN or infinity;
+            the message names the layer.
     """
     network = adapt(copy.deepcopy(model).eval())
     rows: dict[str, dict[str, Any]] = {}
@@ -79,7 +79,11 @@ def collect_distributions(model: nn.Module, images: Tensor) -> pd.DataFrame:
 
 
 def draw_distributions(frame: pd.DataFrame, file: Path) -> None:
-    """Draws what `collect_distributions` has found, and writes it: ``.png`` or ``.svg``.
+    """Draw distributions of `collect_distributions`, and write them.
+
+    Args:
+        frame: from `collect_distributions`.
+        file: path to write, ``.png`` or ``.svg``.
 
     Raises:
         AdfqError: for another kind of file, or one that cannot be written.
@@ -88,7 +92,11 @@ def draw_distributions(frame: pd.DataFrame, file: Path) -> None:
 
 
 def plot_distributions(frame: pd.DataFrame) -> Figure:
-    """A panel for each kind of activations, a row for each layer: whiskers to the ends, bars, boxes, medians."""
+    """Return a figure with a panel for each kind of activations and a row for each layer.
+
+    Args:
+        frame: from `collect_distributions`.
+    """
     kinds = [kind for kind in _TITLES if (frame["kind"] == kind).any()]
     rows = max(int((frame["kind"] == kind).sum()) for kind in kinds)
     figure = style.make_figure(style.PAGE_WIDTH, style.rows_height(rows), layout="constrained")
@@ -121,7 +129,7 @@ def _draw(axes: Axes, frame: pd.DataFrame, rows: int) -> None:
 
 
 def _scale(axes: Axes, frame: pd.DataFrame) -> None:
-    """Linear where that shows the bulk, logarithmic beyond the bulk otherwise."""
+    """Set a linear axis if it shows the bulk, and one that is logarithmic beyond the bulk otherwise."""
     bulk = float(frame[["p25", "p75"]].abs().max(axis=1).median())
     if not 0 < bulk * _LINEAR < float(frame[["min", "max"]].abs().to_numpy().max()):
         axes.set_xlabel("activation value")

@@ -1,4 +1,4 @@
-"""What was found in images, side by side."""
+"""Detections and masks in images, side by side."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from benchmarks.report.figures.style import COLORS, DPI, POINTS, check_file, make_figure, save
 from benchmarks.tasks.coco import read_mask
 
-#: Of boxes, for labels beyond the number of colours.
+#: Lines of boxes, for labels beyond the number of colours.
 _LINES: tuple[Any, ...] = ("-", (0, (3, 1.5)), (0, (1, 1)))
 _MASK_OPACITY = 0.35
 _GAP = 0.06  # between pictures, in inches
@@ -27,14 +27,14 @@ Style = tuple[str, Any]
 
 @dataclass(frozen=True)
 class Detections:
-    """What was found in an image, or what is there.
+    """Detections or ground truth of an image.
 
     Attributes:
         boxes: N×4 in pixels: x0, y0, x1, y1, the upper ends exclusive.
-        labels: N whole numbers: categories, or anything else that colours are to tell apart.
-        scores: N numbers, or None.
-        masks: N×H×W bool, or None.
-        points: whether boxes are points, the two corners of each being the same.
+        labels: N whole numbers that colours tell apart: categories, or prompts.
+        scores: N numbers; None, the default, for none.
+        masks: N×H×W bool; None, the default, for none.
+        points: True for points in place of boxes, with two equal corners each; False by default.
     """
 
     boxes: NDArray[Any]
@@ -47,7 +47,7 @@ class Detections:
         return len(self.labels)
 
     def above(self, score: float) -> Detections:
-        """Those of at least that score, the surest last; everything where there are no scores."""
+        """Return detections of at least that score, the surest last; all of them if there are no scores."""
         if self.scores is None:
             return self
         order = np.argsort(self.scores, kind="stable")
@@ -57,12 +57,13 @@ class Detections:
 
 
 def read_coco(items: Sequence[Mapping[str, Any]], categories: Sequence[int], height: int, width: int) -> Detections:
-    """Annotations or results of one image, in COCO's format.
+    """Return annotations or results of one image from COCO's format.
 
     Args:
-        items: with ``bbox`` and ``category_id``; all or none with ``score``, and with ``segmentation``.
-        categories: ids; labels are places in it.
-        height, width: of the image, in pixels.
+        items: entries with ``bbox`` and ``category_id``; all or none with ``score``, and with ``segmentation``.
+        categories: category ids; labels are indices into it.
+        height: height of the image in pixels.
+        width: width of the image in pixels.
     """
     boxes = np.array([item["bbox"] for item in items], float).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
@@ -75,15 +76,15 @@ def read_coco(items: Sequence[Mapping[str, Any]], categories: Sequence[int], hei
 
 
 def compare_detections(image: Any) -> tuple[Detections, Detections]:
-    """What there is, and what was found, in a `benchmarks.tasks.detection.task.Found`."""
+    """Return ground truth and detections of a `benchmarks.tasks.detection.task.Found`."""
     size = image.image.shape[:2]
     return read_coco(image.truth, image.ids, *size), read_coco(image.found, image.ids, *size)
 
 
 def compare_masks(image: Any) -> tuple[Detections | None, Detections]:
-    """What was asked for, where that is known, and what was found in a `benchmarks.tasks.segmentation.task.Segmented`.
+    """Return ground truth, if it is known, and masks of a `benchmarks.tasks.segmentation.task.Segmented`.
 
-    Labels number the prompts. What a detector asks for has its scores.
+    Labels number the prompts. A detector's prompts have its scores.
     """
     points = image.points is not None
     boxes = np.tile(image.points + 0.5, 2) if points else image.boxes  # from the middle of a pixel to its place
@@ -102,18 +103,18 @@ def draw_detections(
     min_score: float = 0.3,
     width: float = 2.0,
 ) -> None:
-    """Draws detections side by side: a row for each image, a column for each way to find them.
+    """Draw detections side by side: a row for each image, a column for each model.
 
     A label has one colour within a row, and the first column's labels come first. Names stand where they hide no other
-    name; one that has no room is left out, the least sure first.
+    name; a name without room is left out, the least sure first.
 
     Args:
         images: H×W×3, of any sizes.
-        columns: by heading, the detections in each image.
+        columns: detections in each image by heading.
         categories: names by label; None for labels without names.
-        file: to write, ``.png`` or ``.svg``.
-        min_score: detections below it are left out.
-        width: of a picture, in inches.
+        file: path to write, ``.png`` or ``.svg``.
+        min_score: score below which detections are left out.
+        width: width of a picture in inches.
 
     Raises:
         AdfqError: for another kind of file, or one that cannot be written.
@@ -139,7 +140,7 @@ def draw_detections(
 
 
 def _styles(labels: Iterable[int]) -> dict[int, Style]:
-    """Colour and line of each label."""
+    """Choose colour and line of each label."""
     return {
         label: (COLORS[rank % len(COLORS)], _LINES[rank // len(COLORS) % len(_LINES)])
         for rank, label in enumerate(dict.fromkeys(labels))
@@ -189,7 +190,7 @@ def _write_names(
         if not words:
             continue
         name = axes.text(0, 0, " ".join(words), fontsize=POINTS, va="bottom", **_paper(styles[label][0]))
-        extent = name.get_window_extent().padded(DPI / 72)  # what the paper adds
+        extent = name.get_window_extent().padded(DPI / 72)  # the paper's margin
         place = _find_room(axes, extent, found.boxes[index], taken)
         if place is None:
             name.remove()
@@ -200,13 +201,13 @@ def _write_names(
 
 
 def _paper(color: str) -> dict[str, Any]:
-    """What a name is written on; the padding makes one point on each side."""
+    """Return the background of a name; the padding makes one point on each side."""
     style = {"facecolor": "white", "edgecolor": color, "linewidth": 0.8, "alpha": 0.85}
     return {"bbox": {"boxstyle": f"square,pad={1 / POINTS}", **style}}
 
 
 def _find_room(axes: Axes, extent: Bbox, box: NDArray[Any], taken: Sequence[Bbox]) -> Bbox | None:
-    """A place for a name at its box, within the picture: above, below, or inside; None if others are everywhere."""
+    """Find a place for a name at its box, within the picture: above, below, or inside; None if all are taken."""
     picture = axes.bbox
     (left, top), (right, bottom) = axes.transData.transform(box.reshape(2, 2))
     for y in (top, bottom - extent.height, top - extent.height, bottom):

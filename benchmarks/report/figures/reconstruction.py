@@ -1,4 +1,4 @@
-"""What ADFQ-ViT's module-wise optimization (AMO) achieves, module by module."""
+"""Errors before and after ADFQ-ViT's module-wise optimization (AMO), module by module."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from benchmarks.report.figures import style
 
 
 def collect_reconstruction(report: Mapping[str, Any]) -> pd.DataFrame:
-    """The errors that a method's report has: of a record, or of a quantized model's `Quantization`.
+    """Return the reconstruction errors in a method's report.
+
+    Args:
+        report: report of a record, or of a quantized model's `Quantization`.
 
     Returns:
         One row a module, in the order of the forward pass: ``module``, ``before``, ``after``, ``kept``, as in
@@ -31,7 +34,11 @@ def collect_reconstruction(report: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def draw_reconstruction(frame: pd.DataFrame, file: Path) -> None:
-    """Draws what `collect_reconstruction` gives, and writes it: ``.png`` or ``.svg``.
+    """Draw errors of `collect_reconstruction`, and write them.
+
+    Args:
+        frame: from `collect_reconstruction`.
+        file: path to write, ``.png`` or ``.svg``.
 
     Raises:
         AdfqError: for another kind of file, or one that cannot be written.
@@ -40,8 +47,12 @@ def draw_reconstruction(frame: pd.DataFrame, file: Path) -> None:
 
 
 def plot_reconstruction(frame: pd.DataFrame) -> Figure:
-    """A row for each module, from the error before to that after; another mark where the optimized state was not
-    kept.
+    """Return a figure with a row for each module, from the error before to the error after.
+
+    A module that did not keep its optimized state has another mark.
+
+    Args:
+        frame: from `collect_reconstruction`.
     """
     figure = style.make_figure(0.75 * style.PAGE_WIDTH, style.rows_height(len(frame)), layout="constrained")
     axes = figure.subplots()
