@@ -60,7 +60,7 @@ Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
 def sentences(text: str) -> Iterator[str]:
-    """Yield the sentences of a text, each from its first word on, without code, addresses of links and marks of lists."""
+    """Yield the sentences of a text without code, addresses of links and marks of lists."""
     text = re.sub(r"^ *```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL)
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
     text = re.sub(r"(`+)[^`]+?\1", "code", text)
