@@ -23,6 +23,39 @@ from torch import Tensor, nn
 
 MakeModel = Callable[..., nn.Module]
 
+#: Modules of the subset that takes less than a minute on one core: pytest -m quick.
+QUICK = (
+    "adfq/test_layers.py",
+    "adfq/test_quantizers.py",
+    "adfq/test_sites.py",
+    "adfq/test_twin_quantizers.py",
+    "benchmarks/run/test_store.py",
+    "benchmarks/test_cell.py",
+    "test_architecture.py",
+    "test_packaging.py",
+    "test_results_page.py",
+)
+
+
+def _is_quick(path: Path) -> bool:
+    return path.relative_to(Path(__file__).parent).as_posix() in QUICK
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Import none but the quick modules where no others are asked for."""
+    return (
+        True
+        if config.option.markexpr == "quick" and collection_path.is_file() and not _is_quick(collection_path)
+        else None
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of the quick modules."""
+    for item in items:
+        if _is_quick(item.path) and item.get_closest_marker("slow") is None:
+            item.add_marker("quick")
+
 
 def _folder(variable: str) -> Path:
     if not os.environ.get(variable):

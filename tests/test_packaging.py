@@ -7,6 +7,7 @@ import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import yaml
 from packaging.requirements import Requirement
 
 if sys.version_info >= (3, 11):
@@ -52,3 +53,24 @@ def test_every_dependency_is_pinned() -> None:
 def test_methods_are_registered_and_load() -> None:
     for point in entry_points(group="adfq.methods"):
         assert callable(point.load())
+
+
+def test_types_are_installed() -> None:
+    for package in ("adfq", "baselines", "benchmarks"):
+        assert (ROOT / package / "py.typed").is_file()
+        assert "py.typed" in PROJECT["tool"]["setuptools"]["package-data"][package]
+
+
+def test_versions_agree() -> None:
+    version = PROJECT["project"]["version"]
+    newest = re.search(r"^## \[([\d.]+)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert newest is not None
+    assert newest[1] == version
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"] == version
+
+
+def test_every_method_s_paper_can_be_cited() -> None:
+    cited = set(re.findall(r"eprint\s*= \{([\d.]+)\}", (ROOT / "docs" / "papers.bib").read_text(encoding="utf-8")))
+    pages = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "methods").glob("*.md"))
+    # A page names its method's paper as "[arXiv NUMBER](…)".
+    assert set(re.findall(r"\[arXiv ([\d.]+)\]", pages)) <= cited

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 from configparser import ConfigParser
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,11 @@ import pytest
 import yaml
 
 from benchmarks.cli.main import main
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
 WORKFLOWS = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / ".github/workflows").glob("*.yml")}
@@ -42,6 +48,20 @@ def test_every_environment_is_one_of_tox() -> None:
 def test_tests_are_the_readme_s_command() -> None:
     (command,) = [command for command in commands() if "-e tests" in command]
     assert command in (ROOT / "README.md").read_text().splitlines()
+
+
+def test_every_supported_python_is_tested() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    versions = re.findall(r"Python :: (3\.\d+)", "\n".join(project["classifiers"]))
+    assert WORKFLOWS["tests"]["jobs"]["tests"]["strategy"]["matrix"]["python"] == versions
+    assert project["requires-python"] == f">={versions[0]}"
+
+
+def test_the_site_is_built_with_the_extra_s_packages() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    install, build = (step["run"] for step in WORKFLOWS["tests"]["jobs"]["docs"]["steps"] if "run" in step)
+    assert shlex.split(install)[3:] == ["install", "-c", "constraints.txt", *extras["docs"]]
+    assert build == "mkdocs build --strict"
 
 
 def test_the_nightly_options_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
