@@ -136,8 +136,7 @@ def _fisher_loss(outputs: Tensor | list[Tensor]) -> Tensor:
 
 
 def _check_finite(name: str, values: Tensor) -> None:
-    # One pass over the values, without a tensor of their size.
-    if values.numel() and not torch.isfinite(torch.stack(values.detach().aminmax())).all():
+    if not torch.isfinite(values).all():
         raise NonFiniteError(f"{name}: values are not finite (NaN or infinity)")
 
 
@@ -170,18 +169,15 @@ class _Observer:
     def keep(self, inputs: tuple[Tensor, ...], gradient: Tensor) -> None:
         """Keeps a sample of the rows of the first input and of the gradient, weighted, and all of the second."""
         _check_finite(f"gradient at {self.name}", gradient)
-        self.largest.append([torch.stack(operand.aminmax()).abs().amax().float() for operand in inputs])
+        self.largest.append([operand.abs().max().float() for operand in inputs])
         choose, sizes, gradient = _as_rows(self.layer, inputs[0].float(), gradient.float())
-        mass = error_mass(sizes, gradient)
         for (matrices, rows), kept in self.kept.items():
             if isinstance(self.layer, QuantWeightLayer):
                 matrices, rows = self.batches, math.ceil(matrices * rows / self.batches)
-            which, chosen, weights = sample_rows(mass, math.ceil(matrices / self.batches), rows)
+            which, chosen, weights = sample_rows(sizes, gradient, math.ceil(matrices / self.batches), rows)
             others = [operand.flatten(0, -3)[which].float() for operand in inputs[1:]]
             which = which[:, None]
-            kept.append(
-                (choose(which, chosen), gradient[which, chosen] * weights.to(gradient.dtype).sqrt()[..., None], *others)
-            )
+            kept.append((choose(which, chosen), gradient[which, chosen] * weights.sqrt()[..., None], *others))
 
     def product(self, size: tuple[int, int]) -> Product:
         """What was kept of that size."""
@@ -218,21 +214,26 @@ def _as_rows(
     """
     if isinstance(layer, QuantMatMul):
         x, gradient = x.flatten(0, -3), gradient.flatten(0, -3)
-    elif isinstance(layer, QuantConv2d):
-        gradient = gradient.movedim(1, -1).reshape(1, -1, gradient.shape[1])
-        # Only the chosen patches are laid out: all of them take many times the input's room.
-        sizes = _lay_out(layer, x.square().sum(1, keepdim=True)).sum(1)
-        return lambda _, chosen: _choose_patches(layer, x, chosen), sizes.reshape(1, -1), gradient
     else:
-        x, gradient = x.reshape(1, -1, x.shape[-1]), gradient.reshape(1, -1, gradient.shape[-1])
+        if isinstance(layer, QuantConv2d):
+            gradient = gradient.movedim(1, -1)
+        gradient = gradient.reshape(1, -1, gradient.shape[-1])
+        if isinstance(layer, QuantConv2d) and layer.groups > 1:
+            # Not all patches: those of a depthwise convolution, whose input is the largest, take many times its room.
+            sizes = _lay_out(layer, x.square().sum(1, keepdim=True)).sum(1)
+            return lambda _, chosen: _choose_patches(layer, x, chosen), sizes.reshape(1, -1), gradient
+        if isinstance(layer, QuantConv2d):
+            x = _lay_out(layer, x).movedim(1, -1)
+        x = x.reshape(1, -1, x.shape[-1])
     return lambda which, chosen: x[which, chosen], x.square().sum(-1), gradient
 
 
 def _lay_out(layer: QuantConv2d, x: Tensor) -> Tensor:
-    """Return the values under the kernel at each position of the output: B×1×H×W to B×kernel×H'×W'."""
-    # A convolution with unit vectors lays out the patches, whatever stride and padding.
+    """What the kernel covers at each position of a convolution's output: B×C×H×W to B×(C·kernel)×H'×W'."""
+    # A convolution with the unit matrix lays out the patches, whatever stride and padding.
     kernel = layer.weight.shape[2:]
-    unit = torch.eye(kernel.numel(), dtype=x.dtype, device=x.device).reshape(-1, 1, *kernel)
+    inner = x.shape[1] * kernel.numel()
+    unit = torch.eye(inner, dtype=x.dtype, device=x.device).reshape(inner, -1, *kernel)
     return F.conv2d(x, unit, None, layer.stride, layer.padding, layer.dilation)
 
 
@@ -248,39 +249,29 @@ def _choose_patches(layer: QuantConv2d, x: Tensor, chosen: Tensor) -> Tensor:
     return (values * (pixels > 0)).flatten(2)
 
 
-def error_mass(sizes: Tensor, gradient: Tensor) -> Tensor:
-    """Return the squared error that each row of a layer's output can contribute, but for a factor: P×M, float64.
+def sample_rows(sizes: Tensor, gradient: Tensor, products: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Draws rows of a layer's output on which the sum of weighted squared errors has an unbiased, close estimate.
 
-    It is the row's squared gradient, times what is alike for all rows (rounding) plus what grows with its values
-    (clipping).
+    Full scores are sums over thousands of rows; a few hundred, the same for all candidates, tell these apart as well.
+    A row is drawn in proportion to the error it can contribute: its squared gradient, times what is alike for all
+    rows (rounding) plus what grows with its values (clipping). Behind the last attention, say, only class tokens have a
+    gradient, and only they are drawn.
 
     Args:
         sizes: P×M, the squared norms of the input's rows.
         gradient: P×M×N.
+        products, rows: how many of the P matrices and of the M rows of each; all, where there are no more.
+
+    Returns:
+        which matrices (products), which rows of each (products×rows), and the weights of their squared errors.
     """
     # Relative to the largest, so that nothing underflows; the floor is for images without any gradient.
     gradient = gradient / gradient.abs().max().clamp(min=torch.finfo(gradient.dtype).tiny)
     sizes = sizes.double()
-    return gradient.square().sum(-1) * (1 + sizes / sizes.mean().clamp(min=1e-300)) + 1e-12
-
-
-def sample_rows(mass: Tensor, products: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw rows of a layer's output on which the sum of weighted squared errors has an unbiased, close estimate.
-
-    Full scores are sums over thousands of rows; a few hundred, the same for all candidates, tell these apart as well.
-    A row is drawn in proportion to its `error_mass`. Behind the last attention, say, only class tokens have a gradient,
-    and only they are drawn.
-
-    Args:
-        mass: P×M.
-        products, rows: how many of the P matrices and of the M rows of each; all, where there are no more.
-
-    Returns:
-        The matrices (products), the rows of each (products×rows), and the weights of their squared errors.
-    """
+    mass = gradient.square().sum(-1) * (1 + sizes / sizes.mean().clamp(min=1e-300)) + 1e-12
     which, product_weights = _draw(mass.sum(1), products)
     chosen, row_weights = _draw(mass[which], rows)
-    return which, chosen, product_weights[:, None] * row_weights
+    return which, chosen, (product_weights[:, None] * row_weights).to(gradient.dtype)
 
 
 def _draw(mass: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -298,9 +289,6 @@ def _draw(mass: Tensor, count: int) -> tuple[Tensor, Tensor]:
 # --- the search -----------------------------------------------------------------------------------------------------
 
 
-_PART = 2**20  # values of the candidates that are tried at once
-
-
 class Operand:
     """One side of a product, its quantizer, and the scales that this may get.
 
@@ -311,7 +299,6 @@ class Operand:
         as_rows: brings `values` to P×rows×inner, where they are not.
 
     Attributes:
-        rows: P×rows×inner in full precision.
         candidates: C×G scales.
     """
 
@@ -323,7 +310,6 @@ class Operand:
         as_rows: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.values, self.quantizer, self.as_rows = values, quantizer, as_rows or (lambda values: values)
-        self.rows = self.as_rows(values).contiguous()
         whole, factors = torch.where(largest > 0, largest, 1.0), FACTORS
         if isinstance(quantizer, TwinSoftmaxQuantizer):
             whole, factors = torch.full_like(largest, 1 / quantizer.steps), SPLITS
@@ -333,7 +319,7 @@ class Operand:
         self.set_scale(whole)
 
     def set_scale(self, scale: Tensor) -> None:
-        """Give the quantizer a scale for each group (G)."""
+        """Gives the quantizer a scale for each group (G)."""
         if not isinstance(self.quantizer, Quantizer):
             return
         if len(scale) == 1:
@@ -341,25 +327,12 @@ class Operand:
         else:
             rows = len(self.values)
             scale = scale.repeat_interleave(rows // len(scale)).reshape(rows, *[1] * (self.values.dim() - 1))
-        self._set(scale)
-
-    def _set(self, scale: Tensor) -> None:
         self.quantizer.scale = scale
         if isinstance(self.quantizer, UniformQuantizer):
             self.quantizer.zero_point = torch.full_like(scale, self.quantizer.levels // 2)
 
-    def quantized(self) -> Tensor:
-        """Return the quantized rows: P×rows×inner."""
-        return self.as_rows(self.quantizer(self.values))
-
-    def try_scales(self, scales: Tensor) -> Tensor:
-        """Return the rows quantized with C×G scales: P×C×rows×inner. The quantizer is left with these scales."""
-        groups = scales.shape[1]
-        if groups > 1:
-            scales = scales.repeat_interleave(self.rows.shape[1] // groups, 1)
-        self._set(scales[..., None])
-        tried: Tensor = self.quantizer(self.rows[:, None])
-        return tried
+    def rows(self, quantized: bool) -> Tensor:
+        return self.as_rows(self.quantizer(self.values) if quantized else self.values)
 
 
 class Product:
@@ -372,44 +345,45 @@ class Product:
 
     def __init__(self, left: Operand, right: Operand, gradient: Tensor) -> None:
         self.operands = (left, right)
-        self.target = left.rows @ right.rows.mT
+        self.target = left.rows(quantized=False) @ right.rows(quantized=False).mT
         largest = gradient.abs().max()
         self.gradient = gradient / largest if largest > 0 else torch.ones_like(gradient)
 
     def scores(self, index: int, candidates: Tensor) -> Tensor:
-        """Return the sums of weighted squared errors (C×G) for C×G scales of one operand.
+        """The sums of weighted squared errors (C×G) for C×G scales of one operand.
 
-        The product is linear in that operand: the other is quantized once, and candidates are rows of a matrix product.
+        The product is linear in that operand: the other is quantized once, and a candidate costs one matrix product.
         """
-        searched, other = self.operands[index], self.operands[1 - index].quantized()
-        target, gradient = self.target, self.gradient
-        if index == 1:
-            target, gradient = target.mT.contiguous(), gradient.mT.contiguous()
+        searched = self.operands[index]
+        quantized = [operand.rows(quantized=True) for operand in self.operands]
         scores = []
-        for scales in candidates.split(max(1, _PART // max(searched.rows.numel(), target.numel()))):
-            product = searched.try_scales(scales).flatten(1, 2) @ other.mT
-            error = product.unflatten(1, (len(scales), -1)).sub_(target[:, None]).mul_(gradient[:, None])
+        for scale in candidates:
+            searched.set_scale(scale)
+            quantized[index] = searched.rows(quantized=True)
+            error = torch.baddbmm(self.target, quantized[0], quantized[1].mT, alpha=-1).mul_(self.gradient)
             # Groups are of rows of a weight, which is the left operand; else there is one.
-            scores.append(error.square_().sum((0, 3)).reshape(*scales.shape, -1).sum(2))
-        return torch.cat(scores)
+            scores.append(error.square_().sum((0, 2)).reshape(len(scale), -1).sum(1))
+        return torch.stack(scores)
 
 
 @torch.no_grad()
 def search_scales(coarse: Product, fine: Product, rounds: int) -> None:
-    """Set the scales of a layer's quantizers, the left one's first, to the candidates with the smallest errors.
+    """Sets the scales of a layer's quantizers, the left one's first, to the candidates with the smallest errors.
 
     Args:
         coarse, fine: a small and a large sample of the layer's product, with the same quantizers.
         rounds: how many times the two operands are searched, in turn.
     """
     searched = [index for index in (0, 1) if isinstance(fine.operands[index].quantizer, Quantizer)]
-    chosen: dict[int, Tensor] = {}
-    for index in searched * (rounds if len(searched) > 1 else 1):
-        operand = fine.operands[index]
-        best = coarse.scores(index, operand.candidates).topk(_SHORTLIST, dim=0, largest=False).indices
-        shortlist = operand.candidates.gather(0, best)
-        best = fine.scores(index, shortlist).argmin(0, keepdim=True)
-        before, chosen[index] = chosen.get(index), shortlist.gather(0, best)[0]
-        operand.set_scale(chosen[index])
-        if before is not None and torch.equal(before, chosen[index]):  # as would be all further searches
+    chosen: list[Tensor] = []
+    for _ in range(rounds if len(searched) > 1 else 1):
+        before, chosen = chosen, []
+        for index in searched:
+            operand = fine.operands[index]
+            best = coarse.scores(index, operand.candidates).topk(_SHORTLIST, dim=0, largest=False).indices
+            shortlist = operand.candidates.gather(0, best)
+            best = fine.scores(index, shortlist).argmin(0, keepdim=True)
+            chosen.append(shortlist.gather(0, best)[0])
+            operand.set_scale(chosen[-1])
+        if before and all(map(torch.equal, before, chosen)):  # as would be all further rounds
             break

@@ -16,6 +16,8 @@ import pkgutil
 import re
 import runpy
 import shlex
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -43,7 +45,10 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "results/README.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 EXAMPLE = ROOT / "examples" / "pow2_channels"
 NAMES = {page: str(page.relative_to(ROOT)) for page in PAGES}
@@ -254,7 +259,15 @@ class _Runner:
         program, *arguments = command
         folder, _, name = program.rpartition("/")
         assert folder in ("", ".venv/bin", ".tox/adfq/bin"), f"{program} is nowhere"
-        known = {"adfq": self.adfq, "tox": self.tox, "pip": self.pip, "python": self.python, "python3": self.python}
+        known = {
+            "adfq": self.adfq,
+            "pip": self.pip,
+            "pytest": self.pytest,
+            "python": self.python,
+            "python3": self.python,
+            "rm": self.rm,
+            "tox": self.tox,
+        }
         if name not in known:
             pytest.fail(f"nothing here knows how to run {shlex.join(command)!r}: teach it, or leave the command out")
         known[name](arguments)
@@ -315,6 +328,20 @@ class _Runner:
         else:
             assert arguments[2] == "tests"
 
+    def pytest(self, arguments: Sequence[str]) -> None:
+        """Run no tests, but know the marker."""
+        option, marker = arguments
+        assert option == "-m"
+        declared = PROJECT["tool"]["pytest"]["ini_options"]["markers"]
+        assert marker in [line.partition(":")[0] for line in declared], f"there is no marker {marker}"
+
+    def rm(self, arguments: Sequence[str]) -> None:
+        """Remove a folder below the present one."""
+        option, folder = arguments
+        assert option == "-rf"
+        assert (Path.cwd() / folder).is_relative_to(Path.cwd())
+        shutil.rmtree(folder, ignore_errors=True)
+
     def pip(self, arguments: Sequence[str]) -> None:
         """Installs nothing; what it names must exist."""
         parser = argparse.ArgumentParser()
@@ -336,6 +363,8 @@ class _Runner:
             assert package == "tox" or (ROOT / package / "pyproject.toml").is_file(), f"pip install {package}"
 
     def python(self, arguments: Sequence[str]) -> None:
+        if arguments == ["scripts/write_results.py"]:
+            return  # test_results_page.py runs it
         assert arguments[0] == "-m"
         if arguments[1] == "venv":
             assert arguments[2:] == [".venv"]
@@ -397,10 +426,11 @@ def test_a_command_that_cannot_be_run_fails(text: str, runner: _Runner) -> None:
         runner.run(shlex.split(text))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=NAMES.get)
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=NAMES.get)
 def test_commands_and_options_in_the_text_exist(page: Path) -> None:
     parsers = _parsers()
-    known = {"--editable", "--help"}.union(*map(_options, parsers.values()))  # pip's, and every command's
+    # pip's, and every command's.
+    known = {"--editable", "--help", "--no-deps"}.union(*map(_options, parsers.values()))
     for span in re.findall(r"`([^`\n]+(?:\n[^`\n]+)?)`", _prose(page)):
         words = span.split()
         if words[0] in ("adfq", ".tox/adfq/bin/adfq") and len(words) > 1:
@@ -463,7 +493,7 @@ def test_the_tutorial_shows_what_ships() -> None:
 def test_toml_is_read(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = tomllib.loads(block.text)
     if "profiles" in content:
-        from benchmarks.report import spec
+        import benchmarks.plan as spec
 
         monkeypatch.setattr(spec, "_TABLES", tmp_path)
         (tmp_path / "6.toml").write_text(block.text, encoding="utf-8")
@@ -512,6 +542,26 @@ def _anchors(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES.get)
 def test_files_that_are_named_exist(page: Path) -> None:
-    folders = "adfq|baselines|benchmarks|tables|tests|examples|docs"
+    folders = "adfq|baselines|benchmarks|scripts|tables|tests|examples|docs|\\.github"
     for name in re.findall(rf"`((?:{folders})/[\w/.]+)`", _prose(page)):
         assert (ROOT / name).exists(), f"{NAMES[page]} names {name}"
+
+
+def test_pages_link_to_pages_of_the_site() -> None:
+    """A site has no files outside of docs/; the page that names one does not link to it."""
+    for page in PAGES:
+        if page.is_relative_to(ROOT / "docs"):
+            for target in re.findall(r"\]\(([^)\s]+)\)", _prose(page)):
+                if not target.startswith(("https://", "#")):
+                    place = (page.parent / target.partition("#")[0]).resolve()
+                    assert place.is_relative_to(ROOT / "docs"), f"{NAMES[page]} links to {target}"
+
+
+def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    formulas = (tmp_path / "methods" / "adfq_vit" / "index.html").read_text(encoding="utf-8")
+    assert "<math" in formulas
+    assert "\\mathrm" not in formulas

@@ -60,7 +60,7 @@ Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
 def sentences(text: str) -> Iterator[str]:
-    """Yield the sentences of a text without code, addresses of links and marks of lists."""
+    """The sentences of a text, each from its first word on; code, links' addresses and marks of lists are left out."""
     text = re.sub(r"^ *```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL)
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
     text = re.sub(r"(`+)[^`]+?\1", "code", text)
@@ -72,17 +72,17 @@ def sentences(text: str) -> Iterator[str]:
 
 
 def opening(text: str) -> str:
-    """Return the first word in small letters."""
+    """The first word in small letters."""
     return re.split(r"[^\w-]", text, maxsplit=1)[0].lower()
 
 
 def decoded(text: str, allowed: frozenset[str] = frozenset()) -> list[str]:
-    """Return the sentences that begin with one of `OPENINGS`, except for allowed ones."""
+    """The sentences that begin with one of `OPENINGS`."""
     return [sentence for sentence in sentences(text) if opening(sentence) in OPENINGS - allowed]
 
 
 def definitions(source: str) -> Iterator[tuple[Definition, str]]:
-    """Yield classes and functions with their docstring, if they have one."""
+    """Classes and functions that have a docstring, with it."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, Definition):
             docstring = ast.get_docstring(node)
@@ -91,18 +91,18 @@ def definitions(source: str) -> Iterator[tuple[Definition, str]]:
 
 
 def is_property(node: Definition) -> bool:
-    """Return True for a function that reads as an attribute."""
+    """True for what reads as an attribute."""
     return any(ast.unparse(decorator).endswith("property") for decorator in node.decorator_list)
 
 
 def docstrings(source: str) -> Iterator[str]:
-    """Yield all docstrings, a module's first."""
+    """All docstrings, a module's first."""
     yield ast.get_docstring(ast.parse(source)) or ""
     yield from (docstring for _, docstring in definitions(source))
 
 
 def paragraphs(docstring: str) -> Iterator[tuple[str, bool]]:
-    """Yield the texts of a docstring, each with True if it describes an argument, attribute or error ("name: text")."""
+    """Texts of a docstring, and for each whether it describes an argument or attribute ("name: text")."""
     prose: list[str] = []
     entries: list[str] = []
     section = False
@@ -123,7 +123,7 @@ def paragraphs(docstring: str) -> Iterator[tuple[str, bool]]:
 
 
 def comments(source: str) -> Iterator[str]:
-    """Yield comments; those of consecutive lines are one."""
+    """Comments; those of consecutive lines are one."""
     block: list[str] = []
     last = -1
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
@@ -142,7 +142,7 @@ def comments(source: str) -> Iterator[str]:
 
 
 def help_texts(source: str) -> Iterator[str]:
-    """Yield texts that the command line shows: help, description and epilog of parsers and their arguments."""
+    """Texts that the command line shows: help, description and epilog of parsers and their arguments."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.keyword) and node.arg in ("help", "description", "epilog"):
             if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
@@ -153,7 +153,7 @@ def help_texts(source: str) -> Iterator[str]:
 
 
 def faults(source: str) -> list[str]:
-    """Return everything in a Python source that breaks the rule."""
+    """Everything in a Python source that breaks the rule."""
     found = [
         sentence
         for docstring in docstrings(source)

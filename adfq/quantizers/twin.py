@@ -24,8 +24,6 @@ class _TwinQuantizer(Quantizer):
 
     def _quantize(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
-            if self.scale.dim():  # several scales, tried side by side
-                return self._round(x, self.scale)
             return in_parts(lambda part, out: self._round(part, self.scale, out), x)
         return straight_through(x, self._round(x.detach(), self.scale), self._inside(x))
 

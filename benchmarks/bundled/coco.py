@@ -82,7 +82,7 @@ def encode_mask(mask: NDArray[np.bool_]) -> dict[str, Any]:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description="Write scenes as a data set in COCO's format.")
+    parser = argparse.ArgumentParser(description="Writes scenes as a data set in COCO's format.")
     parser.add_argument("directory", type=Path)
     parser.add_argument("--train", type=int, default=12_000)
     parser.add_argument("--val", type=int, default=200)

@@ -19,7 +19,7 @@ from adfq.methods import Bits
 from adfq.quantizers import Quantizer, TwinGeluQuantizer, TwinSoftmaxQuantizer, UniformQuantizer
 from adfq.sites import Network
 from baselines import ptq4vit as method
-from baselines.ptq4vit import error_mass, ptq4vit, sample_rows
+from baselines.ptq4vit import ptq4vit, sample_rows
 
 MakeModel = Callable[..., nn.Module]
 MakeImages = Callable[..., Tensor]
@@ -261,7 +261,7 @@ def test_sampled_scores_are_unbiased() -> None:
     expected = (gradient * error).square().sum()
     estimates = []
     for _ in range(300):
-        which, rows, weights = sample_rows(error_mass(x.square().sum(-1), gradient), 3, 10)
+        which, rows, weights = sample_rows(x.square().sum(-1), gradient, 3, 10)
         assert which.shape == (3,)
         assert rows.shape == weights.shape == (3, 10)
         assert 2 not in which
@@ -271,7 +271,7 @@ def test_sampled_scores_are_unbiased() -> None:
 
 
 def test_small_layers_are_not_sampled() -> None:
-    which, rows, weights = sample_rows(torch.rand(3, 5), 3, 8)
+    which, rows, weights = sample_rows(torch.rand(3, 5), torch.randn(3, 5, 2), 3, 8)
     assert which.tolist() == [0, 1, 2]
     assert rows.tolist() == [[0, 1, 2, 3, 4]] * 3
     assert (weights == 1).all()

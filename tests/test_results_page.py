@@ -1,0 +1,48 @@
+"""docs/results.md and the README's numbers are those of the committed records."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_page_is_written_from_the_records() -> None:
+    write_page = runpy.run_path(str(ROOT / "scripts" / "write_results.py"))["write_page"]
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert write_page() == page, "run scripts/write_results.py"
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 130
+    assert len(README.split()) <= 1000
+
+
+def test_the_readme_has_no_table_of_results() -> None:
+    tables = [line for line in README.splitlines() if line.startswith("|")]
+    assert tables
+    assert not any(re.search(r"\d\.\d", line) for line in tables)
+
+
+def test_the_readme_shows_what_its_command_gave() -> None:
+    shown = re.search(
+        r"^(\w+), (\w+), (W\d/A\d): top-1 ([\d.]+) %, top-5 ([\d.]+) % on (\d+) images", README, re.MULTILINE
+    )
+    assert shown is not None
+    model, method, bits, top1, top5, images = shown.groups()
+    command = (
+        f"adfq run classification --model {model} --data bundled --method {method} --bits {bits.replace('/', '')}\n"
+    )
+    assert command in README
+    records = [json.loads(path.read_text()) for path in (ROOT / "results" / "bundled" / "records").glob("*.json")]
+    (record,) = (
+        record
+        for record in records
+        if {"model": model, "method": method, "bits": bits, "seed": 0, "calibration_size": 32}.items()
+        <= record["config"].items()
+    )
+    assert record["metrics"] == {"top1": float(top1), "top5": float(top5), "images": int(images)}
