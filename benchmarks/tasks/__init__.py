@@ -86,20 +86,20 @@ class Subject(Protocol):
 
 @dataclass(frozen=True)
 class Task:
-    """How a task makes its subjects, and what is particular to it.
+    """Functions and properties of a task.
 
     Attributes:
-        load: the model and data that a cell names; of a task with ``results`` among its options, these too.
-        attach: a quantized model with the data that its cell names. The cell's preprocessing is a subject's; nothing
-            is calibrated. None where quantized models cannot be saved and loaded.
-        model_names: the models that have a name.
-        describe: metrics in words.
-        main_metrics: the metrics that results are compared by.
-        data: an example of where users have theirs.
-        batch_size: of evaluation, where none is asked for.
-        options: of the command line, that not every task has.
-        arguments: such options that decide results (`Cell.task_arguments`), with their defaults.
-        libraries: that compute beside torch and timm.
+        load: function from a cell to its model and data; a task with ``results`` among its options takes these too.
+        attach: function from a cell and a quantized model to the model with the cell's data. The cell's preprocessing
+            is complete; nothing is calibrated. None if quantized models cannot be saved and loaded.
+        model_names: function that returns the names of models.
+        describe: function from metrics to a phrase.
+        main_metrics: metrics that results are compared by.
+        data: example of a user's data.
+        batch_size: default number of images a batch in evaluation.
+        options: options of the command line that not every task has.
+        arguments: those options that decide results (`Cell.task_arguments`), with their defaults.
+        libraries: libraries that compute beside torch and timm.
     """
 
     load: Callable[..., Subject]
@@ -151,27 +151,39 @@ TASKS: Mapping[str, Task] = {
 
 
 def find_task(name: str) -> Task:
-    """The task of that name; AdfqError for an unknown one."""
+    """Return a task by its name.
+
+    Raises:
+        AdfqError: for an unknown task.
+    """
     if name not in TASKS:
         raise AdfqError(f"unknown task {name!r}; there are {', '.join(TASKS)}")
     return TASKS[name]
 
 
 def load_subject(cell: Cell, results: str | None = None) -> Subject:
-    """Loads what a cell is measured on.
+    """Load a cell's model and data.
 
     Args:
-        results: prefix of the files that results are written to, by a task that has them.
+        cell: cell to measure.
+        results: prefix of the files that a task with results writes them to; None, the default, for none.
 
     Raises:
-        AdfqError: for an unknown task or anything that cannot be loaded.
+        AdfqError: for an unknown task, and a model or data that cannot be loaded.
     """
     task = find_task(cell.task)
     return task.load(cell) if results is None else task.load(cell, results)
 
 
 def check_saved(task: str) -> Callable[[Cell, nn.Module], Subject]:
-    """A task's `attach`; AdfqError for one whose quantized models cannot be saved and loaded."""
+    """Return a task's `attach`.
+
+    Args:
+        task: name of a task.
+
+    Raises:
+        AdfqError: for a task whose quantized models cannot be saved and loaded.
+    """
     attach = find_task(task).attach
     if attach is None:
         raise AdfqError(f"quantized models cannot be saved to a file, or loaded from one, for {task} yet")

@@ -1,4 +1,4 @@
-"""Object detection and instance segmentation with MMDetection: models, pipelines and metric come from its configs."""
+"""Object detection and instance segmentation with MMDetection, whose configs give models, pipelines and metric."""
 
 from __future__ import annotations
 
@@ -47,12 +47,14 @@ _FEATURE_IMAGES = 4
 
 @dataclass(frozen=True)
 class Found:
-    """An image with what there is and what was found, in COCO's format.
+    """Image with ground truth and detections, in COCO's format.
 
     Attributes:
-        image: H×W×3.
+        image: H×W×3, red, green, blue.
         classes: names of the categories.
-        ids: of the categories, in the same order.
+        ids: ids of the categories, in the same order.
+        truth: annotations.
+        found: detections.
     """
 
     image: NDArray[np.uint8]
@@ -64,13 +66,17 @@ class Found:
 
 @dataclass(frozen=True)
 class Detection:
-    """A detector with its train and evaluation split (`benchmarks.tasks.Subject`).
+    """Detector with its train and evaluation split (`benchmarks.tasks.Subject`).
 
     Attributes:
-        model: MMDetection's, with its config as attribute `cfg`.
-        preprocessing: the test pipeline and what the model itself does to images.
-        workers: how many processes read images for evaluation, at most; 0 reads them in this one.
-        results: where to write what was found, in COCO's format: ``RESULTS.bbox.json`` and ``RESULTS.segm.json``.
+        model: MMDetection's detector, with its config as attribute `cfg`.
+        weights_digest: SHA-256 of the weights and the config.
+        preprocessing: test pipeline, and the model's own preprocessing.
+        train: split to calibrate on.
+        validation: split to evaluate on.
+        workers: largest number of processes that read images for evaluation; 0 reads in this process.
+        results: prefix of the files ``RESULTS.bbox.json`` and ``RESULTS.segm.json`` that detections are written to, in
+            COCO's format; None, the default, for none.
     """
 
     model: nn.Module
@@ -83,17 +89,31 @@ class Detection:
 
     @property
     def data_digests(self) -> Mapping[str, Any]:
+        """Number of evaluation images, and SHA-256 of each split's annotations."""
         return digest_splits(self.train, self.validation)
 
     def calibration_images(self, count: int, seed: int) -> Tensor:
-        """As the pipeline for evaluation gives them, padded to the size of the largest."""
+        """Return images of the train split, padded to the size of the largest: `count`×3×H×W.
+
+        They are preprocessed by the pipeline for evaluation.
+
+        Args:
+            count: number of images.
+            seed: seed of their choice.
+        """
         return self._read(self.train, choose_images(len(self.train.images), count, seed), "reading calibration images")
 
     def evaluation_images(self, count: int) -> Tensor:
+        """Return the first evaluation images, padded to the size of the largest: B×3×H×W with B at most `count`."""
         return self._read(self.validation, range(min(count, len(self.validation.images))), "reading images")
 
     def forward(self, model: nn.Module, images: Tensor) -> Any:
-        """Backbone and neck."""
+        """Run backbone and neck.
+
+        Args:
+            model: the detector or its quantized twin.
+            images: B×3×H×W.
+        """
         detector: Any = model
         return detector.extract_feat(images)
 
@@ -106,14 +126,23 @@ class Detection:
         batch_size: int,
         loading: Stopwatch | None = None,
     ) -> dict[str, float]:
-        """COCO's average precisions in percent, ``box_ap``, ``box_ap50``, ``box_ap75``, ``box_ap_small``,
-        ``box_ap_medium``, ``box_ap_large``, and ``mask_ap`` … of a model that finds masks. Where no object has that
-        size, there is no such metric. ``feature_error_1`` … are ‖F_q - F‖ / ‖F‖ of each of the backbone's outputs over
-        the first four images, F being full precision's.
+        """Return COCO's average precisions in percent, and feature errors.
+
+        Average precisions are ``box_ap``, ``box_ap50``, ``box_ap75``, ``box_ap_small``, ``box_ap_medium`` and
+        ``box_ap_large``, and ``mask_ap`` … of a model that predicts masks. A size that no object has gives no metric.
+        ``feature_error_1`` … are ‖F_q - F‖ / ‖F‖ of each of the backbone's outputs over the first four images, with F
+        that of full precision. ``images`` is the number of images.
+
+        Args:
+            model: the detector or its quantized twin.
+            device: device to run on.
+            limit: largest number of images; None for all.
+            batch_size: images a batch.
+            loading: stopwatch of the time spent waiting for images; None, the default, for none.
 
         Raises:
-            NonFiniteError: naming the layer, if the backbone's outputs are not finite.
-            AdfqError: for images that cannot be read; where results cannot be written.
+            NonFiniteError: if the backbone's outputs hold NaN or infinity; the message names the layer.
+            AdfqError: for images that cannot be read, and results that cannot be written.
         """
         truth = self.validation.read_truth(limit)
         count = len(truth["images"])
@@ -128,7 +157,12 @@ class Detection:
 
     @torch.inference_mode()
     def find(self, model: nn.Module, device: torch.device, count: int) -> list[Found]:
-        """What there is in the first images, and what a model finds there.
+        """Return the first images with ground truth and detections.
+
+        Args:
+            model: the detector or its quantized twin.
+            device: device to run on.
+            count: largest number of images.
 
         Raises:
             AdfqError: as `evaluate`.
@@ -153,7 +187,7 @@ class Detection:
         loading: Stopwatch,
         results: str | None = None,
     ) -> dict[str, list[dict[str, Any]]]:
-        """What a model finds in the truth's images, which are the first ones, in COCO's format, by kind."""
+        """Return the detections in the truth's images, which are the first ones, in COCO's format and by kind."""
         from mmdet.evaluation import CocoMetric
         from mmengine.dataset import pseudo_collate
 
@@ -182,7 +216,7 @@ class Detection:
                 raise AdfqError(f"cannot write {prefix}.{kinds[0]}.json: {error.strerror}") from None
 
     def _feature_errors(self, model: Any, images: Tensor, batch_size: int) -> dict[str, float]:
-        """By the name of the metric; 0 for the model in full precision itself."""
+        """Return feature errors by the name of the metric; 0 for the model in full precision itself."""
         reference: Any = self.model.to(images.device).eval()
         sums: dict[str, list[float]] = {}
         for batch in images.split(batch_size):
@@ -197,7 +231,7 @@ class Detection:
         return {name: (error / (norm or 1.0)) ** 0.5 for name, (error, norm) in sums.items()}
 
     def _read(self, split: CocoSplit, chosen: Sequence[int], label: str) -> Tensor:
-        """Images as the model gets them, one batch."""
+        """Read images as the model takes them, as one batch."""
         dataset = self._open(split, chosen)
         bar = tqdm(range(len(dataset)), desc=label, unit="image", delay=2, leave=False, disable=None)
         inputs = [dataset[index]["inputs"] for index in bar]
@@ -207,7 +241,7 @@ class Detection:
         return batch
 
     def _open(self, split: CocoSplit, chosen: Iterable[int]) -> CheckedImages:
-        """The chosen images through the pipeline for evaluation, which does not see what is to be found in them."""
+        """Open the chosen images with the pipeline for evaluation, which does not see their annotations."""
         with TemporaryDirectory() as folder, mmdetection():
             file = Path(folder, "images.json")
             split.write_images(chosen, file)
@@ -215,7 +249,7 @@ class Detection:
 
 
 def describe_detection(metrics: Mapping[str, float]) -> str:
-    """The metrics in words."""
+    """Return the metrics as one phrase."""
     found = ", ".join(f"{kind} AP {metrics[f'{kind}_ap']:.2f}" for kind in KINDS.values() if f"{kind}_ap" in metrics)
     errors = [value for name, value in metrics.items() if name.startswith("feature_error_")]
     off = f"; backbone features off by {', '.join(f'{100 * error:.1f} %' for error in errors)}" if any(errors) else ""
@@ -223,16 +257,16 @@ def describe_detection(metrics: Mapping[str, float]) -> str:
 
 
 def load_detection(cell: Cell, results: str | None = None) -> Detection:
-    """Loads a cell's model and data.
+    """Load a cell's model and data.
 
     Args:
-        cell: its model is a name or a config file, its data ``bundled`` or a folder with COCO's
+        cell: its model is a name or a config's path; its data are ``bundled`` or a folder with COCO's
             ``annotations/instances_{train,val}2017.json`` and ``{train,val}2017/``.
-        results: `Detection.results`.
+        results: prefix of the files for detections; None, the default, for none.
 
     Raises:
-        AdfqError: for what this task does not have, an unusable config, a checkpoint that does not fit, unusable data,
-            and results that could not be written.
+        AdfqError: for settings that this task does not have, an unusable config, a checkpoint that does not fit,
+            unusable data, and results that could not be written.
     """
     _check_supported(cell)
     if results is not None:
@@ -277,7 +311,7 @@ def _build_dataset(config: Any, folder: Path | None = None, **settings: Any) -> 
 
 
 def _head_classes(model: nn.Module) -> list[int]:
-    """How many classes the box heads tell apart; a cascade has several heads."""
+    """Return the number of classes of each box head; a cascade has several heads."""
     named = [(name.split("."), module) for name, module in model.named_modules()]
     heads = [module for name, module in named if "bbox_head" in name[-2:] and name[-1] in ("bbox_head", *"0123456789")]
     return [int(head.num_classes) for head in heads if hasattr(head, "num_classes")]
