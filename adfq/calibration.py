@@ -78,7 +78,7 @@ def calibrate_activations(network: Network, images: Tensor) -> None:
         AdfqError: for a site that the model does not use; the message names it.
         NonFiniteError: for activations that hold NaN or infinity; the message names the site.
     """
-    sites = [(name, found) for name, _, found in network.activation_quantizers() if not found.is_calibrated]
+    sites = [(name, found) for name, found in network.activation_quantizers().items() if not found.is_calibrated]
     if not sites:
         return
     progress = progress_bar("calibrating activations", len(sites))

@@ -18,12 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from adfq.adapters import Architecture, adapt, create, qualified_name
+from adfq.api import Quantization
+from adfq.bits import Bits
 from adfq.errors import AdfqError
 from adfq.files import replacing
-from adfq.layers import QuantMatMul, QuantWeightLayer
-from adfq.methods import Bits, Quantization, load_method
+from adfq.layers import QuantWeightLayer
 from adfq.quantizers import Quantizer
-from adfq.sites import Network
+from adfq.registry import find_method
+from adfq.sites import operators_of, sites_of
 
 FORMAT = 1
 
@@ -108,7 +110,7 @@ def packed_size(model: nn.Module) -> int:
     """
     size = 0
     dtype = _dtype(model)
-    codes = {f"{name}.weight": _codes(layer, dtype) for name, layer in Network(model, {}).weight_layers()}
+    codes = {f"{name}.weight": _codes(layer, dtype) for name, layer in _weight_layers(model)}
     for name, tensor in model.state_dict().items():
         packed = codes.get(name)
         size += (tensor if packed is None else packed).nbytes
@@ -154,7 +156,7 @@ def _write(model: nn.Module, quantization: Quantization, notes: Mapping[str, Any
 
     dtype = _dtype(model)
     tensors: dict[str, Tensor] = model.state_dict()
-    for name, layer in Network(model, {}).weight_layers():
+    for name, layer in _weight_layers(model):
         codes = _codes(layer, dtype)
         if codes is not None:
             del tensors[f"{name}.weight"]
@@ -170,7 +172,11 @@ def _write(model: nn.Module, quantization: Quantization, notes: Mapping[str, Any
         "notes": notes,
         "architecture": asdict(quantization.architecture),
         "dtype": str(dtype),
-        "quantizers": {site: _specify(site, getattr(owner, child)) for site, owner, child in _sites(model)},
+        "quantizers": {
+            site.name: _specify(site.name, quantizer)
+            for site in sites_of(model)
+            if not isinstance(quantizer := getattr(site.operator, site.attribute), nn.Identity)
+        },
         "versions": {package: version(package) for package in ("adfq", "torch", "timm")},
     }
     try:
@@ -307,9 +313,9 @@ def _to_tuple(value: Any) -> Any:
 
 def _attach(model: nn.Module, specified: Mapping[str, Any], method: str) -> None:
     with suppress(AdfqError):  # one that is not installed may have used nothing but adfq's quantizers
-        load_method(method)  # its module may define others
+        find_method(method)  # its module may define others
     classes = {qualified_name(cls): cls for cls in _subclasses(Quantizer)}
-    sites = {site: (owner, child) for site, owner, child in _sites(model, empty=True)}
+    sites = {site.name: site for site in sites_of(model)}
     for site, spec in specified.items():
         if site not in sites:
             raise AdfqError(f"its model has no place {site!r} for a quantizer")
@@ -320,15 +326,14 @@ def _attach(model: nn.Module, specified: Mapping[str, Any], method: str) -> None
             raise AdfqError(
                 f"{site}: unknown quantizer {spec['class']!r}; is all that method {method!r} needs installed?"
             )
-        owner, child = sites[site]
         try:
-            setattr(owner, child, classes[spec["class"]](**spec["arguments"]))
+            sites[site].attach(classes[spec["class"]](**spec["arguments"]))
         except (TypeError, ValueError) as error:
             raise AdfqError(f"{site}: cannot make its quantizer: {error}") from None
 
 
 def _load_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    layers = dict(Network(model, {}).weight_layers())
+    layers = dict(_weight_layers(model))
     codes = {name: tensors.pop(f"{name}.codes") for name in layers if f"{name}.codes" in tensors}
     for name, layer in layers.items():
         if layer.bias is None and f"{name}.bias" in tensors:  # a method has given it one
@@ -378,17 +383,8 @@ def _set_weight(name: str, layer: QuantWeightLayer, packed: Tensor) -> None:
     layer.weight = nn.Parameter(weight.to(layer.weight.dtype), requires_grad=False)
 
 
-def _sites(model: nn.Module, empty: bool = False) -> Iterator[tuple[str, nn.Module, str]]:
-    """Yield (site name, owner, attribute) of each quantizer; with `empty`, of places without one too."""
-    children = {
-        QuantWeightLayer: ("input_quantizer", "weight_quantizer"),
-        QuantMatMul: ("left_quantizer", "right_quantizer"),
-    }
-    for name, module in model.named_modules():
-        for cls, attributes in children.items():
-            for child in attributes if isinstance(module, cls) else ():
-                if empty or not isinstance(getattr(module, child), nn.Identity):
-                    yield f"{name}.{child}", module, child
+def _weight_layers(model: nn.Module) -> Iterator[tuple[str, QuantWeightLayer]]:
+    return ((name, layer) for name, layer in operators_of(model) if isinstance(layer, QuantWeightLayer))
 
 
 def _subclasses(cls: type[Any]) -> Iterator[type[Any]]:

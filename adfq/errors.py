@@ -13,3 +13,10 @@ class NonFiniteError(AdfqError):
 
     In a table it costs one cell.
     """
+
+
+class NotApplicableError(AdfqError):
+    """A method that cannot be applied to a model; the message is the reason.
+
+    In a table the cell is "n/a", and the table goes on.
+    """

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adfq.api import Quantization
 from adfq.errors import AdfqError
 from adfq.files import replacing
 from adfq.layers import QuantConv2d, QuantMatMul, QuantWeightLayer
-from adfq.methods import Quantization
 from adfq.quantizers import (
     LogQuantizer,
     OutlierQuantizer,
@@ -174,8 +174,8 @@ def _serialize(model: nn.Module, input_size: tuple[int, int, int]) -> bytes:
 
 
 def _check_exportable(model: nn.Module) -> None:
-    network = Network(model, {})
-    for site, _, quantizer in network.activation_quantizers():
+    network = Network(model)
+    for site, quantizer in network.activation_quantizers().items():
         problem = next((reason for cls, reason in _REFUSED.items() if isinstance(quantizer, cls)), None)
         if problem is None and not isinstance(quantizer, LogQuantizer):
             problem = _problem_of_uniform(quantizer)
@@ -202,7 +202,7 @@ def _problem_of_uniform(quantizer: Quantizer) -> str | None:
 
 def _convert(model: nn.Module) -> Exported:
     """Replace, in place, every product by one that is traced to ONNX's operators."""
-    network = Network(model, {})
+    network = Network(model)
     integer, floating = [], {}
     for name, layer in list(network.weight_layers()):
         reason = _why_float((layer.input_quantizer, layer.weight_quantizer))

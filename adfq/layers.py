@@ -59,8 +59,8 @@ class QuantWeightLayer(nn.Module, ABC):
             self.frozen = False
 
     @torch.no_grad()
-    def quantize_weight(self) -> Tensor:
-        """Return the weight that `forward` uses: learned, quantized or full precision, the shape of `weight`."""
+    def effective_weight(self) -> Tensor:
+        """Return the weight that `forward` computes with, out × in (× kernel)."""
         if self.learned_weight is not None:
             return self.learned_weight
         quantizer = self.weight_quantizer
@@ -73,7 +73,7 @@ class QuantWeightLayer(nn.Module, ABC):
 
     def freeze(self) -> None:
         """Replace the weight by its quantized values for good; the full-precision weight is gone."""
-        quantized = self.quantize_weight()
+        quantized = self.effective_weight()
         if quantized is not self.weight:
             self.weight, self.learned_weight = nn.Parameter(quantized, requires_grad=False), None
         self.frozen = True
@@ -84,7 +84,7 @@ class QuantWeightLayer(nn.Module, ABC):
         Args:
             x: input of the replaced layer.
         """
-        return self._apply_weight(self.input_quantizer(x), self.quantize_weight())
+        return self._apply_weight(self.input_quantizer(x), self.effective_weight())
 
     @abstractmethod
     def _apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,8 +26,9 @@ from torch import Tensor, nn
 from adfq.calibration import calibrating, progress_bar
 from adfq.errors import AdfqError
 from adfq.layers import QuantConv2d, QuantWeightLayer
+from adfq.method import Method, Run
 from adfq.quantizers import LogQuantizer, UniformQuantizer
-from adfq.quantizers.adaround import AdaRoundQuantizer
+from adfq.quantizers.adaround import AdaRound
 from adfq.sites import Network
 
 _WARM_UP = 0.2  # share of the iterations before rounding is regularized
@@ -38,7 +40,7 @@ _PATIENCE = 4  # after how many checks in a row without improvement optimization
 
 
 @dataclass(frozen=True)
-class Settings:
+class OptimizerOptions:
     """How modules are optimized; the defaults are the paper's.
 
     Attributes:
@@ -89,6 +91,11 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class OptimizingMethod(OptimizerOptions, Method):
+    """A method that reconstructs units after calibration; ``iterations=0`` leaves it calibrated."""
+
+
+@dataclass(frozen=True)
 class Result:
     """What became of a module.
 
@@ -103,7 +110,7 @@ class Result:
     kept: bool
 
 
-def optimize_modules(network: Network, images: Tensor, settings: Settings) -> dict[str, Result]:
+def optimize_units(network: Network, run: Run, options: OptimizerOptions) -> dict[str, Result]:
     """Calibrates and optimizes module after module of a network whose weights are quantized.
 
     One forward pass serves full precision and the quantized network side by side: every module finds its inputs in
@@ -113,7 +120,7 @@ def optimize_modules(network: Network, images: Tensor, settings: Settings) -> di
     Args:
         network: with quantizers attached and weights quantized; its parameters get no gradients any more.
         images: B×C×H×W; moved to the model's device and dtype.
-        settings: how.
+        options: how.
 
     Returns:
         What became of each module, by name, in the order of the forward pass.
@@ -122,21 +129,21 @@ def optimize_modules(network: Network, images: Tensor, settings: Settings) -> di
         NonFiniteError: naming the site, for activations that are not finite.
         AdfqError: for a folder that cannot be written.
     """
-    images = network.place(images)
+    images = network.place(run.images)
     network.model.requires_grad_(False)
     # A seed for each module, so that what one draws does not depend on those before it.
-    seeds = torch.randint(2**62, (len(network.modules),)).tolist()
-    finished = _Finished(network, images, f"{settings} {seeds}")
+    seeds = torch.randint(2**62, (len(network.units),)).tolist()
+    finished = _Finished(run.resume, network, images, f"{options} {seeds}")
     results: dict[str, Result] = {}
     outputs: list[Tensor] = []
     hooks = []
 
-    with progress_bar("optimizing modules", len(network.modules) * settings.iterations) as progress:
+    with progress_bar("optimizing modules", len(network.units) * options.iterations) as progress:
 
         def optimize(name: str, seed: int, module: nn.Module, arguments: tuple[Any, ...], keywords: Any) -> Any:
             progress.set_description(f"optimizing {name}")
             torch.manual_seed(seed)
-            reconstruction = _Reconstruction(network, name, len(images), settings, arguments, keywords)
+            reconstruction = _Reconstruction(network, name, len(images), options, arguments, keywords)
             result = finished.restore(name, reconstruction)
             if result is None:
                 result = reconstruction.run(progress.update)
@@ -148,13 +155,13 @@ def optimize_modules(network: Network, images: Tensor, settings: Settings) -> di
             first = {key: tensor[0] for key, tensor in reconstruction.inputs.items()}
             return _replace(arguments, keywords, first)
 
-        for name, seed in zip(network.modules, seeds, strict=True):
+        for name, seed in zip(network.units, seeds, strict=True):
             module = network.model.get_submodule(name)
             hooks.append(module.register_forward_pre_hook(partial(optimize, name, seed), with_kwargs=True))
             hooks.append(module.register_forward_hook(lambda *_: outputs.pop()))
         try:
             with torch.no_grad():
-                (network.trunk or network.run)(torch.cat([images, images]))
+                network.run_units(torch.cat([images, images]))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -167,17 +174,17 @@ def optimize_modules(network: Network, images: Tensor, settings: Settings) -> di
 
 
 class _Finished:
-    """The modules that an earlier run, of the same network, images and settings, has optimized."""
+    """The modules that an earlier run, of the same network, images and options, has optimized."""
 
-    def __init__(self, network: Network, images: Tensor, settings: str) -> None:
-        self.folder = network.resume
+    def __init__(self, folder: Path | None, network: Network, images: Tensor, options: str) -> None:
+        self.folder = folder
         if self.folder is None:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise AdfqError(f"cannot write to {self.folder}: {error.strerror}") from None
-        digest = hashlib.sha256(f"{torch.__version__} {settings} {network.model}".encode())
+        digest = hashlib.sha256(f"{torch.__version__} {options} {network.model}".encode())
         for tensor in (images, *network.model.state_dict().values()):
             digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
         self.fingerprint = digest.hexdigest()
@@ -226,16 +233,16 @@ class _Reconstruction:
         network: Network,
         name: str,
         images: int,
-        settings: Settings,
+        options: OptimizerOptions,
         arguments: tuple[Any, ...],
         keywords: Mapping[str, Any],
     ) -> None:
-        self.settings = settings
+        self.options = options
         self.module = network.model.get_submodule(name)
         self.arguments = arguments, keywords
         modules = self.module.named_modules()
         self.layers = {key: layer for key, layer in modules if isinstance(layer, QuantWeightLayer)}
-        self.quantizers = {site: quantizer for site, _, quantizer in network.activation_quantizers(name)}
+        self.quantizers = network.activation_quantizers(name)
         self.softmaxes = [module for module in self.module.modules() if isinstance(module, nn.Softmax)]
         self.channels_first = any(isinstance(layer, QuantConv2d) for layer in self.layers.values())
         self.inputs, self.quantized_inputs = {}, {}
@@ -247,7 +254,7 @@ class _Reconstruction:
                 self.inputs[key], self.quantized_inputs[key] = halves
         with network.full_precision():
             self.targets, self.scores = self._targets()
-        held_back = round(settings.held_back * images)
+        held_back = round(options.held_back * images)
         self.trained_on, self.judged_on = torch.arange(images).tensor_split([images - held_back])
         if not held_back:
             self.judged_on = self.trained_on
@@ -269,7 +276,7 @@ class _Reconstruction:
 
     def _batches(self) -> tuple[Tensor, ...]:
         images = len(next(iter(self.inputs.values())))
-        batches: tuple[Tensor, ...] = torch.arange(images).split(self.settings.optimize_batch_size)
+        batches: tuple[Tensor, ...] = torch.arange(images).split(self.options.optimize_batch_size)
         return batches
 
     def _forward(self, inputs: Mapping[int | str, Tensor]) -> Tensor:
@@ -288,7 +295,7 @@ class _Reconstruction:
     def _scores(self) -> Iterator[list[Tensor]]:
         """Within it, the list receives the input of every softmax of the module."""
         found: list[Tensor] = []
-        wanted = self.softmaxes if self.settings.attention_weight else []
+        wanted = self.softmaxes if self.options.attention_weight else []
         hooks = [softmax.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0])) for softmax in wanted]
         try:
             yield found
@@ -297,9 +304,9 @@ class _Reconstruction:
                 hook.remove()
 
     def _distribution(self, scores: Tensor) -> Tensor:
-        if self.settings.released:
-            return (scores.float().softmax(-1) / self.settings.temperature).softmax(1)
-        return (scores.float() / self.settings.temperature).softmax(-1)
+        if self.options.released:
+            return (scores.float().softmax(-1) / self.options.temperature).softmax(1)
+        return (scores.float() / self.options.temperature).softmax(-1)
 
     def run(self, done: Callable[[], object]) -> Result:
         """Calibrates and optimizes the module."""
@@ -314,33 +321,33 @@ class _Reconstruction:
         return Result(before, after, kept)
 
     def _optimize(self, done: Callable[[], object]) -> None:
-        settings = self.settings
-        self.roundings: list[tuple[QuantWeightLayer, AdaRoundQuantizer]] = []
-        if settings.rounding_learning_rate:
+        options = self.options
+        self.roundings: list[tuple[QuantWeightLayer, AdaRound]] = []
+        if options.rounding_learning_rate:
             for layer in self.layers.values():
                 if isinstance(layer.weight_quantizer, UniformQuantizer):
-                    self.roundings.append((layer, AdaRoundQuantizer(layer.weight, layer.weight_quantizer)))
-        steps = [quantizer.scale for quantizer in self.quantizers.values()] if settings.step_learning_rate else []
+                    self.roundings.append((layer, AdaRound(layer.weight, layer.weight_quantizer)))
+        steps = [quantizer.scale for quantizer in self.quantizers.values()] if options.step_learning_rate else []
         smallest = [_MIN_STEP * step for step in steps]
         optimizers: list[torch.optim.Optimizer] = []
         if self.roundings:
             alphas = [rounding.alpha for _, rounding in self.roundings]
-            optimizers.append(torch.optim.Adam(alphas, settings.rounding_learning_rate, fused=True))
+            optimizers.append(torch.optim.Adam(alphas, options.rounding_learning_rate, fused=True))
         if steps:
-            rates = [min(settings.step_learning_rate, _MAX_RATE * step.mean().item()) for step in steps]
+            rates = [min(options.step_learning_rate, _MAX_RATE * step.mean().item()) for step in steps]
             groups = [{"params": [step], "lr": rate} for step, rate in zip(steps, rates, strict=True)]
             optimizers.append(torch.optim.Adam(groups, fused=True))
         if not optimizers:
             return
-        decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizers[-1], settings.iterations) if steps else None
+        decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizers[-1], options.iterations) if steps else None
 
         best, best_error, worse = None, math.inf, 0
         with self._differentiable(steps):
-            for iteration in range(settings.iterations):
+            for iteration in range(options.iterations):
                 for optimizer in optimizers:
                     optimizer.zero_grad()
                 with torch.enable_grad():
-                    loss = self._loss(iteration / settings.iterations)
+                    loss = self._loss(iteration / options.iterations)
                 loss.backward()
                 for optimizer in optimizers:
                     optimizer.step()
@@ -349,7 +356,7 @@ class _Reconstruction:
                 for step, limit in zip(steps, smallest, strict=True):
                     step.clamp_(min=limit)
                 done()
-                if settings.held_back and self._is_check(iteration):
+                if options.held_back and self._is_check(iteration):
                     self._round()
                     error = self._error()
                     if error < best_error:
@@ -362,50 +369,50 @@ class _Reconstruction:
 
     def _loss(self, progress: float) -> Tensor:
         """The loss of a batch drawn at random, `progress` through the iterations."""
-        settings = self.settings
-        chosen = self.trained_on[torch.randperm(len(self.trained_on))[: settings.optimize_batch_size]]
+        options = self.options
+        chosen = self.trained_on[torch.randperm(len(self.trained_on))[: options.optimize_batch_size]]
         mixed = {}
         for key, tensor in _choose(self.inputs, chosen).items():
-            quantized = torch.rand_like(tensor) < settings.mix_probability
+            quantized = torch.rand_like(tensor) < options.mix_probability
             mixed[key] = torch.where(quantized, self.quantized_inputs[key][chosen], tensor)
         for layer, rounding in self.roundings:
             layer.learned_weight = rounding.soft().to(layer.weight.dtype)
         with (
-            torch.autocast(self.targets.device.type, torch.bfloat16, enabled=settings.autocast),
+            torch.autocast(self.targets.device.type, torch.bfloat16, enabled=options.autocast),
             self._scores() as scores,
         ):
             output = self._forward(mixed)
         loss = self._squared_error(output, self.targets[chosen].flatten(0, 1))
         for score, target in zip(scores, self.scores, strict=True):
-            loss = loss + settings.attention_weight * self._divergence(score, target[chosen].flatten(0, 1))
+            loss = loss + options.attention_weight * self._divergence(score, target[chosen].flatten(0, 1))
         if progress >= _WARM_UP:
             start, end = _BETA
             beta = start + (end - start) * (progress - _WARM_UP) / (1 - _WARM_UP)
             for _, rounding in self.roundings:
-                loss = loss + settings.rounding_weight * rounding.regularizer(beta)
+                loss = loss + options.rounding_weight * rounding.regularizer(beta)
         return loss
 
     def _divergence(self, scores: Tensor, target: Tensor) -> Tensor:
         """KL(full precision ‖ quantized) of attention scores but for a constant: summed over queries, mean over heads
         and rows.
         """
-        if self.settings.released:
-            logarithm = (scores.float().softmax(-1) / self.settings.temperature).log_softmax(1)
+        if self.options.released:
+            logarithm = (scores.float().softmax(-1) / self.options.temperature).log_softmax(1)
             return -(target * logarithm).sum() / len(scores)
-        logarithm = (scores.float() / self.settings.temperature).log_softmax(-1)
+        logarithm = (scores.float() / self.options.temperature).log_softmax(-1)
         return -(target * logarithm).sum() / math.prod(scores.shape[:2])
 
     def _is_check(self, iteration: int) -> bool:
         passed = iteration + 1
-        every = max(1, self.settings.iterations // _CHECKS)
-        return passed >= _WARM_UP * self.settings.iterations and (
-            passed % every == 0 or passed == self.settings.iterations
+        every = max(1, self.options.iterations // _CHECKS)
+        return passed >= _WARM_UP * self.options.iterations and (
+            passed % every == 0 or passed == self.options.iterations
         )
 
     @contextmanager
     def _differentiable(self, steps: list[Tensor]) -> Iterator[None]:
         hooks = []
-        if self.settings.released:
+        if self.options.released:
             hooks = [
                 quantizer.register_forward_pre_hook(lambda _, inputs: (inputs[0].detach(),))
                 for quantizer in self.quantizers.values()
@@ -428,7 +435,7 @@ class _Reconstruction:
     def _error(self) -> float:
         """The reconstruction error with the inputs that the quantized network gives, on the images that judge."""
         total = 0.0
-        for chosen in self.judged_on.split(self.settings.optimize_batch_size):
+        for chosen in self.judged_on.split(self.options.optimize_batch_size):
             output = self._forward(_choose(self.quantized_inputs, chosen))
             total += float(self._squared_error(output, self.targets[chosen].flatten(0, 1))) * len(chosen)
         return total / len(self.judged_on)

@@ -1,11 +1,11 @@
-"""Where a transformer is quantized, and what a method puts there."""
+"""Sites, the places of quantizers in a transformer, and recipes, the quantizers that a method puts there."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,8 +14,8 @@ from adfq.errors import AdfqError
 from adfq.layers import QuantMatMul, QuantWeightLayer
 from adfq.quantizers import Quantizer
 
-#: The parts that a tensor plays in a transformer, as far as methods tell them apart. Those that name a layer
-#: mean its input and its weight; the others are the operands of attention's two matrix products.
+#: The parts that a tensor plays in a transformer. A layer's name stands for its input and its weight; the four
+#: operands of attention's two matrix products have names of their own.
 ROLES = (
     "patch_embed",  # input image
     "qkv",  # post-LayerNorm
@@ -41,12 +41,17 @@ MakeQuantizer = Callable[[], Quantizer | None]
 
 @dataclass(frozen=True)
 class Recipe:
-    """Which quantizer goes to which site; None in place of a quantizer leaves the site in full precision.
+    """The quantizer of each site, by role; a factory that returns None leaves the site in full precision.
 
     Attributes:
-        activation, weight: make the quantizer of every site that is not named below.
-        activations, weights: by site role.
-        run_time: by site role, for activations without fixed token positions; goes before `activations`.
+        activation: factory for the activations of every role that is not in `activations`.
+        weight: factory for the weights of every role that is not in `weights`.
+        activations: factories by role.
+        weights: factories by role.
+        run_time: factories by role for activations without fixed token positions; they go before `activations`.
+
+    Raises:
+        AdfqError: for an unknown role.
     """
 
     activation: MakeQuantizer
@@ -60,100 +65,180 @@ class Recipe:
         if unknown:
             raise AdfqError(f"unknown site role {unknown[0]!r}; there are {', '.join(ROLES)}")
 
-    def for_activation(self, role: str, fixed_positions: bool = True) -> nn.Module:
-        make = self.activations.get(role, self.activation)
-        return (make if fixed_positions else self.run_time.get(role, make))() or nn.Identity()
+    def quantizer_of(self, site: Site) -> Quantizer | None:
+        """Return a new quantizer for a site, not yet calibrated; None for full precision."""
+        if site.is_weight:
+            return self.weights.get(site.role, self.weight)()
+        make = self.activations.get(site.role, self.activation)
+        fixed = not isinstance(site.operator, QuantWeightLayer) or site.operator.fixed_positions
+        return (make if fixed else self.run_time.get(site.role, make))()
 
-    def for_weight(self, role: str) -> nn.Module:
-        return self.weights.get(role, self.weight)() or nn.Identity()
+
+@dataclass(frozen=True)
+class Site:
+    """The place of a quantizer: an operand of a quantizable operator.
+
+    Attributes:
+        name: operator and attribute, such as ``"blocks.0.attn.qkv.input_quantizer"``.
+        operator: the layer or matrix product.
+        attribute: ``"input_quantizer"``, ``"weight_quantizer"``, ``"left_quantizer"`` or ``"right_quantizer"``.
+        role: the operand's role, one of `ROLES`.
+    """
+
+    name: str
+    operator: QuantWeightLayer | QuantMatMul
+    attribute: str
+    role: str
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether the operand is a weight, and not an activation."""
+        return self.attribute == "weight_quantizer"
+
+    @property
+    def quantizer(self) -> Quantizer | None:
+        """The site's quantizer; None in full precision."""
+        found = getattr(self.operator, self.attribute)
+        return found if isinstance(found, Quantizer) else None
+
+    def attach(self, quantizer: nn.Module | None) -> None:
+        """Give the site a quantizer.
+
+        Args:
+            quantizer: None for full precision.
+        """
+        setattr(self.operator, self.attribute, quantizer or nn.Identity())
+
+
+_ATTRIBUTES = {
+    QuantWeightLayer: ("input_quantizer", "weight_quantizer"),
+    QuantMatMul: ("left_quantizer", "right_quantizer"),
+}
+
+
+def operators_of(model: nn.Module) -> Iterator[tuple[str, QuantWeightLayer | QuantMatMul]]:
+    """Return name and operator of every quantizable layer and matrix product, in the order of registration."""
+    for name, module in model.named_modules():
+        if isinstance(module, (QuantWeightLayer, QuantMatMul)):
+            yield name, module
+
+
+def sites_of(model: nn.Module, within: str = "") -> Iterator[Site]:
+    """Return every site of a model, quantized or not, in the order of registration.
+
+    Args:
+        model: an adapted model (`adfq.adapters.adapt`), or one from `adfq.quantize` or `adfq.load`.
+        within: the name of a part of the model; ``""``, the default, stands for all of it.
+    """
+    for name, operator in operators_of(model):
+        if within and not f"{name}.".startswith(f"{within}."):
+            continue
+        if isinstance(operator, QuantMatMul):
+            for attribute, role in zip(_ATTRIBUTES[QuantMatMul], operator.roles, strict=True):
+                yield Site(f"{name}.{attribute}", operator, attribute, role)
+        else:
+            for attribute in _ATTRIBUTES[QuantWeightLayer]:
+                yield Site(f"{name}.{attribute}", operator, attribute, operator.role)
 
 
 @dataclass(frozen=True)
 class Network:
-    """A model whose quantizable operators have been made explicit by an adapter.
+    """The findings of an adapter: a model with explicit quantizable operators, and how they belong together.
 
     Attributes:
-        model: computes what the original did, until quantizers are attached.
-        norms: for the name of a linear layer, the LayerNorm whose output nothing else reads: the pairs whose
-            scales can be exchanged (RepQ-ViT).
-        paddings: for the name of such a layer, what stands for 0 (C) where its input is padded behind the norm.
-        modules: names of the parts that are optimized together (`adfq.reconstruction`): patch embedding, attentions,
-            MLPs, patch mergings, heads. Each gives one tensor; an nn.Softmax in it tells its attention scores.
-        resume: a folder in which a long optimization leaves finished modules, and finds them again; None for none.
-        report: what a method has to say of its work, by subject; JSON's types.
-        floating_point: names of linear and convolution layers that the adapter has no rule for.
-        trunk: takes images through all the `modules`, where that is less than `forward`.
-        forward: takes images through every layer of the model, where the model itself wants more than images.
-        kept: names of parts that all methods leave in full precision.
+        model: computes the function of the original model until quantizers are attached.
+        input_norms: by the name of a linear layer, the LayerNorm whose output that layer alone reads. RepQ-ViT moves
+            scales between the two.
+        input_paddings: by the name of such a layer, the value (C) that pads its input behind the norm.
+        units: names of the parts that are reconstructed together (`adfq.reconstruction`): patch embedding, attentions,
+            MLPs, patch mergings, heads. Each returns one tensor; an nn.Softmax in it marks its attention scores.
+        unsupported: names of linear and convolution layers that the adapter has no rule for.
+        excluded: patterns (`fnmatch`) of the names of layers that every method leaves in full precision.
+        forward_units: takes images through all `units`; None where that is `forward_all`.
+        forward_all: takes images through every layer; None where that is the model itself.
     """
 
     model: nn.Module
-    norms: Mapping[str, nn.LayerNorm]
-    modules: tuple[str, ...] = ()
-    floating_point: tuple[str, ...] = ()
-    resume: Path | None = None
-    report: dict[str, Any] = field(default_factory=dict)
-    paddings: Mapping[str, Tensor] = field(default_factory=dict)
-    trunk: Callable[[Tensor], Any] | None = None
-    forward: Callable[[Tensor], Any] | None = None
-    kept: tuple[str, ...] = ()
+    input_norms: Mapping[str, nn.LayerNorm] = field(default_factory=dict)
+    units: tuple[str, ...] = ()
+    unsupported: tuple[str, ...] = ()
+    input_paddings: Mapping[str, Tensor] = field(default_factory=dict)
+    forward_units: Callable[[Tensor], Any] | None = None
+    forward_all: Callable[[Tensor], Any] | None = None
+    excluded: tuple[str, ...] = ()
 
     def run(self, images: Tensor) -> Any:
-        """What the model makes of images B×C×H×W, which are moved to its device and dtype."""
-        return (self.forward or self.model)(self.place(images))
+        """Return the model's output.
+
+        Args:
+            images: B×C×H×W; moved to the model's device and dtype.
+        """
+        return (self.forward_all or self.model)(self.place(images))
+
+    def run_units(self, images: Tensor) -> None:
+        """Take images through every unit.
+
+        Args:
+            images: B×C×H×W; moved to the model's device and dtype.
+        """
+        (self.forward_units or self.forward_all or self.model)(self.place(images))
 
     def place(self, images: Tensor) -> Tensor:
-        """The images on the model's device and in its dtype."""
+        """Return images on the model's device and in its dtype."""
         parameter = next(self.model.parameters())
         return images.to(parameter.device, parameter.dtype)
 
+    def is_excluded(self, name: str) -> bool:
+        """Return whether every method leaves a layer in full precision.
+
+        Args:
+            name: the layer's.
+        """
+        return any(fnmatchcase(name, pattern) for pattern in self.excluded)
+
     def weight_layers(self) -> Iterator[tuple[str, QuantWeightLayer]]:
-        """Every quantizable linear and convolution layer by name, in the order of registration."""
-        for name, module in self.model.named_modules():
-            if isinstance(module, QuantWeightLayer):
-                yield name, module
+        """Return name and layer of every quantizable linear and convolution layer, in the order of registration."""
+        for name, operator in operators_of(self.model):
+            if isinstance(operator, QuantWeightLayer):
+                yield name, operator
 
     def matmuls(self) -> Iterator[tuple[str, QuantMatMul]]:
-        """Every quantizable matrix product by name."""
-        for name, module in self.model.named_modules():
-            if isinstance(module, QuantMatMul):
-                yield name, module
+        """Return name and operator of every quantizable matrix product, in the order of registration."""
+        for name, operator in operators_of(self.model):
+            if isinstance(operator, QuantMatMul):
+                yield name, operator
 
     def attach(self, recipe: Recipe) -> None:
-        """Gives every site the quantizers that the recipe has for its role, not yet calibrated."""
-        for _, layer in self.weight_layers():
-            layer.input_quantizer = recipe.for_activation(layer.role, layer.fixed_positions)
-            layer.weight_quantizer = recipe.for_weight(layer.role)
-        for _, matmul in self.matmuls():
-            matmul.left_quantizer, matmul.right_quantizer = map(recipe.for_activation, matmul.roles)
+        """Give every site its quantizer, not yet calibrated.
 
-    def activation_quantizers(self, within: str = "") -> Iterator[tuple[str, str, Quantizer]]:
-        """(name, role, quantizer) of every quantized activation, or of those within the named part of the model."""
-        for name, owner, attribute, role in self._activation_sites():
-            quantizer = getattr(owner, attribute)
-            if isinstance(quantizer, Quantizer) and f"{name}.".startswith(f"{within}." if within else ""):
-                yield f"{name}.{attribute}", role, quantizer
+        Args:
+            recipe: the quantizers by role.
+        """
+        for site in sites_of(self.model):
+            site.attach(recipe.quantizer_of(site))
 
-    def _activation_sites(self) -> Iterator[tuple[str, nn.Module, str, str]]:
-        for name, layer in self.weight_layers():
-            yield name, layer, "input_quantizer", layer.role
-        for name, matmul in self.matmuls():
-            yield name, matmul, "left_quantizer", matmul.roles[0]
-            yield name, matmul, "right_quantizer", matmul.roles[1]
+    def activation_quantizers(self, within: str = "") -> dict[str, Quantizer]:
+        """Return the quantizer of every quantized activation by the name of its site.
+
+        Args:
+            within: the name of a part of the model; ``""``, the default, stands for all of it.
+        """
+        sites = sites_of(self.model, within)
+        return {site.name: site.quantizer for site in sites if not site.is_weight and site.quantizer is not None}
 
     @contextmanager
     def full_precision(self) -> Iterator[None]:
-        """Within it, the model computes as if it had no quantizers."""
-        sites = [(owner, attribute, getattr(owner, attribute)) for _, owner, attribute, _ in self._activation_sites()]
-        weights = [(layer, layer.weight_quantizer, layer.learned_weight) for _, layer in self.weight_layers()]
+        """Have the model compute as if it had no quantizers, within a ``with`` statement."""
+        sites = [(site, getattr(site.operator, site.attribute)) for site in sites_of(self.model)]
+        weights = [(layer, layer.learned_weight) for _, layer in self.weight_layers()]
         try:
-            for owner, attribute, _ in sites:
-                setattr(owner, attribute, nn.Identity())
-            for layer, _, _ in weights:
-                layer.weight_quantizer, layer.learned_weight = nn.Identity(), None
+            for site, _ in sites:
+                site.attach(None)
+            for layer, _ in weights:
+                layer.learned_weight = None
             yield
         finally:
-            for owner, attribute, quantizer in sites:
-                setattr(owner, attribute, quantizer)
-            for layer, quantizer, weight in weights:
-                layer.weight_quantizer, layer.learned_weight = quantizer, weight
+            for site, quantizer in sites:
+                site.attach(quantizer)
+            for layer, weight in weights:
+                layer.learned_weight = weight

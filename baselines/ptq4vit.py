@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from adfq.bits import Bits
 from adfq.calibration import progress_bar
-from adfq.errors import AdfqError, NonFiniteError
+from adfq.errors import AdfqError, NonFiniteError, NotApplicableError
 from adfq.layers import QuantConv2d, QuantMatMul, QuantWeightLayer
-from adfq.methods import Bits
+from adfq.method import Method, Run
 from adfq.quantizers import Quantizer, TwinGeluQuantizer, TwinSoftmaxQuantizer, UniformQuantizer
 from adfq.quantizers.twin import SPLITS
 from adfq.sites import Network, Recipe
@@ -31,74 +33,80 @@ _SHORTLIST = 8
 _LOSS_SCALE = 256.0  # scores do not depend on it; in half precision, small gradients would vanish without it
 
 
-def ptq4vit(
-    network: Network,
-    images: Tensor,
-    bits: Bits,
-    *,
-    search: str = "hessian",
-    rounds: int = 3,
-    gradient_batch_size: int = 1,
-    released: bool = False,
-) -> None:
-    """Symmetric uniform quantization, twin uniform after softmax and GELU; the input image stays in full precision.
+@dataclass(frozen=True)
+class PTQ4ViT(Method):
+    """PTQ4ViT: symmetric uniform quantization, twin uniform after softmax and GELU, scales searched per layer.
 
-    Each layer's two scales are searched in turn for the smallest error of its output, all other layers being in full
-    precision, weighted by the squared gradient of the loss (section "Hessian guided metric" of the paper). A weight
-    has one scale, but `qkv` one for each of query, key and value, and the patch embedding one per output channel; an
-    activation has one.
+    The input image stays in full precision. A weight has one scale, but `qkv` one for each of query, key and value,
+    and the patch embedding one per output channel. An activation has one scale.
+
+    The two scales of a layer are searched in turn for the smallest error of its output, with all other layers in full
+    precision. Errors are weighted by the squared gradient of the loss (section "Hessian guided metric").
 
     The gradient is that of the empirical Fisher information: of the cross-entropy against a label drawn from the
-    model's own prediction, or of its like for a detector's outputs (`_fisher_loss`). (The released code differentiates
-    a distance between the prediction and itself, which is 0 but for rounding.) Errors are taken on a sample of the
-    output's rows: see `sample_rows`.
+    model's own prediction, or of its like for a detector's outputs (`_fisher_loss`). The released code differentiates
+    a distance between the prediction and itself, which is 0 but for rounding. Errors are taken on a sample of the
+    output's rows (`sample_rows`).
 
-    Options:
+    Attributes:
         search: ``"hessian"``, or ``"mse"`` for errors that all weigh the same.
-        rounds: how many times the search goes over both scales of a layer.
-        gradient_batch_size: images in one pass forwards and backwards; more take more memory, but less time on a GPU.
-        released: after softmax, the sum of both grids, as the released code computes it.
-
-    Raises:
-        AdfqError: for unusable options, for a model whose output is neither images × classes nor a list
-            (``"hessian"``), and for layers that do not contribute to it.
-        NonFiniteError: for weights, activations and gradients that are not finite.
+        rounds: number of searches over both scales of a layer.
+        gradient_batch_size: images in one pass forwards and backwards. More take more memory, but less time on a GPU.
+        released: True sums both grids after softmax, as the released code does.
     """
-    if search not in SEARCHES:
-        raise AdfqError(f"unknown search {search!r}; there are {', '.join(SEARCHES)}")
-    if rounds < 1 or gradient_batch_size < 1:
-        raise AdfqError("rounds and gradient_batch_size must be at least 1")
-    for name, layer in network.weight_layers():
-        _check_finite(f"{name}.weight", layer.weight)
-    layers: list[tuple[str, QuantWeightLayer | QuantMatMul]] = [*network.weight_layers(), *network.matmuls()]
-    batches = images.split(gradient_batch_size)
-    observers = [_Observer(name, layer, len(batches), search == "hessian") for name, layer in layers]
-    with progress_bar("searching scales", len(batches) + len(observers)) as progress:
-        hooks = [observer.layer.register_forward_hook(observer.observe) for observer in observers]
-        try:
-            for batch in batches:
-                _run(network, batch, search == "hessian")
+
+    label = "PTQ4ViT"
+    paper = "arXiv 2111.12293"
+
+    search: str = "hessian"
+    rounds: int = 3
+    gradient_batch_size: int = 1
+    released: bool = False
+
+    def __post_init__(self) -> None:
+        if self.search not in SEARCHES:
+            raise AdfqError(f"unknown search {self.search!r}; there are {', '.join(SEARCHES)}")
+        if self.rounds < 1 or self.gradient_batch_size < 1:
+            raise AdfqError("rounds and gradient_batch_size must be at least 1")
+
+    def recipe(self, bits: Bits) -> Recipe:
+        """Return the quantizer of each site role."""
+        return Recipe(
+            activation=partial(UniformQuantizer, bits.activation),
+            weight=partial(UniformQuantizer, bits.weight),
+            activations={
+                "patch_embed": lambda: None,
+                "probs": partial(TwinSoftmaxQuantizer, bits.activation, self.released),
+                "fc2": partial(TwinGeluQuantizer, bits.activation),
+            },
+            weights=dict.fromkeys(("patch_embed", "qkv"), partial(UniformQuantizer, bits.weight, "row")),
+        )
+
+    def apply(self, network: Network, run: Run, bits: Bits) -> None:
+        """Quantize a network in place; see `adfq.method.Method.apply`.
+
+        Raises:
+            NotApplicableError: for a model whose output is neither images × classes nor a list (``"hessian"``).
+        """
+        weighted = self.search == "hessian"
+        for name, layer in network.weight_layers():
+            _check_finite(f"{name}.weight", layer.weight)
+        layers: list[tuple[str, QuantWeightLayer | QuantMatMul]] = [*network.weight_layers(), *network.matmuls()]
+        batches = run.images.split(self.gradient_batch_size)
+        observers = [_Observer(name, layer, len(batches), weighted) for name, layer in layers]
+        with progress_bar("searching scales", len(batches) + len(observers)) as progress:
+            hooks = [observer.layer.register_forward_hook(observer.observe) for observer in observers]
+            try:
+                for batch in batches:
+                    _run(network, batch, weighted)
+                    progress.update()
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            network.attach(self.recipe(bits))
+            for observer in observers:
+                search_scales(observer.product(_COARSE), observer.product(_FINE), self.rounds)
                 progress.update()
-        finally:
-            for hook in hooks:
-                hook.remove()
-        network.attach(_recipe(bits, released))
-        for observer in observers:
-            search_scales(observer.product(_COARSE), observer.product(_FINE), rounds)
-            progress.update()
-
-
-def _recipe(bits: Bits, released: bool) -> Recipe:
-    return Recipe(
-        activation=lambda: UniformQuantizer(bits.activation),
-        weight=lambda: UniformQuantizer(bits.weight),
-        activations={
-            "patch_embed": lambda: None,
-            "probs": lambda: TwinSoftmaxQuantizer(bits.activation, released),
-            "fc2": lambda: TwinGeluQuantizer(bits.activation),
-        },
-        weights=dict.fromkeys(("patch_embed", "qkv"), lambda: UniformQuantizer(bits.weight, "row")),
-    )
 
 
 def _run(network: Network, images: Tensor, backward: bool) -> None:
@@ -122,7 +130,9 @@ def _fisher_loss(outputs: Tensor | list[Tensor]) -> Tensor:
     """
     if isinstance(outputs, Tensor):
         if outputs.dim() != 2:
-            raise AdfqError(f"a gradient needs logits, images × classes; the model gives {tuple(outputs.shape)}")
+            raise NotApplicableError(
+                f"a gradient needs logits, images × classes; the model gives {tuple(outputs.shape)}"
+            )
         outputs = outputs.float()
         _check_finite("logits", outputs)
         labels = outputs.detach().softmax(-1).multinomial(1)[:, 0]

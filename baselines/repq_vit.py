@@ -1,58 +1,73 @@
-"""RepQ-ViT (ICCV 2023, arXiv 2212.08254): quantize the hard way, then reparameterize to the simple one."""
+"""RepQ-ViT (ICCV 2023, arXiv 2212.08254): calibration per channel, then reparameterization to per tensor."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from adfq.bits import Bits
 from adfq.calibration import calibrate_activations, quantize_weights
 from adfq.layers import QuantWeightLayer
-from adfq.methods import Bits
+from adfq.method import Method, Run
 from adfq.quantizers import LogQuantizer, UniformQuantizer
 from adfq.sites import POST_NORM_ROLES, Network, Recipe
 
 
-def repq_vit(network: Network, images: Tensor, bits: Bits) -> None:
-    """Post-LayerNorm activations are calibrated per channel and then made per tensor by scale reparameterization
-    (section 3.2 of the paper); post-softmax attention is quantized in base √2 (section 3.3); input image at 8 bits.
+@dataclass(frozen=True)
+class RepQViT(Method):
+    """RepQ-ViT: per-channel ranges after LayerNorm, made per tensor by scale reparameterization (section 3.2).
 
-    Layers whose LayerNorm other layers read as well, or that has no bias, stay per tensor from the start.
+    Post-softmax attention is quantized in base √2 (section 3.3), the input image at 8 bits. A layer whose LayerNorm
+    has other readers or no bias is per tensor from the start.
     """
-    network.attach(
-        Recipe(
-            activation=lambda: UniformQuantizer(bits.activation, range="percentile"),
-            weight=lambda: UniformQuantizer(bits.weight, "row", "percentile"),
+
+    label = "RepQ-ViT"
+    paper = "arXiv 2212.08254"
+
+    def recipe(self, bits: Bits) -> Recipe:
+        """Return the quantizer of each site role."""
+        return Recipe(
+            activation=partial(UniformQuantizer, bits.activation, range="percentile"),
+            weight=partial(UniformQuantizer, bits.weight, "row", "percentile"),
             activations={
-                "patch_embed": lambda: UniformQuantizer(8, range="percentile"),
-                "probs": lambda: LogQuantizer(bits.activation),
+                "patch_embed": partial(UniformQuantizer, 8, range="percentile"),
+                "probs": partial(LogQuantizer, bits.activation),
             },
         )
-    )
-    pairs = [
-        (network.norms[name], layer, network.paddings.get(name))
-        for name, layer in network.weight_layers()
-        if layer.role in POST_NORM_ROLES and name in network.norms and network.norms[name].bias is not None
-    ]
-    for _, layer, _ in pairs:
-        layer.input_quantizer = UniformQuantizer(bits.activation, "channel", "percentile")
-    quantize_weights(network)
-    calibrate_activations(network, images)
-    for norm, layer, padding in pairs:
-        reparameterize(norm, layer, padding)
-        layer.find_weight_range()
+
+    def apply(self, network: Network, run: Run, bits: Bits) -> None:
+        """Quantize a network in place; see `adfq.method.Method.apply`."""
+        network.attach(self.recipe(bits))
+        pairs = [
+            (norm, layer, network.input_paddings.get(name))
+            for name, layer in network.weight_layers()
+            if layer.role in POST_NORM_ROLES
+            and (norm := network.input_norms.get(name)) is not None
+            and norm.bias is not None
+        ]
+        for _, layer, _ in pairs:
+            layer.input_quantizer = UniformQuantizer(bits.activation, "channel", "percentile")
+        quantize_weights(network)
+        calibrate_activations(network, run.images)
+        for norm, layer, padding in pairs:
+            reparameterize(norm, layer, padding)
+            layer.find_weight_range()
 
 
 @torch.no_grad()
 def reparameterize(norm: nn.LayerNorm, layer: QuantWeightLayer, padding: Tensor | None = None) -> None:
-    """Moves the differences between channel scales from the quantizer into LayerNorm and weight (equations 8 to 13).
+    """Move the differences between channel scales from the quantizer into LayerNorm and weight (equations 8 to 13).
 
-    The function that the two compute in full precision stays the same.
+    The two compute the same function in full precision as before.
 
     Args:
-        norm: the LayerNorm before the layer, which nothing else reads.
-        layer: with a per-channel input quantizer, which becomes per-tensor.
-        padding: what pads the norm's output (C), if something does; in the released code it stays 0, which is no
-            longer what it was.
+        norm: the LayerNorm before the layer; it has no other reader.
+        layer: a layer with a calibrated per-channel input quantizer, which is replaced by a per-tensor one.
+        padding: the padding of the norm's output (C), changed in place; None for none. The released code leaves it
+            0, which is another network.
     """
     quantizer = layer.input_quantizer
     assert isinstance(quantizer, UniformQuantizer)

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from adfq.methods import FULL_PRECISION, Bits, check_method
+from adfq.bits import Bits
+from adfq.method import FULL_PRECISION
+from adfq.registry import create_method
 
 #: The ``bits`` of a full-precision cell.
 FULL_PRECISION_BITS = "W32/A32"
@@ -116,7 +118,7 @@ class Cell:
             location=Location(data, checkpoint, tuple(sorted(files.items()))),
             **more,
         )
-        check_method(cell.method, dict(cell.method_arguments))
+        create_method(cell.method, dict(cell.method_arguments))
         if cell.method == FULL_PRECISION:
             return replace(cell, bits=FULL_PRECISION_BITS, calibration_size=0, seed=0)
         return replace(cell, bits=str(Bits.parse(cell.bits)))

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from adfq.errors import AdfqError
-from adfq.methods import FULL_PRECISION
+from adfq.method import FULL_PRECISION
 from benchmarks.cell import Cell
 
 if sys.version_info >= (3, 11):

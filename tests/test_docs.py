@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import configparser
 import importlib
-import inspect
 import itertools
 import json
 import pkgutil
@@ -34,7 +33,9 @@ from safetensors.torch import load_file
 
 import adfq
 import benchmarks.cli
-from adfq.methods import load_method
+from adfq import adfq_vit
+from adfq.registry import find_method
+from baselines.ptq4vit import PTQ4ViT
 from benchmarks.cli import main as cli
 from benchmarks.plan import Table
 from benchmarks.tasks import coco
@@ -64,7 +65,7 @@ _LONG = re.compile(
     r"--executor ray|regress|adfq report|adfq figure|adfq export|pip install \./examples|-e tables$", re.MULTILINE
 )
 
-_optimize_modules = sys.modules["adfq.methods"].optimize_modules  # type: ignore[attr-defined]
+_optimize_units = adfq_vit.optimize_units
 
 
 @dataclass(frozen=True)
@@ -187,8 +188,8 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     bit-width with one seed; nothing is optimized, and PTQ4ViT searches once."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(coco, "COUNTS", {"train2017": 2, "val2017": 2})
-    monkeypatch.setattr(sys.modules["adfq.methods"], "optimize_modules", lambda *_: {})
-    monkeypatch.setitem(load_method("ptq4vit").__kwdefaults__, "rounds", 1)  # type: ignore[attr-defined]
+    monkeypatch.setattr(adfq_vit, "optimize_units", lambda *_: {})
+    monkeypatch.setattr(PTQ4ViT.__init__, "__defaults__", ("hessian", 1, 1, False))
 
     def smaller(choose: Callable[..., Table], table: Table, options: argparse.Namespace) -> Table:
         table = choose(table, options)
@@ -300,7 +301,7 @@ class _Runner:
         if arguments[:1] == ["regress"]:
             behind += ["--tolerance", "time=1000x"]  # of a single image
         if "reconstruction" in arguments:
-            self.monkeypatch.setattr(sys.modules["adfq.methods"], "optimize_modules", _optimize_modules)
+            self.monkeypatch.setattr(adfq_vit, "optimize_units", _optimize_units)
             behind += ["--method-arg", "iterations=1", "optimize_batch_size=1"]
         assert cli.main([*placed, *behind]) == 0
         if arguments[0] == "table":
@@ -473,10 +474,9 @@ def test_python_runs(page: Path, places: Callable[[str], Path], monkeypatch: pyt
                 names["images"] = torch.randn(2, 3, 96, 96)
             code = compile("\n" * block.line + block.text, str(page), "exec", dont_inherit=True)
             exec(code, names)
-    if "my_method" in names:
+    if "MyMethod" in names:
         model = timm.create_model("deit_tiny_patch16_224", depth=1, embed_dim=48)
-        monkeypatch.setattr(sys.modules["adfq.methods"], "load_method", lambda _: names["my_method"])
-        quantized = adfq.quantize(model, "my_method", 4, 4, torch.randn(2, 3, 224, 224), base=2**0.5)
+        quantized = adfq.quantize(model, names["MyMethod"](base=2**0.5), 4, 4, torch.randn(2, 3, 224, 224))
         assert quantized.blocks[0].attn.context.left_quantizer.base == 2**0.5  # type: ignore[union-attr, index]
 
 
@@ -503,13 +503,12 @@ def test_toml_is_read(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_every_method_has_a_page() -> None:
     project = PROJECT["project"]["entry-points"]["adfq.methods"]
-    assert {page.stem for page in (ROOT / "docs" / "methods").iterdir()} == set(project)
+    assert {page.stem for page in (ROOT / "docs" / "methods").iterdir()} == set(project) - {"full_precision"}
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.parent.name == "methods"], ids=NAMES.get)
 def test_a_methods_options_are_those_of_its_page(page: Path) -> None:
-    parameters = inspect.signature(load_method(page.stem)).parameters.values()
-    options = {item.name: item.default for item in parameters if item.kind is item.KEYWORD_ONLY}
+    options = find_method(page.stem).options()
     section = page.read_text(encoding="utf-8").partition("## Options\n")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| `(\w+)` \| `([^`]+)` \| (.+) \|$", section, re.MULTILINE)
     assert {name: eval(default) for name, default, _ in rows} == options

@@ -57,7 +57,7 @@ def adapt(model: nn.Module) -> Network:
     """
     network: Network = _adapter(_family(model)).adapt(model)
     model.train(model.training)  # the new layers too
-    return replace_fields(network, floating_point=_left_over(model, network.kept))
+    return replace_fields(network, unsupported=_find_unsupported(network))
 
 
 def describe(model: nn.Module) -> Architecture:
@@ -111,12 +111,9 @@ def _adapter(family: str) -> ModuleType:
     return importlib.import_module(_ADAPTERS[family])
 
 
-def _left_over(model: nn.Module, kept: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and name.split(".")[0] not in kept
-    )
+def _find_unsupported(network: Network) -> tuple[str, ...]:
+    layers = (name for name, module in network.model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d)))
+    return tuple(name for name in layers if not network.is_excluded(name))
 
 
 def pair(norms: dict[str, nn.LayerNorm], linear: str, norm: nn.Module | None) -> None:

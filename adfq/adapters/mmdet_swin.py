@@ -106,7 +106,7 @@ def adapt(model: nn.Module) -> Network:
     for name, module in list(model.named_modules()):
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             replace(model, name, "neck" if name.startswith("neck.") else "head", fixed_positions=False)
-    return replace_fields(network, trunk=model.backbone, forward=partial(detect_densely, model))
+    return replace_fields(network, forward_units=model.backbone, forward_all=partial(detect_densely, model))
 
 
 def _adapt_backbone(model: nn.Module, prefix: str) -> Network:
@@ -132,7 +132,7 @@ def _adapt_backbone(model: nn.Module, prefix: str) -> Network:
             pair(norms, f"{name}.attn.w_msa.qkv", module.norm1)
             pair(norms, f"{name}.ffn.layers.0.0", module.norm2)
             paddings[f"{name}.attn.w_msa.qkv"] = attention.padding
-    return Network(model, norms, tuple(modules), paddings=paddings)
+    return Network(model, norms, tuple(modules), input_paddings=paddings)
 
 
 def detect_densely(model: Any, images: Tensor) -> list[Tensor]:

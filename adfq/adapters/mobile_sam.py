@@ -130,7 +130,7 @@ def adapt(model: nn.Module) -> Network:
             pair(norms, f"{name}.attn.qkv", module.attn.norm)
             pair(norms, f"{name}.mlp.fc1", module.mlp.norm)
             modules += [f"{name}.attn", f"{name}.local_conv", f"{name}.mlp"]
-    return Network(model, norms, (*modules, adapt_neck(model)), forward=lambda images: [model(images)])
+    return Network(model, norms, (*modules, adapt_neck(model)), forward_all=lambda images: [model(images)])
 
 
 def adapt_neck(encoder: nn.Module) -> str:

@@ -145,14 +145,14 @@ def adapt(model: nn.Module) -> Network:
         network = mobile_sam.adapt(encoder)
     else:
         raise AdfqError(f"cannot quantize a Sam whose image encoder is a {type(encoder).__name__}")
-    modules = [f"image_encoder.{name}" for name in network.modules] + _adapt_decoder(model)
+    modules = [f"image_encoder.{name}" for name in network.units] + _adapt_decoder(model)
     return Network(
         model,
-        {f"image_encoder.{name}": norm for name, norm in network.norms.items()},
+        {f"image_encoder.{name}": norm for name, norm in network.input_norms.items()},
         tuple(modules),
-        paddings={f"image_encoder.{name}": padding for name, padding in network.paddings.items()},
-        forward=partial(segment_densely, model),
-        kept=("prompt_encoder",),
+        input_paddings={f"image_encoder.{name}": padding for name, padding in network.input_paddings.items()},
+        forward_all=partial(segment_densely, model),
+        excluded=("prompt_encoder.*",),
     )
 
 
@@ -172,7 +172,9 @@ def _adapt_encoder(encoder: Any) -> Network:
         pair(norms, f"{name}.mlp.lin1", block.norm2)
         paddings[f"{name}.attn.qkv"] = block.attn.padding
     modules.append(mobile_sam.adapt_neck(encoder))
-    return Network(encoder, norms, tuple(modules), paddings=paddings, forward=lambda images: [encoder(images)])
+    return Network(
+        encoder, norms, tuple(modules), input_paddings=paddings, forward_all=lambda images: [encoder(images)]
+    )
 
 
 def _adapt_decoder(model: nn.Module) -> list[str]:
@@ -217,9 +219,9 @@ def _embed_prompts(sam: Any, images: Tensor) -> tuple[Tensor, Tensor]:
         points = corners[:_PROMPTS, None].to(image.device)
         labels = torch.ones(points.shape[:2], device=image.device)
         for prompts in ({"points": None, "boxes": boxes}, {"points": (points, labels), "boxes": None}):
-            bundled = sam.prompt_encoder(**prompts, masks=None)
-            sparse.append(bundled[0])
-            dense.append(bundled[1])
+            embedded = sam.prompt_encoder(**prompts, masks=None)
+            sparse.append(embedded[0])
+            dense.append(embedded[1])
     return torch.cat(sparse), torch.cat(dense)
 
 

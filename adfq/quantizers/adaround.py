@@ -13,7 +13,7 @@ from adfq.quantizers.uniform import UniformQuantizer
 _STRETCH, _OFFSET = 1.2, -0.1
 
 
-class AdaRoundQuantizer(nn.Module):
+class AdaRound(nn.Module):
     """AdaRound's learned rounding of one weight (Nagel et al., 2020).
 
     Ŵ = scale·(clamp(floor(W/scale) + h(α) + zero_point, 0, 2^bits - 1) - zero_point), with α learned and h(α) the

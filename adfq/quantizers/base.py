@@ -9,23 +9,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from adfq.bits import check_bits
 from adfq.errors import AdfqError, NonFiniteError
-
-MIN_BITS, MAX_BITS = 2, 8
-
-
-def check_bits(bits: int) -> int:
-    """Return `bits` unchanged.
-
-    Args:
-        bits: bit-width.
-
-    Raises:
-        AdfqError: unless `bits` is a whole number from 2 to 8.
-    """
-    if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
-        raise AdfqError(f"bits must be a whole number from {MIN_BITS} to {MAX_BITS}, got {bits!r}")
-    return bits
 
 
 class _StraightThrough(torch.autograd.Function):

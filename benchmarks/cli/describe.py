@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import copy
 from dataclasses import replace
-from inspect import signature
 
 from adfq.adapters import adapt
-from adfq.methods import FULL_PRECISION, load_method
+from adfq.method import FULL_PRECISION
+from adfq.reconstruction import OptimizingMethod
+from adfq.registry import find_method
 from benchmarks.cli.options import Commands, add_calibration, add_experiment, check_options, create_cell
 from benchmarks.report import sites
 from benchmarks.run.runner import quantize_model, resolve_device
@@ -28,7 +29,7 @@ def _describe(options: argparse.Namespace) -> None:
     check_options(options)
     cell = create_cell(options)
     quantized = cell.method != FULL_PRECISION
-    if quantized and "iterations" in signature(load_method(cell.method)).parameters:
+    if quantized and issubclass(find_method(cell.method), OptimizingMethod):
         # Optimization takes long and changes no site.
         arguments = {"iterations": 0, **dict(cell.method_arguments)}
         cell = replace(cell, method_arguments=tuple(sorted(arguments.items())))

@@ -7,14 +7,15 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from adfq.bits import Bits
 from adfq.errors import AdfqError
-from adfq.methods import FULL_PRECISION, Bits, load_method
+from adfq.method import FULL_PRECISION
+from adfq.registry import create_method
 from benchmarks.cell import Cell
 from benchmarks.cli.measure import add_measuring, measure_tables
 from benchmarks.cli.options import (
@@ -190,8 +191,7 @@ def _optimize(options: argparse.Namespace) -> dict[str, Any]:
     cell = _choose_cell(options)
     iterations = None
     if cell.method != FULL_PRECISION:
-        parameter = signature(load_method(cell.method)).parameters.get("iterations")
-        iterations = dict(cell.method_arguments).get("iterations", parameter and parameter.default)
+        iterations = getattr(create_method(cell.method, cell.method_arguments), "iterations", None)
     if not iterations:
         raise AdfqError(f"{cell.method} optimizes no modules{'' if iterations is None else ' in 0 iterations'}")
     model: Any = _quantize(cell, load_subject(cell), options)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from adfq.errors import AdfqError
-from adfq.methods import FULL_PRECISION
+from adfq.method import FULL_PRECISION
 from benchmarks.cell import Arguments, Cell
 from benchmarks.plan import Entry, Model, Row, Table
 from benchmarks.tasks import TASKS, Task, find_task

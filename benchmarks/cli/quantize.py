@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from adfq.errors import AdfqError
-from adfq.methods import FULL_PRECISION
+from adfq.method import FULL_PRECISION
 from benchmarks.cli.options import Commands, add_calibration, add_experiment, check_options, create_cell
 from benchmarks.run.runner import quantize_model, resolve_device
 from benchmarks.tasks import check_saved, load_subject, save_quantized

@@ -17,7 +17,7 @@ import jinja2
 import pandas as pd
 
 from adfq.errors import AdfqError
-from adfq.methods import FULL_PRECISION
+from adfq.method import FULL_PRECISION
 from benchmarks.cell import Cell
 from benchmarks.plan import Entry, Table
 from benchmarks.report.tables import (

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 from junitparser import Failure, JUnitXml, Skipped, TestCase, TestSuite
 
-from adfq.methods import FULL_PRECISION
+from adfq.method import FULL_PRECISION
 from benchmarks.cell import FULL_PRECISION_BITS, Cell
 from benchmarks.plan import METHOD_LABELS, Entry, Table
 from benchmarks.run.store import Record

@@ -65,9 +65,9 @@ def _describe(quantizer: nn.Module) -> str:
 
 
 def _reason(name: str, module: nn.Module, network: Network) -> str:
-    if name.split(".")[0] in network.kept:
+    if network.is_excluded(name):
         return "every method leaves out this part"
-    if name in network.floating_point:
+    if name in network.unsupported:
         return "there is no rule for it"
     return f"methods quantize no {type(module).__name__}"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from adfq.methods import FULL_PRECISION
+from adfq.method import FULL_PRECISION
 from benchmarks.plan import METHOD_LABELS, Entry, Model, Table, published_numbers
 from benchmarks.run.console import markdown_table
 from benchmarks.run.store import Record

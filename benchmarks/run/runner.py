@@ -23,8 +23,10 @@ import torchvision
 from torch import nn
 
 import adfq
+from adfq.bits import Bits
 from adfq.errors import AdfqError
-from adfq.methods import FULL_PRECISION, Bits, load_method
+from adfq.method import FULL_PRECISION
+from adfq.registry import find_method
 from benchmarks.cell import Cell
 from benchmarks.run.cost import measure_cost, peak_memory
 from benchmarks.run.store import Record
@@ -169,7 +171,7 @@ def _version(name: str) -> str | None:
 @cache
 def _foreign_method(name: str) -> dict[str, str]:
     """SHA-256 of the source of a method that is none of ours."""
-    module = None if name == FULL_PRECISION else inspect.getmodule(load_method(name))
+    module = None if name == FULL_PRECISION else inspect.getmodule(find_method(name))
     if module is None or module.__file__ is None or module.__name__.partition(".")[0] in ("adfq", "baselines"):
         return {}
     file = Path(module.__file__)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from adfq.adapters import create
+from adfq.api import Quantization
 from adfq.export import INPUT, trace
-from adfq.methods import Quantization
 from benchmarks.run.console import markdown_table
 from benchmarks.run.cost import time_of
 from benchmarks.tasks import Subject

@@ -17,7 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from adfq.errors import AdfqError
-from adfq.methods import FULL_PRECISION
+from adfq.method import FULL_PRECISION
 from benchmarks.bundled.classifiers import CLASSIFIERS
 from benchmarks.cell import Cell
 from benchmarks.run.allocator import freed_memory_given_back

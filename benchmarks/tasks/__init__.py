@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import adfq
+from adfq.api import Quantization
 from adfq.errors import AdfqError
-from adfq.methods import Quantization
 from benchmarks.cell import Cell
 from benchmarks.tasks.classification.task import (
     attach_classification,

@@ -1,25 +1,19 @@
-"""Channel scales that are powers of two apart: an example of a method of one's own."""
+"""Channel scales that are powers of two apart: an example of a method in a package of its own."""
 
-from __future__ import annotations
+from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
+from adfq.bits import Bits
 from adfq.calibration import calibrate_activations, quantize_weights
-from adfq.methods import Bits
+from adfq.method import Method, Run
 from adfq.quantizers import LogQuantizer, UniformQuantizer
 from adfq.sites import POST_NORM_ROLES, Network, Recipe
 
 
 class PowerOfTwoChannelQuantizer(UniformQuantizer):
-    """Uniform quantization with one scale a channel, each of them the largest one divided by 2^k, k = 0 … shifts.
-
-    A product with a weight then needs one integer accumulator, into which codes of a channel go shifted. (The idea is
-    the power-of-two factor of FQ-ViT, arXiv 2111.13824, which finds each k by its error.)
-
-    Args:
-        bits: 2 to 8.
-        shifts: the largest k, at least 0; 0 gives all channels the largest scale.
-    """
+    """A uniform quantizer with one scale per channel: the largest scale divided by 2^k, k = 0 … shifts."""
 
     def __init__(self, bits: int, shifts: int) -> None:
         super().__init__(bits, "channel", "percentile")
@@ -33,23 +27,32 @@ class PowerOfTwoChannelQuantizer(UniformQuantizer):
         self.scale = scale
 
 
-def pow2_channels(network: Network, images: Tensor, bits: Bits, *, shifts: int = 3, log_base: float = 2**0.5) -> None:
-    """Post-LayerNorm activations with channel scales that are powers of two apart, post-softmax attention logarithmic,
-    everything else as in plain PTQ.
+@dataclass(frozen=True)
+class Pow2Channels(Method):
+    """Power-of-two channel scales after LayerNorm, logarithmic attention, everything else as in Base PTQ.
 
-    Options:
-        shifts: by how many powers of two channel scales may differ.
-        log_base: after softmax.
+    Attributes:
+        shifts: the largest number of powers of two between channel scales.
+        log_base: base of the logarithm after softmax.
     """
-    recipe = Recipe(
-        activation=lambda: UniformQuantizer(bits.activation, range="percentile"),
-        weight=lambda: UniformQuantizer(bits.weight, "row", "percentile"),
-        activations={
-            "patch_embed": lambda: UniformQuantizer(8, range="percentile"),
-            "probs": lambda: LogQuantizer(bits.activation, log_base),
-            **dict.fromkeys(POST_NORM_ROLES, lambda: PowerOfTwoChannelQuantizer(bits.activation, shifts)),
-        },
-    )
-    network.attach(recipe)
-    quantize_weights(network)
-    calibrate_activations(network, images)
+
+    label = "Pow2-Channels"
+
+    shifts: int = 3
+    log_base: float = 2**0.5
+
+    def recipe(self, bits: Bits) -> Recipe:
+        """Return the quantizer of each site role."""
+        per_channel = partial(PowerOfTwoChannelQuantizer, bits.activation, self.shifts)
+        activations = dict.fromkeys(POST_NORM_ROLES, per_channel) | {
+            "patch_embed": partial(UniformQuantizer, 8, range="percentile"),
+            "probs": partial(LogQuantizer, bits.activation, self.log_base),
+        }
+        uniform = partial(UniformQuantizer, bits.activation, range="percentile")
+        return Recipe(uniform, partial(UniformQuantizer, bits.weight, "row", "percentile"), activations)
+
+    def apply(self, network: Network, run: Run, bits: Bits) -> None:
+        """Quantize a network in place."""
+        network.attach(self.recipe(bits))
+        quantize_weights(network)
+        calibrate_activations(network, run.images)

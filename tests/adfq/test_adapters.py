@@ -210,7 +210,7 @@ def test_operands_are_what_their_roles_say(make_vit: MakeModel, make_swin: MakeM
 def test_layers_without_a_rule_are_reported(
     options: dict[str, Any], left: tuple[str, ...], make_vit: MakeModel
 ) -> None:
-    assert adapt(make_vit(**options)).floating_point == left
+    assert adapt(make_vit(**options)).unsupported == left
 
 
 # --- norms ----------------------------------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ def test_norms_of_a_vit(name: str, make_vit: MakeModel) -> None:
     for index in range(2):
         expected[f"blocks.{index}.attn.qkv"] = network.model.get_submodule(f"blocks.{index}.norm1")
         expected[f"blocks.{index}.mlp.fc1"] = network.model.get_submodule(f"blocks.{index}.norm2")
-    assert dict(network.norms) == expected
+    assert dict(network.input_norms) == expected
 
 
 def test_norms_of_parallel_blocks(make_vit: MakeModel) -> None:
@@ -233,7 +233,7 @@ def test_norms_of_parallel_blocks(make_vit: MakeModel) -> None:
         for branch in range(2):
             for name in (f"blocks.{index}.attns.{branch}.attn.qkv", f"blocks.{index}.ffns.{branch}.mlp.fc1"):
                 expected[name] = network.model.get_submodule(f"{name.rsplit('.', 2)[0]}.norm")
-    assert dict(network.norms) == expected
+    assert dict(network.input_norms) == expected
 
 
 def test_norms_of_a_swin(make_swin: MakeModel) -> None:
@@ -244,7 +244,7 @@ def test_norms_of_a_swin(make_swin: MakeModel) -> None:
             block = f"layers.{stage}.blocks.{index}"
             expected[f"{block}.attn.qkv"] = network.model.get_submodule(f"{block}.norm1")
             expected[f"{block}.mlp.fc1"] = network.model.get_submodule(f"{block}.norm2")
-    assert dict(network.norms) == expected
+    assert dict(network.input_norms) == expected
 
 
 def test_a_norm_that_something_else_reads_is_no_pair(make_vit: MakeModel) -> None:
@@ -270,7 +270,7 @@ def test_scales_can_be_exchanged_within_each_pair(
     with torch.no_grad():
         expected = model(images)
         network = adapt(model)
-        for name, norm in network.norms.items():
+        for name, norm in network.input_norms.items():
             factor = 0.5 + torch.rand(norm.weight.shape)
             norm.weight.mul_(factor)
             if norm.bias is not None:
@@ -334,4 +334,4 @@ def test_an_adapted_model_is_not_adapted_again(make_vit: MakeModel, make_swin: M
 def test_convolutional_mlps_are_quantized_or_reported(make_vit: MakeModel) -> None:
     network = adapt(make_vit(mlp_layer=lambda **kwargs: Mlp(**kwargs, use_conv=True)))
     assert [layer.role for _, layer in network.weight_layers()].count("fc1") == 2
-    assert network.floating_point == ()
+    assert network.unsupported == ()

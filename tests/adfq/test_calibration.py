@@ -80,7 +80,7 @@ def test_batches_that_are_of_no_use(batches: Any, says: str) -> None:
 def test_every_quantizer_is_calibrated(make_vit: MakeModel, make_images: MakeImages) -> None:
     network = ready(make_vit())
     calibrate_activations(network, make_images())
-    assert all(quantizer.is_calibrated for _, _, quantizer in network.activation_quantizers())
+    assert all(quantizer.is_calibrated for quantizer in network.activation_quantizers().values())
     assert torch.isfinite(network.model(make_images(seed=2))).all()
 
 
@@ -96,11 +96,11 @@ def test_a_quantizer_sees_what_the_quantized_layers_before_it_computed(
     def look(name: str) -> Callable[..., None]:
         return lambda module, inputs: seen.update({name: inputs[0]})
 
-    for name, _, quantizer in network.activation_quantizers():
+    for name, quantizer in network.activation_quantizers().items():
         quantizer.register_forward_pre_hook(look(name))
     network.model(images)
     assert len(seen) == 18
-    for name, _, quantizer in network.activation_quantizers():
+    for name, quantizer in network.activation_quantizers().items():
         again = UniformQuantizer(4).calibrate(seen[name])
         assert torch.equal(again.scale, quantizer.scale), name
 
@@ -116,9 +116,9 @@ def test_calibration_goes_through_the_model_once(make_vit: MakeModel, make_image
 def test_calibration_leaves_no_hooks_and_no_graph(make_vit: MakeModel, make_images: MakeImages) -> None:
     network = ready(make_vit())
     calibrate_activations(network, make_images())
-    scales = [quantizer.scale.clone() for _, _, quantizer in network.activation_quantizers()]
+    scales = [quantizer.scale.clone() for quantizer in network.activation_quantizers().values()]
     network.model(10 * make_images(seed=2))  # would calibrate again
-    for (_, _, quantizer), scale in zip(network.activation_quantizers(), scales, strict=True):
+    for quantizer, scale in zip(network.activation_quantizers().values(), scales, strict=True):
         assert torch.equal(quantizer.scale, scale)
         assert not quantizer.scale.requires_grad
 
@@ -185,5 +185,5 @@ def test_weights_alone_can_be_quantized(make_vit: MakeModel, make_images: MakeIm
     network = ready(model, activations=False)
     quantize_weights(network)
     calibrate_activations(network, images)
-    assert all(len(layer.quantize_weight().unique()) <= len(layer.weight) * 16 for _, layer in network.weight_layers())
+    assert all(len(layer.effective_weight().unique()) <= len(layer.weight) * 16 for _, layer in network.weight_layers())
     assert not torch.allclose(network.model(images), plain, rtol=1e-2)

@@ -22,9 +22,9 @@ from timm.models.vision_transformer import ParallelThingsBlock, VisionTransforme
 from torch import Tensor, nn
 
 import adfq
+from adfq.bits import Bits
 from adfq.checkpoint import pack, unpack
 from adfq.errors import AdfqError
-from adfq.methods import Bits
 from adfq.quantizers import Quantizer, UniformQuantizer
 
 MakeModel = Callable[..., nn.Module]

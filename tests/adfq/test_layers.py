@@ -86,7 +86,7 @@ def test_input_and_weight_are_quantized(kind: str) -> None:
     expected_weight = UniformQuantizer(3, "row").calibrate(weight)(weight)
     quantized = layer(x)
     assert torch.equal(layer.weight, weight)  # still at hand
-    assert torch.equal(layer.quantize_weight(), expected_weight)
+    assert torch.equal(layer.effective_weight(), expected_weight)
 
     layer.input_quantizer, layer.weight_quantizer, layer.weight.data = nn.Identity(), nn.Identity(), expected_weight
     expected = layer(UniformQuantizer(3).calibrate(x)(x))

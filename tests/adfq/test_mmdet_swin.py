@@ -15,10 +15,12 @@ import adfq
 from adfq import AdfqError
 from adfq.adapters import adapt
 from adfq.adapters.mmcv_ops import provide_mmcv_ops
+from adfq.bits import Bits
 from adfq.calibration import calibrate_activations
 from adfq.layers import QuantMatMul, QuantWeightLayer
-from adfq.methods import Bits, load_method, methods
+from adfq.method import Run
 from adfq.quantizers import PerPatchOutlierQuantizer, RunTimePatchOutlierQuantizer
+from adfq.registry import create_method, methods
 from adfq.sites import Network
 
 pytest.importorskip("mmdet")
@@ -158,7 +160,7 @@ def test_the_sites_of_a_detector(detectors: Mapping[str, nn.Module]) -> None:
     network = adapt(detector)
     found = roles(network)
     assert sorted(found) == sorted(wanted)
-    assert network.floating_point == ()
+    assert network.unsupported == ()
     assert {name.split(".")[0]: role for name, role in found.items() if not name.startswith("backbone.")} == {
         "neck": "neck",
         "rpn_head": "head",
@@ -175,22 +177,22 @@ def test_the_sites_of_a_detector(detectors: Mapping[str, nn.Module]) -> None:
     assert found["backbone.stages.0.downsample.reduction"] == "reduction"
     assert found["backbone.patch_embed.projection"] == "patch_embed"
     assert [matmul.roles for _, matmul in network.matmuls()] == [("query", "key"), ("probs", "value")] * 4
-    assert set(network.norms) == {name for name, role in found.items() if role in ("qkv", "fc1", "reduction")}
+    assert set(network.input_norms) == {name for name, role in found.items() if role in ("qkv", "fc1", "reduction")}
 
 
 def test_modules_come_in_the_order_of_the_forward_pass(swin: nn.Module) -> None:
     network, called = adapt(swin), []
-    for name in network.modules:
+    for name in network.units:
         network.model.get_submodule(name).register_forward_hook(lambda *_, name=name: called.append(name))
     network.run(draw())
-    assert tuple(called) == network.modules
+    assert tuple(called) == network.units
 
 
 @torch.no_grad()
 def test_reparameterized_norms_and_padding_compute_the_same(swin: nn.Module) -> None:
     images = draw()
     network = adapt(copy.deepcopy(swin))
-    load_method("repq_vit")(network, images, Bits(8, 8))
+    create_method("repq_vit").apply(network, Run(images), Bits(8, 8))
     paddings = [m.padding for m in network.model.modules() if isinstance(m, QuantShiftWindowAttention)]
     assert all(padding.abs().max() > 0.01 for padding in paddings)
     with network.full_precision():
@@ -252,10 +254,10 @@ def test_optimization_of_a_detector(detectors: Mapping[str, nn.Module], tmp_path
 
 def test_what_is_calibrated_stays_calibrated(swin: nn.Module) -> None:
     network = adapt(swin)
-    load_method("base_ptq")(network, draw(), Bits(4, 4))
-    before = {name: quantizer.scale.clone() for name, _, quantizer in network.activation_quantizers()}
+    create_method("base_ptq").apply(network, Run(draw()), Bits(4, 4))
+    before = {name: quantizer.scale.clone() for name, quantizer in network.activation_quantizers().items()}
     calibrate_activations(network, 10 * draw())
-    for name, _, quantizer in network.activation_quantizers():
+    for name, quantizer in network.activation_quantizers().items():
         assert torch.equal(quantizer.scale, before[name])
 
 

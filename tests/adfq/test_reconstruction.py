@@ -15,11 +15,13 @@ from torch import Tensor, nn
 import adfq
 from adfq import AdfqError, reconstruction
 from adfq.adapters import adapt
+from adfq.adfq_vit import ADFQViT
+from adfq.bits import Bits
 from adfq.layers import QuantWeightLayer
-from adfq.methods import Bits, adfq_vit
+from adfq.method import Run
 from adfq.quantizers import LogQuantizer, Quantizer, UniformQuantizer
-from adfq.quantizers.adaround import AdaRoundQuantizer
-from adfq.reconstruction import Settings
+from adfq.quantizers.adaround import AdaRound
+from adfq.reconstruction import OptimizerOptions
 from adfq.sites import Network
 
 QUICK: dict[str, Any] = {
@@ -75,7 +77,7 @@ def test_adaround_agrees_with_released_code(load_golden: Callable[[str], dict[st
     }
     grid = UniformQuantizer(bits, "row")
     grid.scale, grid.zero_point = case["scale"], case["zero_point"]
-    rounding = AdaRoundQuantizer(case["x"], grid)
+    rounding = AdaRound(case["x"], grid)
     torch.testing.assert_close(rounding.alpha.detach(), case["alpha"], rtol=1e-5, atol=2e-6)
     torch.testing.assert_close(rounding.soft().detach(), case["y_soft"], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(rounding.hard(), case["y_hard"], rtol=1e-5, atol=1e-6)
@@ -85,10 +87,10 @@ def test_adaround_agrees_with_released_code(load_golden: Callable[[str], dict[st
 
 
 @pytest.fixture
-def rounding() -> AdaRoundQuantizer:
+def rounding() -> AdaRound:
     weight = torch.randn(6, 9)
     grid = UniformQuantizer(3, "row", "percentile").calibrate(weight)
-    made = AdaRoundQuantizer(weight, grid)
+    made = AdaRound(weight, grid)
     made.alpha.data.add_(torch.randn(6, 9))
     return made
 
@@ -96,14 +98,14 @@ def rounding() -> AdaRoundQuantizer:
 def test_adaround_starts_at_the_weight_and_rounds_it_to_nearest() -> None:
     weight = torch.randn(6, 9)
     grid = UniformQuantizer(4, "row").calibrate(weight)
-    made = AdaRoundQuantizer(weight, grid)
+    made = AdaRound(weight, grid)
     lowest, highest = (grid.scale * (code - grid.zero_point) for code in (0, grid.levels - 1))
     inside = (weight >= lowest) & (weight <= highest)
     torch.testing.assert_close(made.soft()[inside], weight[inside], rtol=1e-5, atol=1e-6)
     assert torch.equal(made.hard(), grid(weight))
 
 
-def test_adaround_gradients_are_those_of_its_formula(rounding: AdaRoundQuantizer) -> None:
+def test_adaround_gradients_are_those_of_its_formula(rounding: AdaRound) -> None:
     alpha = rounding.alpha.detach().double().requires_grad_()
     h = (1.2 * alpha.sigmoid() - 0.1).clamp(0, 1)
     soft = ((rounding.floor + h).clamp(0, 7) - rounding.zero_point) * rounding.scale
@@ -117,7 +119,7 @@ def test_adaround_gradients_are_those_of_its_formula(rounding: AdaRoundQuantizer
     torch.testing.assert_close(rounding.alpha.grad.double(), alpha.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_decided_roundings_are_not_regularized(rounding: AdaRoundQuantizer) -> None:
+def test_decided_roundings_are_not_regularized(rounding: AdaRound) -> None:
     rounding.alpha.data.sign_().mul_(20)
     assert rounding.regularizer(2.0).item() == 0
     assert torch.equal(rounding.soft(), rounding.hard())
@@ -130,7 +132,7 @@ def test_modules_hold_every_layer_and_matmul_once(model: nn.Module) -> None:
     network = adapt(model)
     parts = [*network.weight_layers(), *network.matmuls()]
     for name, _ in parts:
-        assert sum(f"{name}.".startswith(f"{module}.") for module in network.modules) == 1, name
+        assert sum(f"{name}.".startswith(f"{module}.") for module in network.units) == 1, name
 
 
 def test_optimization_lowers_every_modules_error(model: nn.Module, make_images: Any) -> None:
@@ -193,16 +195,18 @@ def test_learning_rates_of_zero_switch_parts_off(model: nn.Module, make_images: 
 
 
 def reconstruct(model: nn.Module, images: Tensor, name: str, **options: Any) -> Any:
-    """The reconstruction of one module, calibrated, on the way as `optimize_modules` makes it."""
+    """The reconstruction of one module, calibrated, on the way as `optimize_units` makes it."""
     network = adapt(model)
-    adfq_vit(network, images, Bits(3, 3), iterations=0)
+    ADFQViT(iterations=0).apply(network, Run(images), Bits(3, 3))
     network.model.requires_grad_(False)
     found: list[Any] = []
 
     def hook(module: nn.Module, arguments: tuple[Any, ...], keywords: Any) -> None:
         doubled = (torch.cat([arguments[0], 1.1 * arguments[0]]), *arguments[1:])
         found.append(
-            reconstruction._Reconstruction(network, name, len(images), Settings(**QUICK | options), doubled, keywords)
+            reconstruction._Reconstruction(
+                network, name, len(images), OptimizerOptions(**QUICK | options), doubled, keywords
+            )
         )
 
     with torch.no_grad():
@@ -258,7 +262,7 @@ def test_inputs_are_mixed_element_by_element(make_vit: Any, make_images: Any) ->
 def test_rounding_is_regularized_after_the_warm_up(make_vit: Any, make_images: Any) -> None:
     parts = reconstruct(make_vit(), make_images(4), "blocks.0.mlp", mix_probability=1.0, optimize_batch_size=4)
     layer = parts.layers["fc1"]
-    parts.roundings = [(layer, AdaRoundQuantizer(layer.weight, layer.weight_quantizer))]
+    parts.roundings = [(layer, AdaRound(layer.weight, layer.weight_quantizer))]
     quiet, early, late = (parts._loss(progress).item() for progress in (0.0, 0.2, 0.9))
     regularizers = [0.01 * parts.roundings[0][1].regularizer(beta).item() for beta in (20.0, 20 - 18 * 0.7 / 0.8)]
     assert [early - quiet, late - quiet] == pytest.approx(regularizers, rel=1e-3)
@@ -268,7 +272,7 @@ def test_released_lets_no_gradient_through_logarithmic_quantizers(make_vit: Any,
     for released in (False, True):
         parts = reconstruct(make_vit(), make_images(4), "blocks.0.mlp", released=released)
         layers = parts.layers.values()
-        parts.roundings = [(layer, AdaRoundQuantizer(layer.weight, layer.weight_quantizer)) for layer in layers]
+        parts.roundings = [(layer, AdaRound(layer.weight, layer.weight_quantizer)) for layer in layers]
         with parts._differentiable([]):
             parts._loss(0.0).backward()
         assert isinstance(parts.layers["fc2"].input_quantizer, LogQuantizer)
@@ -445,8 +449,9 @@ def test_modules_outside_the_forward_pass_are_left_alone(make_vit: Any, make_ima
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         network: Network = adapt(make_vit())
-        adfq_vit(network, make_images(4), Bits(4, 4), **QUICK | {"iterations": 1})
-    assert list(network.report["modules"]) == list(network.modules)
+        run = Run(make_images(4))
+        ADFQViT(**QUICK | {"iterations": 1}).apply(network, run, Bits(4, 4))
+    assert list(run.report["modules"]) == list(network.units)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

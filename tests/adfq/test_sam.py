@@ -16,9 +16,11 @@ from torch.nn import functional as F
 import adfq
 from adfq import AdfqError
 from adfq.adapters import adapt
+from adfq.bits import Bits
 from adfq.layers import QuantMatMul, QuantWeightLayer
-from adfq.methods import Bits, load_method, methods
+from adfq.method import Run
 from adfq.quantizers import PerPatchOutlierQuantizer, RunTimePatchOutlierQuantizer
+from adfq.registry import create_method, methods
 
 pytest.importorskip("segment_anything")
 
@@ -156,11 +158,11 @@ def test_the_sites_of_a_sam(vit_sam: nn.Module) -> None:
     }
     assert {name: roles[name] for name in expected} == expected
     assert not any(name.startswith("prompt_encoder") for name in roles)
-    assert network.floating_point == ()
+    assert network.unsupported == ()
     assert len(list(network.matmuls())) == 2 * (2 + 7)
     blocks = [f"image_encoder.blocks.{index}" for index in (0, 1)]
-    assert set(network.norms) == {f"{name}.{layer}" for name in blocks for layer in ("attn.qkv", "mlp.lin1")}
-    assert set(network.paddings) == {f"{name}.attn.qkv" for name in blocks}
+    assert set(network.input_norms) == {f"{name}.{layer}" for name in blocks for layer in ("attn.qkv", "mlp.lin1")}
+    assert set(network.input_paddings) == {f"{name}.attn.qkv" for name in blocks}
 
 
 def test_the_sites_of_a_tiny_vit(randomize: Randomize) -> None:
@@ -180,27 +182,27 @@ def test_the_sites_of_a_tiny_vit(randomize: Randomize) -> None:
         "trunk.stages.3.blocks.0.mlp.fc2": "fc2",
     }
     assert {name: roles[name] for name in expected} == expected
-    assert network.floating_point == ()
+    assert network.unsupported == ()
     assert not any(isinstance(module, nn.BatchNorm2d) for module in encoder.modules())
-    assert len(network.norms) == 2 * 3
+    assert len(network.input_norms) == 2 * 3
 
 
 @pytest.mark.parametrize("part", ["", "image_encoder"])
 def test_modules_come_in_the_order_of_the_forward_pass(sam: nn.Module, part: str) -> None:
     network = adapt(sam.get_submodule(part))
     called: list[str] = []
-    for name in network.modules:
+    for name in network.units:
         network.model.get_submodule(name).register_forward_hook(lambda *_, name=name: called.append(name))
     with torch.no_grad():
         network.run(draw())
-    assert tuple(called) == network.modules
+    assert tuple(called) == network.units
 
 
 @torch.no_grad()
 def test_reparameterized_norms_and_padding_compute_the_same(sam: Any) -> None:
     images, encoder = draw(), sam.image_encoder
     network = adapt(copy.deepcopy(encoder))
-    load_method("repq_vit")(network, images, Bits(8, 8))
+    create_method("repq_vit").apply(network, Run(images), Bits(8, 8))
     with network.full_precision():
         torch.testing.assert_close(network.run(images)[0], encoder(images), rtol=1e-3, atol=1e-3)
     windowed = [m for m in network.model.modules() if isinstance(m, QuantEncoderAttention) and m.window_size]

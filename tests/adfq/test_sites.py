@@ -12,7 +12,7 @@ from adfq import AdfqError
 from adfq.adapters import adapt
 from adfq.layers import QuantWeightLayer
 from adfq.quantizers import LogQuantizer, UniformQuantizer
-from adfq.sites import ROLES, Recipe
+from adfq.sites import ROLES, Recipe, sites_of
 
 MakeModel = Callable[..., nn.Module]
 
@@ -28,18 +28,18 @@ def test_a_recipe_for_a_role_that_does_not_exist(where: str) -> None:
     assert all(role in str(error.value) for role in ROLES)
 
 
-def test_a_role_has_its_own_quantizer_or_the_default() -> None:
+def test_a_role_has_its_own_quantizer_or_the_default(make_vit: MakeModel) -> None:
     recipe = Recipe(
         activation=lambda: UniformQuantizer(4),
         weight=lambda: UniformQuantizer(5, "row"),
         activations={"probs": lambda: LogQuantizer(3), "head": nothing},
         weights={"head": lambda: UniformQuantizer(8)},
     )
-    assert isinstance(recipe.for_activation("probs"), LogQuantizer)
-    assert isinstance(recipe.for_activation("head"), nn.Identity)
-    assert recipe.for_activation("qkv").bits == 4
-    assert recipe.for_weight("probs").bits == 5
-    assert recipe.for_weight("head").bits == 8
+    found = {(site.role, site.is_weight): recipe.quantizer_of(site) for site in sites_of(adapt(make_vit()).model)}
+    assert isinstance(found["probs", False], LogQuantizer)
+    assert found["head", False] is None
+    bits = {key: quantizer.bits for key, quantizer in found.items() if quantizer is not None}
+    assert (bits["qkv", False], bits["qkv", True], bits["head", True]) == (4, 5, 8)
 
 
 def test_every_site_gets_its_roles_quantizers_of_its_own(make_vit: MakeModel) -> None:
@@ -52,7 +52,8 @@ def test_every_site_gets_its_roles_quantizers_of_its_own(make_vit: MakeModel) ->
             weights={"head": nothing},
         )
     )
-    found = {name: (role, quantizer) for name, role, quantizer in network.activation_quantizers()}
+    sites = [site for site in sites_of(network.model) if not site.is_weight and site.quantizer is not None]
+    found = {site.name: (site.role, site.quantizer) for site in sites}
     assert [role for role, _ in found.values()].count("probs") == 2
     assert "qkv" not in {role for role, _ in found.values()}
     assert len({id(quantizer) for _, quantizer in found.values()}) == len(found) == 16
@@ -72,7 +73,7 @@ def test_attaching_again_replaces_what_was_there(make_vit: MakeModel, make_image
     with pytest.raises(RuntimeError, match="before it is calibrated"):
         network.model(images)
     network.attach(Recipe(nothing, nothing))
-    assert list(network.activation_quantizers()) == []
+    assert network.activation_quantizers() == {}
     assert torch.equal(network.model(images), plain)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from adfq import quantize
 from adfq.layers import QuantWeightLayer
 from adfq.quantizers import UniformQuantizer
-from adfq.sites import Network
+from adfq.sites import sites_of
 
 MakeModel = Callable[..., nn.Module]
 MakeImages = Callable[..., Tensor]
@@ -22,9 +22,9 @@ def test_everything_is_uniform_per_tensor_and_per_output_channel(
     range: str, make_swin: MakeModel, make_images: MakeImages
 ) -> None:
     quantized = quantize(make_swin(), "base_ptq", 5, 3, make_images(), range=range)
-    sites = list(Network(quantized, {}).activation_quantizers())
+    sites = [site for site in sites_of(quantized) if not site.is_weight]
     assert len(sites) == 19 + 16
-    for name, role, quantizer in sites:
+    for name, role, quantizer in ((site.name, site.role, site.quantizer) for site in sites):
         assert type(quantizer) is UniformQuantizer
         assert (quantizer.granularity, quantizer.range) == ("tensor", range), name
         assert quantizer.bits == (8 if role == "patch_embed" else 3), name

@@ -14,12 +14,13 @@ from torch.nn import functional as F
 
 from adfq import AdfqError, quantize
 from adfq.adapters import adapt
+from adfq.bits import Bits
 from adfq.layers import QuantConv2d, QuantLinear, QuantMatMul, QuantWeightLayer
-from adfq.methods import Bits
+from adfq.method import Run
 from adfq.quantizers import Quantizer, TwinGeluQuantizer, TwinSoftmaxQuantizer, UniformQuantizer
-from adfq.sites import Network
+from adfq.sites import Network, sites_of
 from baselines import ptq4vit as method
-from baselines.ptq4vit import ptq4vit, sample_rows
+from baselines.ptq4vit import PTQ4ViT, sample_rows
 
 MakeModel = Callable[..., nn.Module]
 MakeImages = Callable[..., Tensor]
@@ -174,9 +175,11 @@ class OneLayer(nn.Module):
 @pytest.mark.parametrize("bits", [3, 6])
 @pytest.mark.parametrize("kind", ["qkv", "fc2", "proj", "conv", "grouped", "scores", "context"])
 def test_the_search_finds_what_brute_force_finds(kind: str, bits: int, search: str) -> None:
-    network = Network(OneLayer(kind), {})
+    network = Network(OneLayer(kind))
     with capturing(network) as captured:
-        ptq4vit(network, torch.randn(5, 1, 7, 6), Bits(bits, bits), search=search, rounds=2, gradient_batch_size=3)
+        PTQ4ViT(search=search, rounds=2, gradient_batch_size=3).apply(
+            network, Run(torch.randn(5, 1, 7, 6)), Bits(bits, bits)
+        )
     ((layer, seen),) = captured.values()
     assert bool(seen.gradients) == (search == "hessian")
     with torch.no_grad():
@@ -202,7 +205,7 @@ def test_a_sample_finds_scales_that_are_nearly_the_best_on_everything(
     """Either scale, given the other; the one that was searched first has seen the other's last but one."""
     network = adapt(make_vit(depth=1, patch_size=4))
     with capturing(network) as captured:
-        ptq4vit(network, make_images(40), Bits(bits, bits), search=search)
+        PTQ4ViT(search=search).apply(network, Run(make_images(40)), Bits(bits, bits))
     for name, (layer, seen) in captured.items():
         inputs, output, gradient = seen.all()
         if isinstance(layer, QuantMatMul):
@@ -283,9 +286,10 @@ def test_small_layers_are_not_sampled() -> None:
 @pytest.mark.parametrize("family", ["vit", "swin"])
 def test_what_every_site_gets(family: str, make_vit: MakeModel, make_swin: MakeModel, make_images: MakeImages) -> None:
     network = adapt(make_vit() if family == "vit" else make_swin())
-    ptq4vit(network, make_images(), Bits(4, 6), rounds=1)
+    PTQ4ViT(rounds=1).apply(network, Run(make_images()), Bits(4, 6))
     roles = set()
-    for name, role, quantizer in network.activation_quantizers():
+    sites = [site for site in sites_of(network.model) if not site.is_weight and site.quantizer is not None]
+    for name, role, quantizer in ((site.name, site.role, site.quantizer) for site in sites):
         twins = {"probs": TwinSoftmaxQuantizer, "fc2": TwinGeluQuantizer}
         assert type(quantizer) is twins.get(role, UniformQuantizer), name
         assert (quantizer.bits, quantizer.scale.shape) == (6, ()), name
@@ -308,7 +312,7 @@ def test_what_every_site_gets(family: str, make_vit: MakeModel, make_swin: MakeM
             assert len(quantizer.scale.unique()) > 10
         else:
             assert quantizer.scale.shape == ()
-        codes = layer.quantize_weight() / quantizer.scale
+        codes = layer.effective_weight() / quantizer.scale
         torch.testing.assert_close(codes, codes.round(), rtol=0, atol=1e-4)
         assert -8 <= codes.round().min() <= codes.round().max() <= 7
         assert layer.weight.grad is None
@@ -360,7 +364,7 @@ def test_without_any_gradient_every_error_weighs_the_same(make_vit: MakeModel, m
     for search in ("hessian", "mse"):
         network = adapt(make_vit(**small))
         network.model.load_state_dict(model.state_dict())
-        ptq4vit(network, images, Bits(4, 4), search=search, rounds=1)
+        PTQ4ViT(search=search, rounds=1).apply(network, Run(images), Bits(4, 4))
         blocks[search] = scales(network.model.get_submodule("blocks"))
     assert all(map(torch.equal, blocks["hessian"], blocks["mse"]))
 
@@ -418,7 +422,7 @@ def test_a_layer_that_the_model_does_not_use(search: str, make_vit: MakeModel, m
     network = adapt(make_vit())
     network.model.add_module("spare", QuantLinear(nn.Linear(4, 4), "fc1"))
     with pytest.raises(AdfqError, match="spare saw no calibration data"):
-        ptq4vit(network, make_images(), Bits(4, 4), search=search)
+        PTQ4ViT(search=search).apply(network, Run(make_images()), Bits(4, 4))
 
 
 def test_a_gradient_needs_logits(make_vit: MakeModel, make_images: MakeImages) -> None:

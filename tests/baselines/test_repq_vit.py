@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from adfq import quantize
 from adfq.adapters import adapt
+from adfq.bits import Bits
 from adfq.layers import QuantLinear
-from adfq.methods import Bits
+from adfq.method import Run
 from adfq.quantizers import LogQuantizer, UniformQuantizer
-from adfq.sites import POST_NORM_ROLES, Network, Recipe
-from baselines.repq_vit import reparameterize, repq_vit
+from adfq.sites import POST_NORM_ROLES, Network, Recipe, sites_of
+from baselines.repq_vit import RepQViT, reparameterize
 
 MakeModel = Callable[..., nn.Module]
 MakeImages = Callable[..., Tensor]
@@ -71,7 +72,7 @@ def test_reparameterization_leaves_the_full_precision_function_as_it_was(
     model, images = make(which)
     expected = model(images)
     network = adapt(model)
-    repq_vit(network, images, Bits(4, 4))
+    RepQViT().apply(network, Run(images), Bits(4, 4))
     # Sums of other summands: the tolerance is that of single precision on logits of size 1.
     torch.testing.assert_close(in_full_precision(network)(images), expected, rtol=1e-5, atol=1e-5)
 
@@ -124,8 +125,9 @@ def test_post_layernorm_quantizers_become_per_tensor(
 ) -> None:
     model, images = make(which)
     network = adapt(model)
-    repq_vit(network, images, Bits(4, 4))
-    for name, role, quantizer in network.activation_quantizers():
+    RepQViT().apply(network, Run(images), Bits(4, 4))
+    sites = [site for site in sites_of(network.model) if not site.is_weight and site.quantizer is not None]
+    for name, role, quantizer in ((site.name, site.role, site.quantizer) for site in sites):
         if role == "probs":
             assert type(quantizer) is LogQuantizer
         else:
@@ -138,22 +140,22 @@ def test_post_layernorm_quantizers_become_per_tensor(
 @torch.no_grad()
 def test_every_pair_is_reparameterized_and_nothing_else(make_swin: MakeModel, make_images: MakeImages) -> None:
     network = adapt(make_swin())
-    norms = {name: norm.weight.clone() for name, norm in network.norms.items()}
+    norms = {name: norm.weight.clone() for name, norm in network.input_norms.items()}
     weights = {name: layer.weight.clone() for name, layer in network.weight_layers()}
-    repq_vit(network, make_images(), Bits(4, 4))
+    RepQViT().apply(network, Run(make_images()), Bits(4, 4))
     changed = {name for name, layer in network.weight_layers() if not torch.equal(layer.weight, weights[name])}
     assert changed == set(norms) == {n for n, layer in network.weight_layers() if layer.role in POST_NORM_ROLES}
-    assert all(not torch.equal(norm.weight, norms[name]) for name, norm in network.norms.items())
+    assert all(not torch.equal(norm.weight, norms[name]) for name, norm in network.input_norms.items())
 
 
 @torch.no_grad()
 def test_weights_are_quantized_anew_after_reparameterization(make_vit: MakeModel, make_images: MakeImages) -> None:
     network = adapt(make_vit())
-    repq_vit(network, make_images(), Bits(4, 4))
+    RepQViT().apply(network, Run(make_images()), Bits(4, 4))
     for name, layer in network.weight_layers():
         expected = UniformQuantizer(4, "row", "percentile").calibrate(layer.weight)
         assert torch.equal(layer.weight_quantizer.scale, expected.scale), name
-        assert torch.equal(layer.quantize_weight(), expected(layer.weight)), name
+        assert torch.equal(layer.effective_weight(), expected(layer.weight)), name
 
 
 @pytest.mark.parametrize(
@@ -169,8 +171,8 @@ def test_a_layernorm_without_bias_stays_per_tensor(
     expected = model(images)
     network = adapt(model)
     weights = {name: layer.weight.clone() for name, layer in network.weight_layers()}
-    repq_vit(network, images, Bits(8, 8))
-    for name, _, quantizer in network.activation_quantizers():
+    RepQViT().apply(network, Run(images), Bits(8, 8))
+    for name, quantizer in network.activation_quantizers().items():
         assert quantizer.scale.shape == (), name
     assert all(torch.equal(layer.weight, weights[name]) for name, layer in network.weight_layers())
     assert (network.model(images) - expected).norm() < 0.2 * expected.norm()

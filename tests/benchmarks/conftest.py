@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
-from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from adfq import registry
 from benchmarks.cell import Cell
 from benchmarks.cli.main import main
 from benchmarks.run.executors import local as executors
@@ -98,26 +98,36 @@ def cells() -> list[Cell]:
 
 _FAULTS = """
 import os, signal, time
+from dataclasses import dataclass
 from pathlib import Path
-from baselines.base_ptq import base_ptq
+from baselines.base_ptq import BasePTQ
 
-def slow(network, images, bits):
-    log = Path(os.environ["FAULT_LOG"])
-    with open(log, "a") as file:
-        file.write("slow\\\\n")
-    while not log.with_name("hurry").exists():
-        time.sleep(0.1)
-    base_ptq(network, images, bits)
+@dataclass(frozen=True)
+class Slow(BasePTQ):
+    def apply(self, network, run, bits):
+        log = Path(os.environ["FAULT_LOG"])
+        with open(log, "a") as file:
+            file.write("slow\\\\n")
+        while not log.with_name("hurry").exists():
+            time.sleep(0.1)
+        super().apply(network, run, bits)
 
-def killed(network, images, bits, *, times=1, log=""):
-    with open(log, "a") as file:
-        file.write("x")
-    if Path(log).stat().st_size <= times:
-        os.kill(os.getpid(), signal.SIGKILL)
-    base_ptq(network, images, bits)
+@dataclass(frozen=True)
+class Killed(BasePTQ):
+    times: int = 1
+    log: str = ""
 
-def broken(network, images, bits):
-    raise MemoryError
+    def apply(self, network, run, bits):
+        with open(self.log, "a") as file:
+            file.write("x")
+        if Path(self.log).stat().st_size <= self.times:
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().apply(network, run, bits)
+
+@dataclass(frozen=True)
+class Broken(BasePTQ):
+    def apply(self, network, run, bits):
+        raise MemoryError
 """
 
 
@@ -129,7 +139,7 @@ def fault_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     information.mkdir(parents=True)
     (folder / "faults.py").write_text(_FAULTS.replace("\\\\n", "\\n"))
     (information / "METADATA").write_text("Metadata-Version: 2.1\nName: faults\nVersion: 1.0\n")
-    points = "".join(f"{name} = faults:{name}\n" for name in ("slow", "killed", "broken"))
+    points = "".join(f"{name.lower()} = faults:{name}\n" for name in ("Slow", "Killed", "Broken"))
     (information / "entry_points.txt").write_text(f"[adfq.methods]\n{points}")
     monkeypatch.syspath_prepend(folder)
     return folder
@@ -139,7 +149,5 @@ def fault_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def methods_read_once() -> Iterator[None]:
     """Looks for methods among the installed packages once, which takes milliseconds, not for each of many cells."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            import_module("adfq.methods"), "entry_points", cache(entry_points)
-        )  # adfq.methods is a function too
+        patch.setattr(registry, "entry_points", cache(entry_points))
         yield

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,46 +15,31 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from adfq.adapters import adapt
+from adfq.bits import Bits
 from adfq.errors import AdfqError
 from adfq.layers import QuantWeightLayer
-from adfq.methods import FULL_PRECISION, Bits, load_method
 from adfq.quantizers import OutlierQuantizer
-from adfq.sites import Network, Recipe
+from adfq.registry import create_method
+from adfq.sites import sites_of
 from benchmarks.report.figures import style
 
 _LOOKS = ((style.COLORS[1], ""), (style.COLORS[5], "/////"), (style.COLORS[4], "....."), (style.COLORS[3], "xxxxx"))
 
 
-class _AttachedError(Exception):
-    """Ends a method that has attached its quantizers."""
-
-
-class _Attaching(Network):
-    """A network on which a method comes no farther than to attach its quantizers."""
-
-    def attach(self, recipe: Recipe) -> None:
-        super().attach(recipe)
-        raise _AttachedError
-
-
 def check_outliers(model: nn.Module, method: str, bits: Bits, arguments: Mapping[str, Any]) -> None:
-    """Raises AdfqError, without calibration, for a method that keeps no outliers of this model.
+    """Raise AdfqError, without calibration, for a method that keeps no outliers of a model.
 
     Args:
         model: in full precision; it is left untouched.
-        method, arguments: a method's name and options.
-        bits: any.
+        method: a method's name.
+        bits: any bit-widths.
+        arguments: the method's options.
     """
-    if method != FULL_PRECISION:
-        network = adapt(copy.deepcopy(model))
-        attaching = _Attaching(**{field.name: getattr(network, field.name) for field in fields(network)})
-        try:
-            load_method(method)(attaching, torch.zeros(1, 3, 1, 1), bits, **arguments)
-        except _AttachedError:
-            if any(isinstance(quantizer, OutlierQuantizer) for *_, quantizer in attaching.activation_quantizers()):
-                return
-    options = "".join(f", {name}={value}" for name, value in arguments.items())
-    raise AdfqError(f"{method}{options} has no quantizer that keeps outliers")
+    recipe = create_method(method, arguments).recipe(bits)
+    sites = sites_of(adapt(copy.deepcopy(model)).model)
+    if not any(isinstance(recipe.quantizer_of(site), OutlierQuantizer) for site in sites):
+        options = "".join(f", {name}={value}" for name, value in arguments.items())
+        raise AdfqError(f"{method}{options} has no quantizer that keeps outliers")
 
 
 def collect_outliers(

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from junitparser import Failure, JUnitXml, Skipped
 
-from adfq.methods import FULL_PRECISION
+from adfq.method import FULL_PRECISION
 from benchmarks.plan import Entry, Table, load_table
 from benchmarks.report.regression import CALIBRATION_FLOOR, Tolerance, compare, count, render, to_junit
 from benchmarks.run.store import Record

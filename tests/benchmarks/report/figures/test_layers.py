@@ -18,7 +18,7 @@ from PIL import Image
 
 import adfq
 from adfq import AdfqError
-from adfq.methods import Bits
+from adfq.bits import Bits
 from benchmarks.report.figures.distributions import (
     PERCENTILES,
     collect_distributions,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,14 @@ import torch
 from torch import Tensor, nn
 from torchvision.datasets import FashionMNIST
 
-from adfq import AdfqError, methods, quantize
+from adfq import AdfqError, methods, quantize, registry
 from adfq.adapters import adapt
+from adfq.adfq_vit import ADFQViT
+from adfq.bits import Bits
 from adfq.layers import QuantWeightLayer
-from adfq.methods import Bits, adfq_vit
+from adfq.method import Method, Run
 from adfq.quantizers import LogQuantizer, PerPatchOutlierQuantizer, Quantizer, ShiftLogQuantizer, UniformQuantizer
-from adfq.sites import Network
+from adfq.sites import Network, Recipe, sites_of
 
 MakeModel = Callable[..., nn.Module]
 MakeImages = Callable[..., Tensor]
@@ -135,7 +137,7 @@ def test_every_site_is_quantized_and_weights_once_and_for_all(
 ) -> None:
     model = make_vit() if family == "vit" else make_swin()
     quantized = quantize(model, method, 4, 4, make_images(), **quick[method])
-    network = Network(quantized, {})
+    network = Network(quantized)
     layers = list(network.weight_layers())
     sites = len(layers) + 2 * len(list(network.matmuls()))
     assert len(list(network.activation_quantizers())) == sites
@@ -234,16 +236,28 @@ def test_the_state_dict_of_a_quantized_model_restores_it(make_swin: MakeModel, m
 # --- random numbers -------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Noisy(Method):
+    label = "Noisy"
+
+    amount: float = 1.0
+
+    def recipe(self, bits: Bits) -> Recipe:
+        return Recipe(activation=lambda: None, weight=lambda: None)
+
+    def apply(self, network: Network, run: Run, bits: Bits) -> None:
+        network.model.get_parameter("head.bias").data += self.amount * torch.randn(10)
+
+
 class NoisyEntryPoint:
     """A method of somebody else's that draws random numbers."""
 
     name = "noisy"
 
-    def load(self) -> Callable[..., None]:
-        def noisy(network: Network, images: Tensor, bits: Bits, *, amount: float = 1.0) -> None:
-            network.model.get_parameter("head.bias").data += amount * torch.randn(10)
+    value = f"{__name__}:Noisy"
 
-        return noisy
+    def load(self) -> type[Method]:
+        return Noisy
 
 
 @pytest.fixture
@@ -252,8 +266,7 @@ def noisy(monkeypatch: pytest.MonkeyPatch) -> str:
         others = list(importlib.metadata.entry_points(**selection))
         return [*others, NoisyEntryPoint()] if selection.get("name") in (None, "noisy") else others
 
-    # By its full name: the attribute adfq.methods is the function.
-    monkeypatch.setattr(importlib.import_module("adfq.methods"), "entry_points", entry_points)
+    monkeypatch.setattr(registry, "entry_points", entry_points)
     return "noisy"
 
 
@@ -405,7 +418,7 @@ def test_adfq_vit_is_the_default(make_vit: MakeModel, make_images: MakeImages) -
 def test_adfq_vits_quantizers(make_swin: MakeModel, make_images: MakeImages) -> None:
     options = {"qkv_threshold": 1.5, "fc1_threshold": 2.5, "log_base": 2.0, "shift": "static", "patch_embed_bits": 7}
     quantized = quantize(make_swin(), "adfq_vit", 5, 3, make_images(), iterations=0, **options)
-    found = {role: quantizer for _, role, quantizer in Network(quantized, {}).activation_quantizers()}
+    found = {site.role: site.quantizer for site in sites_of(quantized) if not site.is_weight}
     kinds = {role: type(quantizer) for role, quantizer in found.items()}
     assert kinds == {
         **dict.fromkeys(("patch_embed", "proj", "head", "query", "key", "value"), UniformQuantizer),
@@ -476,7 +489,8 @@ def test_golden_adfq_vits_scales(
 ) -> None:
     shared, vectors = load_golden("repq_e2e_vit_21.npz"), load_golden("adfq_e2e_vit_21.npz")
     network = adapt(golden_vit(make_vit, shared))
-    adfq_vit(network, shared["calib"], Bits(bits, bits), fc1_threshold=2.5, patch_embed_bits=bits, iterations=0)
+    method = ADFQViT(fc1_threshold=2.5, patch_embed_bits=bits, iterations=0)
+    method.apply(network, Run(shared["calib"]), Bits(bits, bits))
     compared = 0
     for name, layer in network.weight_layers():
         expected = vectors[f"w{bits}a{bits}/model.{name}/act_scale"]

@@ -1,0 +1,121 @@
+"""`quantize`: a model after training in, its quantized copy out."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from adfq.adapters import Architecture, adapt, describe
+from adfq.calibration import gather_batches
+from adfq.errors import AdfqError, NotApplicableError
+from adfq.method import Bits, FullPrecision, Method, Run
+from adfq.registry import create_method, method_name
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """The settings that a model was quantized with; `quantize` leaves it at the model as attribute `quantization`.
+
+    Attributes:
+        method: name of the method.
+        bits: bit-widths of weights and activations.
+        options: every option of the method, defaults included.
+        seed: of the method's random numbers.
+        calibration_size: number of calibration images.
+        architecture: the model's architecture before it was quantized.
+        notes: entries that `adfq.save` was asked to keep with the model, in JSON's types.
+        report: findings of the method, such as the errors of reconstructed units; `adfq.save` leaves it out.
+    """
+
+    method: str
+    bits: Bits
+    options: Mapping[str, Any]
+    seed: int
+    calibration_size: int
+    architecture: Architecture
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    report: Mapping[str, Any] = field(default_factory=dict)
+
+
+def quantize(
+    model: nn.Module,
+    method: str | Method = "adfq_vit",
+    weight_bits: int = 4,
+    activation_bits: int = 4,
+    calibration: Iterable[Any] | Tensor | None = None,
+    seed: int = 0,
+    resume: str | Path | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Return a quantized copy of a trained model.
+
+    Args:
+        model: a model of a family that has an adapter (`adfq.adapters`); it is left untouched.
+        method: one of `adfq.methods()`, or a `Method` with its options, such as ``RepQViT()``. ``"full_precision"``
+            returns a plain copy and needs no calibration.
+        weight_bits: bit-width of weights, 2 to 8; the default is 4. A method may keep single sites at another
+            width, and its documentation says so.
+        activation_bits: bit-width of activations, 2 to 8; the default is 4.
+        calibration: images as a tensor B×C×H×W, or an iterable of batches such as a DataLoader.
+        seed: of the method's random numbers; the default is 0. The global generators stay as they were.
+        resume: a folder in which a long optimization keeps finished units; None, the default, keeps nothing. A call
+            with the same arguments continues from it, on a CPU to the same bits. The caller deletes the folder.
+        **options: options of a method given by name.
+
+    Returns:
+        The quantized model in evaluation mode, its weights replaced by quantized values, with a `Quantization` as
+        attribute `quantization`.
+
+    Raises:
+        AdfqError: for unknown methods, options and bit-widths, models without an adapter, missing or unusable
+            calibration images.
+        NotApplicableError: for a method that cannot be applied to the model.
+        NonFiniteError: for activations or weights that are not finite; it names the layer.
+    """
+    if isinstance(method, str):
+        method = create_method(method, options)
+    elif not isinstance(method, Method):
+        raise AdfqError(f"method must be a name or an adfq.method.Method, got {type(method).__name__}")
+    elif options:
+        raise AdfqError(f"give {next(iter(options))} to {type(method).__name__}(…), not to quantize")
+    model = _copy(model)
+    model.eval()  # some models return None here
+    if isinstance(method, FullPrecision):
+        return model
+    bits = Bits(weight_bits, activation_bits)
+    run = Run(gather_batches(calibration), None if resume is None else Path(resume))
+    architecture = describe(model)
+    network = adapt(model)
+    if network.unsupported:
+        names = ", ".join(network.unsupported)
+        warnings.warn(f"no rule for these layers, left in full precision: {names}", stacklevel=2)
+    if reason := method.supports(network):
+        raise NotApplicableError(reason)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        method.apply(network, run, bits)
+    for _, layer in network.weight_layers():
+        layer.freeze()
+    cast(Any, network.model).quantization = Quantization(
+        method_name(method), bits, asdict(cast(Any, method)), seed, len(run.images), architecture, report=run.report
+    )
+    network.model.eval()
+    return network.model
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """Return a copy whose parameters take memory only once they, or the model's, are written to."""
+    copies: dict[int, Any] = {}
+    for parameter in model.parameters():
+        # Memory that torch has not allocated, such as that of a file, cannot be shared.
+        with suppress(RuntimeError):
+            copies[id(parameter)] = nn.Parameter(parameter.detach()._lazy_clone(), parameter.requires_grad)
+    return copy.deepcopy(model, copies)

@@ -1,0 +1,106 @@
+"""The interface of a quantization method: options, recipe, application."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from adfq.bits import Bits
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from adfq.sites import Network, Recipe
+
+#: The name of the method that leaves a model as it is.
+FULL_PRECISION = "full_precision"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One application of a method: its inputs beside the network, and its report.
+
+    Attributes:
+        images: calibration images, B×C×H×W.
+        resume: a folder for finished parts of a long optimization; None keeps nothing.
+        report: findings of the method by subject, in JSON's types; filled by `Method.apply`.
+    """
+
+    images: Tensor
+    resume: Path | None = None
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """A post-training quantization method; a subclass is a frozen dataclass whose fields are its options.
+
+    Each option has a default. A method is known by the name of its entry point in the group ``adfq.methods``.
+
+    Attributes:
+        label: the name in tables and figures.
+        paper: the reference, such as ``"arXiv 2407.02763"``; empty for none.
+        calibration_size: the usual number of calibration images.
+    """
+
+    label: ClassVar[str]
+    paper: ClassVar[str] = ""
+    calibration_size: ClassVar[int] = 32
+
+    @abstractmethod
+    def recipe(self, bits: Bits) -> Recipe:
+        """Return the quantizer of each site role.
+
+        Args:
+            bits: bit-widths of weights and activations.
+        """
+
+    def supports(self, network: Network) -> str | None:
+        """Return the reason why the method cannot be applied to a network, or None if it can.
+
+        Args:
+            network: an adapted model without quantizers.
+        """
+        return None
+
+    @abstractmethod
+    def apply(self, network: Network, run: Run, bits: Bits) -> None:
+        """Quantize a network in place: attach quantizers, quantize weights, calibrate activations.
+
+        Args:
+            network: an adapted model without quantizers.
+            run: calibration images, resume folder and report.
+            bits: bit-widths of weights and activations.
+
+        Raises:
+            AdfqError: for unusable options.
+            NonFiniteError: for weights or activations that are not finite.
+            NotApplicableError: for a model that the method turns out not to fit.
+        """
+
+    @classmethod
+    def options(cls) -> dict[str, Any]:
+        """Return the options with their defaults, the class's own before inherited ones."""
+        own = inspect.get_annotations(cls)
+        ordered = sorted(fields(cls), key=lambda option: option.name not in own)
+        return {option.name: option.default for option in ordered}
+
+
+@dataclass(frozen=True)
+class FullPrecision(Method):
+    """The model as it is: the reference of every table."""
+
+    label = "Full precision"
+    calibration_size = 0
+
+    def recipe(self, bits: Bits) -> Recipe:
+        """Return a recipe without quantizers."""
+        from adfq.sites import Recipe
+
+        return Recipe(activation=lambda: None, weight=lambda: None)
+
+    def apply(self, network: Network, run: Run, bits: Bits) -> None:
+        """Leave the network as it is."""
