@@ -66,7 +66,7 @@ def test_a_method_of_somebody_elses_counts_by_its_source(
     monkeypatch.syspath_prepend(tmp_path)
     import their_method
 
-    monkeypatch.setattr(runner, "load_method", lambda name: their_method.method)
+    monkeypatch.setattr(runner, "find_method", lambda name: their_method.method)
 
     def digest() -> str:
         runner._foreign_method.cache_clear()
