@@ -28,7 +28,7 @@ class Quantization:
         method: name of the method.
         bits: bit-widths of weights and activations.
         options: every option of the method, defaults included.
-        seed: of the method's random numbers.
+        seed: seed of the method's random numbers.
         calibration_size: number of calibration images.
         architecture: the model's architecture before it was quantized.
         notes: entries that `adfq.save` was asked to keep with the model, in JSON's types.
@@ -65,7 +65,7 @@ def quantize(
             width, and its documentation says so.
         activation_bits: bit-width of activations, 2 to 8; the default is 4.
         calibration: images as a tensor B×C×H×W, or an iterable of batches such as a DataLoader.
-        seed: of the method's random numbers; the default is 0. The global generators stay as they were.
+        seed: seed of the method's random numbers; 0 by default. The global generators stay as they were.
         resume: a folder in which a long optimization keeps finished units; None, the default, keeps nothing. A call
             with the same arguments continues from it, on a CPU to the same bits. The caller deletes the folder.
         **options: options of a method given by name.

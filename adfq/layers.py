@@ -60,7 +60,7 @@ class QuantWeightLayer(nn.Module, ABC):
 
     @torch.no_grad()
     def effective_weight(self) -> Tensor:
-        """Return the weight that `forward` computes with, out × in (× kernel)."""
+        """Return the weight that `forward` uses: learned, quantized or full precision, the shape of `weight`."""
         if self.learned_weight is not None:
             return self.learned_weight
         quantizer = self.weight_quantizer

@@ -1,9 +1,9 @@
-"""Module-wise optimization after calibration: ADFQ-ViT's attention-score enhanced module-wise optimization (AMO).
+"""Unit-wise optimization after calibration: ADFQ-ViT's attention-score enhanced module-wise optimization (AMO).
 
-Module after module in the order of the forward pass, weights learn which way to round and activation quantizers their
-step size, so that the module's output is that of full precision. (ADFQ-ViT, section "attention-score enhanced
-module-wise optimization"; AdaRound, Nagel et al., 2020; learned step size, Esser et al., 2020; mixed inputs, QDrop,
-Wei et al., 2022.)
+Unit after unit in the order of the forward pass, weights learn to round up or down and activation quantizers learn
+their step size, so that the unit's output is that of full precision. Sources: ADFQ-ViT, section "attention-score
+enhanced module-wise optimization"; AdaRound, Nagel et al., 2020; learned step size, Esser et al., 2020; mixed inputs,
+QDrop, Wei et al., 2022.
 """
 
 from __future__ import annotations
@@ -35,29 +35,32 @@ _WARM_UP = 0.2  # share of the iterations before rounding is regularized
 _BETA = (20.0, 2.0)  # the regularizer's exponent, from and to
 _MIN_STEP = 1e-2  # a learned step size never falls below this share of the calibrated one
 _MAX_RATE = 1e-2  # nor is its learning rate above this share of it: steps at 8 bits are small
-_CHECKS = 20  # how often at most the held-back images are looked at
-_PATIENCE = 4  # after how many checks in a row without improvement optimization stops
+_CHECKS = 20  # greatest number of evaluations on the held-back images
+_PATIENCE = 4  # number of checks in a row without improvement that ends the optimization
 
 
 @dataclass(frozen=True)
 class OptimizerOptions:
-    """How modules are optimized; the defaults are the paper's.
+    """Options of the optimization of units; defaults are the paper's.
 
     Attributes:
-        iterations: per module; 0 leaves it calibrated.
-        optimize_batch_size: images per iteration.
-        mix_probability: with which an element of a module's input comes from the quantized network before it, and not
-            from full precision.
-        attention_weight: of the divergence between attention scores, in the loss of modules that have a softmax.
-        temperature: of that divergence.
-        rounding_weight: of the regularizer that drives roundings to a decision.
-        rounding_learning_rate: of AdaRound's α (Adam); 0 keeps weights rounded to nearest.
-        step_learning_rate: of activation step sizes (Adam, cosine to 0), or a hundredth of the step size where that
-            is less; 0 keeps the calibrated ones.
-        held_back: share of the images that is not optimized on but decides when to stop, and which state is kept.
-        autocast: run modules in bfloat16.
-        released: the released code's oddities: attention scores are compared by a softmax over heads of
+        iterations: iterations for each unit; 0 leaves it calibrated.
+        optimize_batch_size: images in an iteration.
+        mix_probability: probability that an element of a unit's input is the quantized network's and not full
+            precision's.
+        attention_weight: weight of the divergence between attention scores, in the loss of units with a softmax.
+        temperature: temperature of that divergence.
+        rounding_weight: weight of the regularizer that drives roundings to a decision.
+        rounding_learning_rate: learning rate of AdaRound's α (Adam); 0 keeps weights rounded to nearest.
+        step_learning_rate: learning rate of activation step sizes (Adam, cosine to 0), limited to a hundredth of the
+            step size; 0 keeps the calibrated ones.
+        held_back: share of the images that is not optimized on and decides when to stop and which state is kept.
+        autocast: True to run units in bfloat16.
+        released: True for the released code's peculiarities: attention scores are compared by a softmax over heads of
             probabilities, and logarithmic quantizers pass no gradient to their input.
+
+    Raises:
+        AdfqError: for a value out of range.
     """
 
     iterations: int = 3000
@@ -92,17 +95,20 @@ class OptimizerOptions:
 
 @dataclass(frozen=True)
 class OptimizingMethod(OptimizerOptions, Method):
-    """A method that reconstructs units after calibration; ``iterations=0`` leaves it calibrated."""
+    """Method that reconstructs units after calibration; ``iterations=0`` leaves them calibrated."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a module.
+    """Outcome of a unit's optimization.
+
+    The error is that of the reconstruction: squared, summed over dimension 1 (tokens), mean over the rest. It is taken
+    on the held-back images, or on all without any.
 
     Attributes:
-        before, after: reconstruction error, calibrated and optimized: squared, summed over dimension 1 (tokens), mean
-            over the rest. On the held-back images where there are any.
-        kept: whether the optimized state is what the module has now; False where it was no better.
+        before: error of the calibrated unit.
+        after: error of the optimized unit.
+        kept: True if the unit has the optimized state; False if that was no better.
     """
 
     before: float
@@ -111,22 +117,22 @@ class Result:
 
 
 def optimize_units(network: Network, run: Run, options: OptimizerOptions) -> dict[str, Result]:
-    """Calibrates and optimizes module after module of a network whose weights are quantized.
+    """Calibrate and optimize unit after unit of a network with quantized weights.
 
-    One forward pass serves full precision and the quantized network side by side: every module finds its inputs in
-    both, is calibrated and optimized, and hands on its outputs in both. Where the network has a folder to resume from,
-    finished modules are left there, and not optimized again.
+    One forward pass serves full precision and the quantized network side by side: every unit finds its inputs in both,
+    is calibrated and optimized, and hands on its outputs in both. A run with a folder to resume from leaves finished
+    units there, and does not optimize them again.
 
     Args:
-        network: with quantizers attached and weights quantized; its parameters get no gradients any more.
-        images: B×C×H×W; moved to the model's device and dtype.
-        options: how.
+        network: network with quantizers attached and weights quantized; its parameters get no gradients any more.
+        run: images, B×C×H×W, and the folder to resume from.
+        options: options of the optimization.
 
     Returns:
-        What became of each module, by name, in the order of the forward pass.
+        Outcome of each unit by name, in the order of the forward pass.
 
     Raises:
-        NonFiniteError: naming the site, for activations that are not finite.
+        NonFiniteError: for activations that hold NaN or infinity; the message names the site.
         AdfqError: for a folder that cannot be written.
     """
     images = network.place(run.images)
@@ -174,7 +180,7 @@ def optimize_units(network: Network, run: Run, options: OptimizerOptions) -> dic
 
 
 class _Finished:
-    """The modules that an earlier run, of the same network, images and options, has optimized."""
+    """Units that an earlier run of the same network, images and options has optimized."""
 
     def __init__(self, folder: Path | None, network: Network, images: Tensor, options: str) -> None:
         self.folder = folder
@@ -190,7 +196,7 @@ class _Finished:
         self.fingerprint = digest.hexdigest()
 
     def restore(self, name: str, reconstruction: _Reconstruction) -> Result | None:
-        """Puts the module into the state that it was left in; None where there is none for it."""
+        """Load the state of a finished unit, and return its outcome; None for an unfinished one."""
         if self.folder is None:
             return None
         from safetensors import SafetensorError, safe_open
@@ -207,6 +213,7 @@ class _Finished:
         return Result(**found)
 
     def keep(self, name: str, reconstruction: _Reconstruction, result: Result) -> None:
+        """Save a unit's state and outcome."""
         if self.folder is None:
             return
         from safetensors import SafetensorError
@@ -222,10 +229,10 @@ class _Finished:
 
 
 class _Reconstruction:
-    """One module with everything that its optimization needs.
+    """Unit with all data of its optimization.
 
-    Inputs, targets and scores are B×k×…, with k rows of the module's input for each image (Swin's windows). Inputs are
-    all tensor arguments with as many rows as the first, by position or keyword: across, attention has three.
+    Inputs, targets and scores are B×k×…, with k rows of the unit's input for each image (Swin's windows). Inputs are
+    all tensor arguments with as many rows as the first, by position or keyword: cross-attention has three.
     """
 
     def __init__(
@@ -268,6 +275,7 @@ class _Reconstruction:
         return torch.cat(outputs), [torch.cat(parts) for parts in zip(*scores, strict=True)]
 
     def quantized_outputs(self) -> Tensor:
+        """Return the unit's outputs in the quantized network, B×k×…."""
         outputs = [
             self._forward(_choose(self.quantized_inputs, chosen)).unflatten(0, (len(chosen), -1))
             for chosen in self._batches()
@@ -285,7 +293,7 @@ class _Reconstruction:
         return output
 
     def _squared_error(self, output: Tensor, target: Tensor) -> Tensor:
-        """Summed over tokens (of a convolution, channels), mean over the rest."""
+        """Return the squared error, summed over tokens (channels of a convolution), mean over the rest."""
         error = (output.float() - target.float()).square()
         if error.dim() > 3 and not self.channels_first:
             error = error.flatten(1, -2)
@@ -293,7 +301,7 @@ class _Reconstruction:
 
     @contextmanager
     def _scores(self) -> Iterator[list[Tensor]]:
-        """Within it, the list receives the input of every softmax of the module."""
+        """Collect the input of every softmax of the unit inside the block."""
         found: list[Tensor] = []
         wanted = self.softmaxes if self.options.attention_weight else []
         hooks = [softmax.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0])) for softmax in wanted]
@@ -309,7 +317,7 @@ class _Reconstruction:
         return (scores.float() / self.options.temperature).softmax(-1)
 
     def run(self, done: Callable[[], object]) -> Result:
-        """Calibrates and optimizes the module."""
+        """Calibrate and optimize the unit."""
         with calibrating(self.quantizers.items()):
             self._forward(self.quantized_inputs)
         calibrated, before = self.state(), self._error()
@@ -368,7 +376,7 @@ class _Reconstruction:
             self.load_state(best)
 
     def _loss(self, progress: float) -> Tensor:
-        """The loss of a batch drawn at random, `progress` through the iterations."""
+        """Return the loss of a random batch, `progress` (0 to 1) through the iterations."""
         options = self.options
         chosen = self.trained_on[torch.randperm(len(self.trained_on))[: options.optimize_batch_size]]
         mixed = {}
@@ -393,8 +401,9 @@ class _Reconstruction:
         return loss
 
     def _divergence(self, scores: Tensor, target: Tensor) -> Tensor:
-        """KL(full precision ‖ quantized) of attention scores but for a constant: summed over queries, mean over heads
-        and rows.
+        """Return KL(full precision ‖ quantized) of attention scores but for a constant.
+
+        It is summed over queries, mean over heads and rows.
         """
         if self.options.released:
             logarithm = (scores.float().softmax(-1) / self.options.temperature).log_softmax(1)
@@ -433,7 +442,7 @@ class _Reconstruction:
             layer.learned_weight = rounding.hard().to(layer.weight.dtype)
 
     def _error(self) -> float:
-        """The reconstruction error with the inputs that the quantized network gives, on the images that judge."""
+        """Return the reconstruction error on the judging images, with the quantized network's inputs."""
         total = 0.0
         for chosen in self.judged_on.split(self.options.optimize_batch_size):
             output = self._forward(_choose(self.quantized_inputs, chosen))
@@ -441,7 +450,7 @@ class _Reconstruction:
         return total / len(self.judged_on)
 
     def state(self) -> dict[str, Tensor]:
-        """Copies of everything that calibration and optimization change."""
+        """Return copies of all tensors that calibration and optimization change."""
         buffers = {
             f"{name}.{key}": buffer.clone()
             for name, quantizer in self.quantizers.items()
@@ -451,6 +460,7 @@ class _Reconstruction:
         return buffers | {name: weight.clone() for name, weight in weights.items() if weight is not None}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Load tensors from `state`."""
         for name, quantizer in self.quantizers.items():
             quantizer.load_state_dict({key: state[f"{name}.{key}"] for key in quantizer.state_dict()})
         for name, layer in self.layers.items():
@@ -466,7 +476,7 @@ def _by_key(arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> Iterator
 def _replace(
     arguments: tuple[Any, ...], keywords: Mapping[str, Any], values: Mapping[int | str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A call with other values in place of some of its arguments."""
+    """Replace some arguments of a call."""
     changed = {**dict(_by_key(arguments, keywords)), **values}
     return tuple(changed[index] for index in range(len(arguments))), {key: changed[key] for key in keywords}
 

@@ -92,7 +92,7 @@ class Site:
 
     @property
     def is_weight(self) -> bool:
-        """Whether the operand is a weight, and not an activation."""
+        """True for a weight, False for an activation."""
         return self.attribute == "weight_quantizer"
 
     @property
@@ -189,10 +189,10 @@ class Network:
         return images.to(parameter.device, parameter.dtype)
 
     def is_excluded(self, name: str) -> bool:
-        """Return whether every method leaves a layer in full precision.
+        """Return True for a layer that every method leaves in full precision.
 
         Args:
-            name: the layer's.
+            name: name of the layer.
         """
         return any(fnmatchcase(name, pattern) for pattern in self.excluded)
 
@@ -228,7 +228,7 @@ class Network:
 
     @contextmanager
     def full_precision(self) -> Iterator[None]:
-        """Have the model compute as if it had no quantizers, within a ``with`` statement."""
+        """Switch the model's quantizers off inside the block."""
         sites = [(site, getattr(site.operator, site.attribute)) for site in sites_of(self.model)]
         weights = [(layer, layer.learned_weight) for _, layer in self.weight_layers()]
         try:

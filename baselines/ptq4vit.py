@@ -23,9 +23,9 @@ from adfq.sites import Network, Recipe
 SEARCHES = ("hessian", "mse")
 FACTORS = tuple(0.01 + 0.0119 * i for i in range(100))  # candidate scales, in parts of the one that holds every value
 
-# What a layer is searched on: of a batched product so many matrices and so many rows of each; of a layer with a weight
-# as many rows in all. Every candidate is tried on the coarse sample and the best on the fine one. The scale found is
-# the best on everything for most layers, and within a few percent of its score for the others.
+# Sizes of the samples that scales are searched on: number of matrices of a batched product, and of rows of each; a
+# layer with a weight has as many rows in all. Every candidate is tried on the coarse sample and the best on the fine
+# one. The scale found is the best on everything for most layers, and within a few percent of its score for the others.
 _COARSE = (16, 8)
 _FINE = (64, 32)
 _SHORTLIST = 8
@@ -110,9 +110,9 @@ class PTQ4ViT(Method):
 
 
 def _run(network: Network, images: Tensor, backward: bool) -> None:
-    """One pass of the model, and one backwards, which meets every layer and gives no weight a gradient.
+    """Run the model once, and backwards once, through every layer and without gradients of weights.
 
-    It goes back to the images, and to biases: not everything is computed from images, such as a mask decoder's tokens.
+    Gradients go back to the images, and to biases: a mask decoder's tokens, for example, are not computed from images.
     """
     images = network.place(images).clone().requires_grad_(backward)
     biases = [layer.bias for _, layer in network.weight_layers() if layer.bias is not None and layer.bias.requires_grad]
@@ -123,10 +123,11 @@ def _run(network: Network, images: Tensor, backward: bool) -> None:
 
 
 def _fisher_loss(outputs: Tensor | list[Tensor]) -> Tensor:
-    """A loss whose squared gradients are the empirical Fisher information of what the model gives.
+    """Return a loss whose squared gradients are the empirical Fisher information of the outputs.
 
-    Of logits (B×classes), the cross-entropy against a label drawn from the prediction. Several outputs, as a detector
-    has, count as means of Gaussians, each with the variance of its tensor: the distance to a value drawn from these.
+    For logits (B×classes) it is the cross-entropy against a label drawn from the prediction. Several outputs, as a
+    detector has, count as means of Gaussians, each with the variance of its tensor: the loss is the distance to a value
+    drawn from these.
     """
     if isinstance(outputs, Tensor):
         if outputs.dim() != 2:
@@ -150,15 +151,15 @@ def _check_finite(name: str, values: Tensor) -> None:
         raise NonFiniteError(f"{name}: values are not finite (NaN or infinity)")
 
 
-# --- what is searched on --------------------------------------------------------------------------------------------
+# --- samples for the search -----------------------------------------------------------------------------------------
 
 
 class _Observer:
-    """Keeps what the search needs to know of a layer while the model runs.
+    """Observer of a layer while the model runs, which keeps samples for the search.
 
-    A layer is seen as products left @ rightᵀ of P×M×inner and P×N×inner: P is 1 (of a convolution the number of its
-    groups), left the weight and right the tokens, or P is images × heads (Swin: windows × heads), left the queries or
-    probabilities, right the keys or values.
+    A layer is seen as products left @ rightᵀ of P×M×inner and P×N×inner. For a layer with a weight, P is 1 (the number
+    of groups of a convolution), left the weight and right the tokens. For a matrix product, P is images × heads (Swin:
+    windows × heads), left the queries or probabilities, right the keys or values.
     """
 
     def __init__(self, name: str, layer: QuantWeightLayer | QuantMatMul, batches: int, weighted: bool) -> None:
@@ -167,7 +168,7 @@ class _Observer:
         self.kept: dict[tuple[int, int], list[tuple[Tensor, ...]]] = {_COARSE: [], _FINE: []}
 
     def observe(self, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        """A forward hook."""
+        """Observe a forward pass of the layer, as a forward hook."""
         for operand in inputs:
             _check_finite(self.name, operand)
         if not self.weighted:
@@ -177,7 +178,7 @@ class _Observer:
 
     @torch.no_grad()
     def keep(self, inputs: tuple[Tensor, ...], gradient: Tensor) -> None:
-        """Keeps a sample of the rows of the first input and of the gradient, weighted, and all of the second."""
+        """Keep a weighted sample of rows of the first input and the gradient, and all of the second input."""
         _check_finite(f"gradient at {self.name}", gradient)
         self.largest.append([operand.abs().max().float() for operand in inputs])
         choose, sizes, gradient = _as_rows(self.layer, inputs[0].float(), gradient.float())
@@ -190,7 +191,7 @@ class _Observer:
             kept.append((choose(which, chosen), gradient[which, chosen] * weights.sqrt()[..., None], *others))
 
     def product(self, size: tuple[int, int]) -> Product:
-        """What was kept of that size."""
+        """Return the kept sample of a size."""
         if not self.kept[size]:
             raise AdfqError(f"{self.name} saw no calibration data: the model does not use this layer")
         layer = self.layer
@@ -214,12 +215,12 @@ class _Observer:
 def _as_rows(
     layer: QuantWeightLayer | QuantMatMul, x: Tensor, gradient: Tensor
 ) -> tuple[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor]:
-    """A layer's (first) input as P×rows×inner and the gradient at its output as P×rows×columns.
+    """Return a layer's first input as P×rows×inner, and the gradient at its output as P×rows×columns.
 
-    A row of a convolution is a position of its output: what all groups read there, one after the other.
+    A row of a convolution is a position of its output: the patch that all groups read there, one after the other.
 
     Returns:
-        what gives the rows of the input for indices of matrices and of rows in them, the squared norms of all rows
+        A function from indices of matrices and of rows in them to rows of the input, the squared norms of all rows
         (P×rows), and the gradient.
     """
     if isinstance(layer, QuantMatMul):
@@ -239,7 +240,10 @@ def _as_rows(
 
 
 def _lay_out(layer: QuantConv2d, x: Tensor) -> Tensor:
-    """What the kernel covers at each position of a convolution's output: B×C×H×W to B×(C·kernel)×H'×W'."""
+    """Return the patch under the kernel at each position of a convolution's output.
+
+    B×C×H×W becomes B×(C·kernel)×H'×W'.
+    """
     # A convolution with the unit matrix lays out the patches, whatever stride and padding.
     kernel = layer.weight.shape[2:]
     inner = x.shape[1] * kernel.numel()
@@ -248,7 +252,10 @@ def _lay_out(layer: QuantConv2d, x: Tensor) -> Tensor:
 
 
 def _choose_patches(layer: QuantConv2d, x: Tensor, chosen: Tensor) -> Tensor:
-    """What `_lay_out` has at chosen rows, of all images' positions: 1×rows to 1×rows×(C·kernel)."""
+    """Return patches of `_lay_out` at chosen rows of all images' positions.
+
+    1×rows becomes 1×rows×(C·kernel).
+    """
     # Pixels by number, 0 for padding; exact in double precision, also where a GPU rounds convolutions.
     numbers = torch.arange(1, x[0, 0].numel() + 1, dtype=torch.float64, device=x.device)
     pixels = _lay_out(layer, numbers.reshape(1, 1, *x.shape[2:])).long().flatten(2)
@@ -260,20 +267,22 @@ def _choose_patches(layer: QuantConv2d, x: Tensor, chosen: Tensor) -> Tensor:
 
 
 def sample_rows(sizes: Tensor, gradient: Tensor, products: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Draws rows of a layer's output on which the sum of weighted squared errors has an unbiased, close estimate.
+    """Draw rows of a layer's output for an unbiased, close estimate of the sum of weighted squared errors.
 
-    Full scores are sums over thousands of rows; a few hundred, the same for all candidates, tell these apart as well.
-    A row is drawn in proportion to the error it can contribute: its squared gradient, times what is alike for all
-    rows (rounding) plus what grows with its values (clipping). Behind the last attention, say, only class tokens have a
-    gradient, and only they are drawn.
+    Full scores are sums over thousands of rows; a few hundred, the same for all candidates, tell these apart as well. A
+    row is drawn in proportion to the error it can contribute: its squared gradient, times a part that is alike for all
+    rows (rounding) plus a part that grows with its values (clipping). Behind the last attention, say, only class tokens
+    have a gradient, and only they are drawn.
 
     Args:
-        sizes: P×M, the squared norms of the input's rows.
+        sizes: squared norms of the input's rows, P×M.
         gradient: P×M×N.
-        products, rows: how many of the P matrices and of the M rows of each; all, where there are no more.
+        products: number of the P matrices to draw; all, if there are no more.
+        rows: number of the M rows of each to draw; all, if there are no more.
 
     Returns:
-        which matrices (products), which rows of each (products×rows), and the weights of their squared errors.
+        Indices of matrices (products), indices of rows of each (products×rows), and the weights of their squared errors
+        (products×rows).
     """
     # Relative to the largest, so that nothing underflows; the floor is for images without any gradient.
     gradient = gradient / gradient.abs().max().clamp(min=torch.finfo(gradient.dtype).tiny)
@@ -285,7 +294,7 @@ def sample_rows(sizes: Tensor, gradient: Tensor, products: int, rows: int) -> tu
 
 
 def _draw(mass: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Systematic sampling along the last dimension: indices, and the inverse of how often each is expected."""
+    """Draw indices along the last dimension systematically, and return the inverse of their expected numbers too."""
     total = mass.shape[-1]
     if total <= count:
         return torch.arange(total, device=mass.device).expand(mass.shape), torch.ones_like(mass)
@@ -300,16 +309,16 @@ def _draw(mass: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 class Operand:
-    """One side of a product, its quantizer, and the scales that this may get.
+    """Side of a product, with its quantizer and the candidates for its scale.
 
     Args:
-        values: in the shape that the quantizer meets.
-        quantizer: a `Quantizer`, which is given the scale that holds every value, or nn.Identity.
-        largest: (G) the largest absolute value of each group of rows that shares a scale.
-        as_rows: brings `values` to P×rows×inner, where they are not.
+        values: operand in the shape that the quantizer meets.
+        quantizer: a `Quantizer`, which gets the scale that holds every value, or nn.Identity.
+        largest: largest absolute value of each group of rows that shares a scale, G.
+        as_rows: function from `values` to P×rows×inner; None, the default, for values in that shape.
 
     Attributes:
-        candidates: C×G scales.
+        candidates: candidates for the scale, C×G.
     """
 
     def __init__(
@@ -329,7 +338,11 @@ class Operand:
         self.set_scale(whole)
 
     def set_scale(self, scale: Tensor) -> None:
-        """Gives the quantizer a scale for each group (G)."""
+        """Set the quantizer's scale for each group.
+
+        Args:
+            scale: G.
+        """
         if not isinstance(self.quantizer, Quantizer):
             return
         if len(scale) == 1:
@@ -342,15 +355,21 @@ class Operand:
             self.quantizer.zero_point = torch.full_like(scale, self.quantizer.levels // 2)
 
     def rows(self, quantized: bool) -> Tensor:
+        """Return the operand as P×rows×inner.
+
+        Args:
+            quantized: True for quantized values, False for full precision.
+        """
         return self.as_rows(self.quantizer(self.values) if quantized else self.values)
 
 
 class Product:
-    """left @ rightᵀ in full precision, against which the two quantized operands are held.
+    """Product left @ rightᵀ in full precision, the reference of the two quantized operands.
 
     Args:
-        left, right: P×M×inner and P×N×inner as rows.
-        gradient: P×M×N, what errors are multiplied with before they are squared.
+        left: P×M×inner as rows.
+        right: P×N×inner as rows.
+        gradient: factors of the errors before they are squared, P×M×N.
     """
 
     def __init__(self, left: Operand, right: Operand, gradient: Tensor) -> None:
@@ -360,9 +379,13 @@ class Product:
         self.gradient = gradient / largest if largest > 0 else torch.ones_like(gradient)
 
     def scores(self, index: int, candidates: Tensor) -> Tensor:
-        """The sums of weighted squared errors (C×G) for C×G scales of one operand.
+        """Return sums of weighted squared errors, C×G, for C×G scales of one operand.
 
         The product is linear in that operand: the other is quantized once, and a candidate costs one matrix product.
+
+        Args:
+            index: 0 for the left operand, 1 for the right one.
+            candidates: scales, C×G.
         """
         searched = self.operands[index]
         quantized = [operand.rows(quantized=True) for operand in self.operands]
@@ -378,11 +401,12 @@ class Product:
 
 @torch.no_grad()
 def search_scales(coarse: Product, fine: Product, rounds: int) -> None:
-    """Sets the scales of a layer's quantizers, the left one's first, to the candidates with the smallest errors.
+    """Set the scales of a layer's quantizers, the left one's first, to the candidates with the smallest errors.
 
     Args:
-        coarse, fine: a small and a large sample of the layer's product, with the same quantizers.
-        rounds: how many times the two operands are searched, in turn.
+        coarse: small sample of the layer's product.
+        fine: large sample of it, with the same quantizers.
+        rounds: number of searches of both operands, in turn.
     """
     searched = [index for index in (0, 1) if isinstance(fine.operands[index].quantizer, Quantizer)]
     chosen: list[Tensor] = []
