@@ -1,4 +1,4 @@
-"""Shares of values that outlier-aware quantizers keep in full precision, layer by layer."""
+"""What ADFQ-ViT keeps in full precision: the values beyond its thresholds, layer by layer."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ def check_outliers(model: nn.Module, method: str, bits: Bits, arguments: Mapping
 def collect_outliers(
     model: nn.Module, images: Tensor, forward: Callable[[nn.Module, Tensor], Any] = nn.Module.__call__
 ) -> pd.DataFrame:
-    """Count the values that outlier-aware quantizers keep in full precision.
+    """How many of the values that outlier-aware quantizers see they keep as they are.
 
     Args:
-        model: quantized model.
-        images: preprocessed, B×C×H×W, on the model's device.
-        forward: function that runs the model on images; by default, a call of the model.
+        model: quantized.
+        images: B×C×H×W, preprocessed, on the model's device.
+        forward: runs the model on images.
 
     Returns:
-        One row a layer, in the order of the forward pass: ``layer``, ``role``, ``threshold``, ``values`` (number of
-        values seen), ``kept`` (number of outliers among them), ``percent`` (outliers, % of the values).
+        One row a layer, in the order of the forward pass: ``layer``, ``role``, ``threshold``, ``values`` (how many it
+        has seen), ``kept`` (how many of them are outliers), ``percent`` (of the values, kept).
 
     Raises:
         AdfqError: for a model without such quantizers.
@@ -86,11 +86,7 @@ def collect_outliers(
 
 
 def draw_outliers(frame: pd.DataFrame, file: Path) -> None:
-    """Draw shares of `collect_outliers`, and write them.
-
-    Args:
-        frame: from `collect_outliers`.
-        file: path to write, ``.png`` or ``.svg``.
+    """Draws what `collect_outliers` has found, and writes it: ``.png`` or ``.svg``.
 
     Raises:
         AdfqError: for another kind of file, or one that cannot be written.
@@ -99,11 +95,7 @@ def draw_outliers(frame: pd.DataFrame, file: Path) -> None:
 
 
 def plot_outliers(frame: pd.DataFrame) -> Figure:
-    """Return a figure with a bar and a number for each layer; colour and hatch tell roles and thresholds apart.
-
-    Args:
-        frame: from `collect_outliers`.
-    """
+    """A bar for each layer with its number, zeros too; colour and hatch tell roles and thresholds apart."""
     figure = style.make_figure(0.75 * style.PAGE_WIDTH, style.rows_height(len(frame)), layout="constrained")
     axes = figure.subplots()
     groups = frame.groupby(["role", "threshold"], sort=False)
