@@ -32,6 +32,7 @@ QUICK = (
     "benchmarks/run/test_store.py",
     "benchmarks/test_cell.py",
     "test_architecture.py",
+    "test_english.py",
     "test_packaging.py",
     "test_results_page.py",
 )
