@@ -8,7 +8,8 @@ import json
 import adfq
 from benchmarks.cli.options import Commands, add_device, positive
 from benchmarks.plan import METHOD_LABELS
-from benchmarks.run.runner import environment, resolve_device
+from benchmarks.run.provenance import environment
+from benchmarks.run.runner import resolve_device
 from benchmarks.studies.speed import benchmark, render
 from benchmarks.tasks.classification.data import BUNDLED
 

@@ -11,7 +11,7 @@ import torch
 
 from adfq.export import check_installed, export_onnx
 from benchmarks.cli.options import DATA_HELP, Commands, positive
-from benchmarks.run.runner import environment
+from benchmarks.run.provenance import environment
 from benchmarks.studies.deployment import compare, render
 from benchmarks.tasks import find_task, load_quantized
 from benchmarks.tasks.shared import check_place

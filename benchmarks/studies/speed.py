@@ -23,7 +23,7 @@ from benchmarks.cell import Cell
 from benchmarks.run.allocator import freed_memory_given_back
 from benchmarks.run.console import markdown_table
 from benchmarks.run.cost import peak_memory, time_of
-from benchmarks.run.runner import quantize_model
+from benchmarks.run.measuring import quantize_model
 from benchmarks.tasks import Subject
 from benchmarks.tasks.classification.data import BUNDLED, count_classes
 from benchmarks.tasks.classification.task import Classification, load_classification

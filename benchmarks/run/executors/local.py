@@ -27,7 +27,8 @@ from adfq.errors import AdfqError, NonFiniteError
 from benchmarks.cell import Cell
 from benchmarks.run.allocator import keep_freed_memory
 from benchmarks.run.console import collect_warnings, warn
-from benchmarks.run.runner import environment, provenance, run_cell
+from benchmarks.run.provenance import environment, provenance
+from benchmarks.run.runner import run_cell
 from benchmarks.run.store import Record
 from benchmarks.tasks import Subject, load_subject
 from benchmarks.tasks.shared import one_line

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
@@ -20,7 +20,6 @@ from tqdm import tqdm
 from adfq.errors import AdfqError, NonFiniteError
 from benchmarks.bundled import BUNDLED
 from benchmarks.bundled.classifiers import CLASSIFIERS
-from benchmarks.cell import Cell
 from benchmarks.run.console import warn
 from benchmarks.tasks.classification.data import CheckedDataset, open_split
 from benchmarks.tasks.shared import (
@@ -35,6 +34,9 @@ from benchmarks.tasks.shared import (
     unknown_model,
     unreadable_checkpoint,
 )
+
+if TYPE_CHECKING:
+    from benchmarks.cell import Cell
 
 #: Modules of timm whose models have an adapter.
 TIMM_MODULES = ("vision_transformer", "deit", "swin_transformer")

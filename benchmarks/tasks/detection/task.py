@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from adfq.errors import AdfqError, NonFiniteError
 from benchmarks.bundled import BUNDLED
-from benchmarks.cell import Cell
 from benchmarks.tasks.coco import (
     KINDS,
     CheckedImages,
@@ -41,6 +40,9 @@ from benchmarks.tasks.shared import (
     one_line,
     read_batches,
 )
+
+if TYPE_CHECKING:
+    from benchmarks.cell import Cell
 
 _FEATURE_IMAGES = 4
 

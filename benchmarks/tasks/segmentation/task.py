@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from adfq.errors import AdfqError, NonFiniteError
 from benchmarks.bundled import BUNDLED
-from benchmarks.cell import Cell
 from benchmarks.tasks.coco import (
     CocoSplit,
     average_precisions,
@@ -51,6 +50,9 @@ from benchmarks.tasks.shared import (
     first_non_finite,
     read_batches,
 )
+
+if TYPE_CHECKING:
+    from benchmarks.cell import Cell
 
 #: Names that a cell's `task_arguments` may have, with their defaults.
 ARGUMENTS: Mapping[str, Any] = {"prompts": BOXES, "encoder_only": False}

@@ -14,7 +14,7 @@ import torch
 
 from adfq import AdfqError, NonFiniteError, reconstruction
 from benchmarks.cell import Cell
-from benchmarks.run import runner
+from benchmarks.run import provenance, runner
 from benchmarks.run.executors.local import Failure, InProcess, Job, LostWorkerError
 from benchmarks.run.scheduler import run_cells
 from benchmarks.run.store import Record, ResultStore
@@ -77,7 +77,7 @@ def test_other_code_measures_again_and_loses_nothing(
 ) -> None:
     run(cells[:1], tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "code_digest", lambda: "changed")
+        patch.setattr(provenance, "code_digest", lambda *_: "changed")
         run(cells[:1], tmp_path)
     assert len(subject.evaluated) == 2
     assert [record["metrics"]["top1"] for record in run(cells[:1], tmp_path)] == [1.0]
