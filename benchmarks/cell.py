@@ -105,8 +105,8 @@ class Cell:
         Raises:
             AdfqError: for an unknown method, an unknown option of the method, and unreadable bits.
         """
-        files = {name: value for name, value in task_arguments if _is_path(value)}
-        if model.endswith(_CONFIG_SUFFIXES) and "::" not in model:  # mmdet::PATH names a config of the package
+        files = {name: value for name, value in task_arguments if is_path(value)}
+        if is_config_file(model):
             files["model"] = model
         cell = cls(
             model=file_name(model) if "model" in files else model,
@@ -165,5 +165,11 @@ def file_name(path: str) -> str:
     return os.path.basename(os.path.abspath(path)) or path
 
 
-def _is_path(value: Any) -> bool:
+def is_config_file(model: str) -> bool:
+    """Return whether a model is given by a config file; ``mmdet::PATH`` names a config of a package."""
+    return model.endswith(_CONFIG_SUFFIXES) and "::" not in model
+
+
+def is_path(value: Any) -> bool:
+    """Return whether the value of a task argument is the path of a file."""
     return isinstance(value, str) and (os.path.basename(value) != value or bool(Path(value).suffix))

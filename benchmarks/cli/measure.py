@@ -11,10 +11,11 @@ import torch
 from adfq.errors import AdfqError
 from benchmarks.cli.options import Parser, add_common, add_table, choose_part, table_entries
 from benchmarks.plan import Entry, Table, load_table
+from benchmarks.run.console import warn
 from benchmarks.run.executors.local import Executor, create_local_executor
 from benchmarks.run.executors.ray import RayExecutor
 from benchmarks.run.runner import resolve_device
-from benchmarks.run.scheduler import run_cells
+from benchmarks.run.scheduler import run_cells, summarize_warnings
 from benchmarks.run.store import Record, ResultStore
 
 #: A table with its cells in order, and the record of each; None where measuring has failed.
@@ -64,10 +65,12 @@ def measure_tables(names: Sequence[str], options: argparse.Namespace) -> Iterato
         executor = _create_executor(options, device, table)
         try:
             # Tables end with what takes longest: it comes first, lest the other cores wait for it at last.
-            records = run_cells([entry.cell for entry in reversed(entries)], store, executor)[::-1]
+            outcomes = dict(run_cells([entry.cell for entry in reversed(entries)], store, executor))
         finally:
             executor.close()
-        yield table, list(zip(entries, records, strict=True))
+        if said := summarize_warnings(outcomes.values()):
+            warn(f"table {table.name}: {said}")
+        yield table, [(entry, outcomes[entry.cell]) for entry in entries]
 
 
 def _create_executor(options: argparse.Namespace, device: torch.device, table: Table) -> Executor:

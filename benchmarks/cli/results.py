@@ -12,6 +12,7 @@ import pandas as pd
 
 from adfq.errors import AdfqError
 from benchmarks.cli.options import Commands
+from benchmarks.run.merge import merge_stores
 from benchmarks.run.store import ResultStore
 from benchmarks.tasks import TASKS
 from benchmarks.tasks.shared import check_place
@@ -20,7 +21,7 @@ _WRITERS: Mapping[str, Callable[..., Any]] = {".csv": pd.DataFrame.to_csv, ".par
 
 
 def add(commands: Commands) -> None:
-    results = commands.add_parser("results", help="list, show or export what has been measured")
+    results = commands.add_parser("results", help="list, show, export or merge what has been measured")
     kinds = results.add_subparsers(dest="kind", required=True)
     listing = kinds.add_parser("list", help="a line for each record and failure, the newest last")
     listing.set_defaults(action=_list)
@@ -30,14 +31,15 @@ def add(commands: Commands) -> None:
     export = kinds.add_parser("export", help="all of them as one table")
     export.set_defaults(action=_export)
     export.add_argument("file", type=Path, metavar="FILE", help=f"{' or '.join(_WRITERS)}")
-    for kind in (listing, show, export):
-        kind.add_argument(
-            "--out", type=Path, default=Path("runs"), metavar="DIR", help="where records are (default: runs)"
-        )
+    merge = kinds.add_parser("merge", help="copy the records of other stores into one")
+    merge.set_defaults(action=_merge)
+    merge.add_argument("stores", type=Path, nargs="+", metavar="STORE", help="folders with records/*.json")
+    for kind in (listing, show, export, merge):
+        kind.add_argument("--store", type=Path, default=Path("runs"), metavar="DIR", help="store (default: runs)")
 
 
 def _list(options: argparse.Namespace) -> None:
-    frame = _open(options.out).tabulate()
+    frame = _open(options.store).tabulate()
     metrics = dict.fromkeys(metric for task in TASKS.values() for metric in task.main_metrics if metric in frame)
     columns = ["id", "status", "task", "model", "method", "bits", "seed", *metrics, "environment.commit", "finished"]
     frame = frame.reindex(columns=columns).rename(columns={"environment.commit": "commit"})
@@ -48,9 +50,9 @@ def _list(options: argparse.Namespace) -> None:
 
 
 def _show(options: argparse.Namespace) -> None:
-    found = _open(options.out).find(options.id)
+    found = _open(options.store).find(options.id)
     if not found:
-        raise AdfqError(f"{options.out} has no record whose id begins with {options.id}; see 'adfq results list'")
+        raise AdfqError(f"{options.store} has no record whose id begins with {options.id}; see 'adfq results list'")
     for record in found:
         print(json.dumps(record, indent=1))
 
@@ -61,7 +63,7 @@ def _export(options: argparse.Namespace) -> None:
         raise AdfqError(f"cannot export to {options.file}: exports are {' or '.join(_WRITERS)}")
     check_place(options.file)
     try:
-        writer(_open(options.out).tabulate(), options.file, index=False)
+        writer(_open(options.store).tabulate(), options.file, index=False)
     except ImportError:
         raise AdfqError("Parquet needs pyarrow: pip install 'adfq[parquet]'") from None
     except OSError as error:
@@ -69,7 +71,12 @@ def _export(options: argparse.Namespace) -> None:
     print(options.file)
 
 
+def _merge(options: argparse.Namespace) -> None:
+    for folder in options.stores:
+        _open(folder)  # before the store is created
+    merged = merge_stores(options.stores, ResultStore(options.store))
+    print(f"{options.store}: {merged.new} new, {merged.present} already there, {merged.skipped} skipped")
+
+
 def _open(directory: Path) -> ResultStore:
-    if not (directory / "records").is_dir():
-        raise AdfqError(f"there are no records in {directory}")
-    return ResultStore(directory)
+    return ResultStore(directory, create=False)

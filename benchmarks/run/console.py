@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,24 +15,31 @@ _collected: ContextVar[list[str] | None] = ContextVar("collected", default=None)
 
 
 def warn(message: str) -> None:
-    """Print one line to stderr without tearing a progress bar.
+    """Print one line to stderr without tearing a progress bar; inside `collect_warnings`, collect it in place of that.
 
     Args:
         message: the line, without the program's name.
     """
-    tqdm.write(f"adfq: {message}", file=sys.stderr)
     collected = _collected.get()
-    if collected is not None and message not in collected:
+    if collected is None:
+        tqdm.write(f"adfq: {message}", file=sys.stderr)
+    elif message not in collected:
         collected.append(message)
 
 
 @contextmanager
 def collect_warnings() -> Iterator[list[str]]:
-    """Yield a list that collects the messages of `warn` inside the block, each once."""
+    """Yield a list that collects the messages of `warn` and of Python's warnings inside the block, each once.
+
+    Python's own filters decide which warnings there are, but a UserWarning counts each time.
+    """
     messages: list[str] = []
     token = _collected.set(messages)
     try:
-        yield messages
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", UserWarning, append=True)
+            warnings.showwarning = lambda message, *_: warn(str(message))
+            yield messages
     finally:
         _collected.reset(token)
 

@@ -37,7 +37,7 @@ def quantize_model(
         The model; ``calibration_seconds``, without reading images, and ``calibration_memory`` in MB.
 
     Raises:
-        AdfqError: where `adfq.quantize` does.
+        AdfqError: the errors of `adfq.quantize`.
     """
     model = subject.model.to(device)
     arguments: dict[str, Any] = {"seed": cell.seed, **dict(cell.method_arguments)}
@@ -68,7 +68,7 @@ def measure_model(cell: Cell, subject: Subject, model: nn.Module, device: torch.
         waiting for images; ``cost`` (`measure_cost`, and ``evaluation_memory`` in MB); ``report`` of the method.
 
     Raises:
-        AdfqError: where the subject's `evaluate` does.
+        AdfqError: the errors of the subject's `evaluate`.
     """
     evaluation, loading = Stopwatch(), Stopwatch()
     with evaluation, peak_memory(device) as peak:

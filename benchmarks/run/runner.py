@@ -14,7 +14,7 @@ from adfq.errors import AdfqError
 from benchmarks.cell import Cell
 from benchmarks.run.measuring import measure_model, quantize_model
 from benchmarks.run.provenance import environment, provenance
-from benchmarks.run.store import Record
+from benchmarks.run.records import SCHEMA, Record
 from benchmarks.tasks import Subject
 
 
@@ -47,7 +47,7 @@ def run_cell(cell: Cell, subject: Subject, device: torch.device, resume: Path | 
         The record, as `evaluate_model` makes it.
 
     Raises:
-        AdfqError: where `adfq.quantize` or the subject's `evaluate` does.
+        AdfqError: the errors of `adfq.quantize` and of the subject's `evaluate`.
     """
     model, cost = quantize_model(cell, subject, device, resume)
     return evaluate_model(cell, subject, model, device, cost)
@@ -66,19 +66,41 @@ def evaluate_model(
         cost: cost of quantizing the model, from `quantize_model`; None for a model that was loaded from a file.
 
     Returns:
-        The record: ``config``, what `measure_model` returns, ``environment``, ``provenance``, ``finished``;
-        ``timing`` and ``cost`` include those of calibration.
+        The record: ``schema``, ``config``, the fields of `measure_model`, ``environment``, ``provenance``,
+        ``finished``; ``timing`` and ``cost`` include those of calibration.
 
     Raises:
-        AdfqError: where the subject's `evaluate` does.
+        AdfqError: the errors of the subject's `evaluate`.
     """
     cost = {"calibration_seconds": 0.0} if cost is None else cost
     measured = measure_model(cell, subject, model, device)
     return {
-        "config": cell.config,
         **measured,
         "timing": {"calibration": cost["calibration_seconds"], **measured["timing"]},
         "cost": {**cost, **measured["cost"]},
+        **_describe_circumstances(cell, subject, device),
+    }
+
+
+def record_not_applicable(cell: Cell, subject: Subject, device: torch.device, reason: str) -> Record:
+    """Return the record of a cell whose method cannot be applied to its model.
+
+    Args:
+        cell: the experiment.
+        subject: the cell's model and data.
+        device: device that it would be measured on.
+        reason: message of the NotApplicableError.
+
+    Returns:
+        ``not_applicable``, the reason, in place of measurements; the rest as in `evaluate_model`.
+    """
+    return {"not_applicable": reason, **_describe_circumstances(cell, subject, device)}
+
+
+def _describe_circumstances(cell: Cell, subject: Subject, device: torch.device) -> Record:
+    return {
+        "schema": SCHEMA,
+        "config": cell.config,
         "environment": environment(device),
         "provenance": provenance(cell, subject),
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),

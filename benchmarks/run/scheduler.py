@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any
 
@@ -15,7 +15,11 @@ from tqdm import tqdm
 from benchmarks.cell import Cell
 from benchmarks.run.console import warn
 from benchmarks.run.executors.local import Executor, Failure, Job, LostWorkerError
-from benchmarks.run.store import Record, ResultStore
+from benchmarks.run.records import Record
+from benchmarks.run.store import ResultStore
+
+#: Record of a cell that was measured, or whose method cannot be applied (``not_applicable``); None for a failed one.
+Outcome = Record | None
 
 #: Interval of checks for a cell that another process measures, in seconds.
 _PATIENCE = 1.0
@@ -26,20 +30,17 @@ _LOSSES = 3
 Running = dict["Future[Record | Failure]", tuple[Cell, FileLock]]
 
 
-def run_cells(cells: Sequence[Cell], store: ResultStore, executor: Executor) -> list[Record | None]:
-    """Measure the cells that the store has no record of.
+def run_cells(cells: Sequence[Cell], store: ResultStore, executor: Executor) -> Iterator[tuple[Cell, Outcome]]:
+    """Measure the cells that the store has no record of, and yield each as it finishes.
 
-    Each record is in the store as soon as its cell is measured. A cell that another process is measuring on the same
-    store is waited for. A cell whose worker was lost is measured again (`LostWorkerError`). A failure is recorded, and
-    the rest goes on.
+    Each record is in the store before its cell is yielded. A cell that another process is measuring on the same store
+    is waited for. A cell whose worker was lost is measured again (`LostWorkerError`). A failure is recorded, and the
+    rest goes on.
 
     Args:
-        cells: cells to measure, in order; repeated ones are measured once.
+        cells: cells to measure, those that begin first at the front; repeated ones are measured and yielded once.
         store: store of records.
         executor: place to measure at.
-
-    Returns:
-        Every cell's record, in the order given; None for a cell that could not be measured.
 
     Raises:
         AdfqError: for the user's mistakes, and if a record cannot be written. Earlier measurements are recorded.
@@ -47,16 +48,28 @@ def run_cells(cells: Sequence[Cell], store: ResultStore, executor: Executor) -> 
     return _Run(store, executor, cells).run()
 
 
+def summarize_warnings(outcomes: Iterable[Outcome]) -> str | None:
+    """Return one line about the cells whose records have warnings; None where no record has any.
+
+    Args:
+        outcomes: of all cells, failed ones among them.
+    """
+    outcomes = list(outcomes)
+    count = sum(bool(outcome and outcome.get("warnings")) for outcome in outcomes)
+    if not count:
+        return None
+    return f"{count} of {len(outcomes)} cells had warnings; 'adfq results show ID' has them"
+
+
 class _Run:
     def __init__(self, store: ResultStore, executor: Executor, cells: Sequence[Cell]) -> None:
-        self.store, self.executor, self.cells = store, executor, cells
+        self.store, self.executor = store, executor
         self.waiting = list(dict.fromkeys(cells))
         self.lost: list[Cell] = []
         self.losses: Counter[Cell] = Counter()
         self.running: Running = {}
-        self.results: dict[Cell, Record | None] = {}
 
-    def run(self) -> list[Record | None]:
+    def run(self) -> Iterator[tuple[Cell, Outcome]]:
         try:
             with tqdm(total=len(self.waiting), desc="cells", unit="cell", delay=2, disable=None) as bar:
                 while self.waiting or self.running or self.lost:
@@ -65,14 +78,12 @@ class _Run:
                         time.sleep(_PATIENCE)
                         continue
                     done, _ = wait(self.running, _PATIENCE if blocked else None, FIRST_COMPLETED)
-                    for future in done:
-                        self._finish(future)
-                    bar.n = len(self.results)
-                    bar.refresh()
+                    for finished in filter(None, map(self._finish, done)):
+                        bar.update()
+                        yield finished
         finally:
             for _, lock in self.running.values():
                 lock.release()
-        return [self.results[cell] for cell in self.cells]
 
     def _start(self) -> bool:
         """Fill the executor's slots, and return True if other processes have cells that it would take."""
@@ -104,19 +115,21 @@ class _Run:
         self.running[future] = cell, lock
         return True
 
-    def _finish(self, future: Future[Record | Failure]) -> None:
+    def _finish(self, future: Future[Record | Failure]) -> tuple[Cell, Outcome] | None:
+        """Record a result; return None for a cell that is to be measured again."""
         cell, lock = self.running[future]
         try:
             result = self._result(cell, future)
+            if result is None:
+                return None
             if isinstance(result, Failure):
                 self.store.put_failure(cell, result.record)
                 warn(f"{cell.model}, {cell.method}, {cell.bits}, seed {cell.seed} failed: {result.error}")
-                self.results[cell] = None
-            elif result is not None:
-                if self.store.get(cell, result["provenance"]) is None:
-                    self.store.put(cell, result)
-                    shutil.rmtree(self.store.unfinished(cell), ignore_errors=True)
-                self.results[cell] = result
+                return cell, None
+            if self.store.get(cell, result["provenance"]) is None:
+                self.store.put(cell, result)
+                shutil.rmtree(self.store.unfinished(cell), ignore_errors=True)
+            return cell, result
         finally:
             del self.running[future]
             lock.release()

@@ -37,8 +37,8 @@ def digest_sources(roots: tuple[str, ...]) -> str:
 def import_closure(roots: Iterable[str], packages: Iterable[str]) -> set[str]:
     """Return the names of modules within packages that some modules import, directly or not, themselves included.
 
-    Imports inside functions count, imports for type checkers do not. Of a package whose submodule is imported,
-    ``__init__.py`` does not count unless something is imported from it.
+    Imports inside functions count, imports for type checkers do not. A package's ``__init__.py`` counts where something
+    is imported from it, and not where a submodule is.
 
     Args:
         roots: names of modules.

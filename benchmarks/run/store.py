@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -16,29 +17,35 @@ from filelock import FileLock, Timeout
 from adfq.errors import AdfqError
 from benchmarks.cell import Cell
 from benchmarks.run.console import warn
-
-Record = dict[str, Any]
+from benchmarks.run.records import SCHEMA, DamagedRecordError, NewerRecordError, Record, read_record
 
 
 class ResultStore:
     """Store of records under DIRECTORY/records, written whole and never overwritten by another measurement.
 
     A record counts only for the code, data, weights and library versions that it was measured with, its ``provenance``:
-    a number in a table is one that the present code gives. Records of other provenance stay beside it.
+    a number in a table is one that the present code gives. Records of other provenance stay beside it. So do those of
+    another schema: older ones are read, newer ones are left alone.
 
     Cells that could not be measured are under DIRECTORY/failures, until they can. Running cells are locked under
     DIRECTORY/locks, by the operating system: a process that is killed leaves nothing locked.
 
     Args:
-        directory: folder of the store; created if missing.
+        directory: folder of the store.
+        create: whether to create the folder if it is missing; False is for reading, and writes nothing.
 
     Raises:
-        AdfqError: if the folder cannot be written to.
+        AdfqError: if the folder cannot be written to; with `create` False, if it has no records.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, create: bool = True) -> None:
         self.directory = directory
+        self._newer = False
         self.records, self.failures, self.locks = (directory / name for name in ("records", "failures", "locks"))
+        if not create:
+            if not self.records.is_dir():
+                raise AdfqError(f"there are no records in {directory}")
+            return
         try:
             for folder in (self.records, self.failures, self.locks):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -54,9 +61,21 @@ class ResultStore:
         Raises:
             AdfqError: if the store cannot be written to.
         """
-        lock = FileLock(self.locks / f"{cell.id}.lock", thread_local=False)
+        return self.lock_id(cell.id, 0)
+
+    def lock_id(self, identity: str, patience: float = -1) -> FileLock | None:
+        """Lock the cell with that id for this process; return None if another process keeps it.
+
+        Args:
+            identity: `Cell.id`.
+            patience: seconds to wait for another process; -1, the default, waits until it is done.
+
+        Raises:
+            AdfqError: if the store cannot be written to.
+        """
+        lock = FileLock(self.locks / f"{identity}.lock", thread_local=False)
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=patience)
         except Timeout:
             return None
         except OSError as error:
@@ -65,7 +84,8 @@ class ResultStore:
 
     def known(self, cell: Cell) -> list[Record]:
         """Return all records of a cell, of any provenance; a damaged one is set aside."""
-        return [record for _, record in self._read(f"{cell.id}*.json") if record["config"] == cell.config]
+        found = self.read(f"{cell.id}*.json", set_aside=True)
+        return [record for _, record in found if record["config"] == cell.config]
 
     def get(self, cell: Cell, provenance: Mapping[str, Any]) -> Record | None:
         """Return the record of a cell with the given provenance; None if there is none."""
@@ -81,8 +101,7 @@ class ResultStore:
         Raises:
             AdfqError: if the record cannot be written.
         """
-        digest = hashlib.sha256(json.dumps(record["provenance"], sort_keys=True).encode()).hexdigest()[:8]
-        self._write(self.records / f"{cell.id}-{digest}.json", record)
+        self.write(self._place(cell.id, record["provenance"]), {**record, "schema": SCHEMA})
         (self.failures / f"{cell.id}.json").unlink(missing_ok=True)
 
     def put_failure(self, cell: Cell, failure: Mapping[str, Any]) -> None:
@@ -95,7 +114,7 @@ class ResultStore:
         Raises:
             AdfqError: if the failure cannot be written.
         """
-        self._write(self.failures / f"{cell.id}.json", {"config": cell.config, **failure})
+        self.write(self.failures / f"{cell.id}.json", {"schema": SCHEMA, "config": cell.config, **failure})
 
     def unfinished(self, cell: Cell) -> Path:
         """Return the folder for finished parts of a cell's method, which lasts until the cell has a record."""
@@ -104,37 +123,67 @@ class ResultStore:
     def tabulate(self) -> pd.DataFrame:
         """Return a row for every record and failure, in the order they were finished.
 
-        Columns: ``id``, ``status`` ("measured" or "failed"), the fields of ``config`` (arguments as ``key=value …``),
-        the metrics, costs as ``cost.…``, versions and hardware as ``environment.…``, and ``finished``.
+        Columns: ``id``, ``status`` ("measured", "n/a" or "failed"), ``error`` (the reason of the latter two), the
+        fields of ``config`` (arguments as ``key=value …``), the metrics, costs as ``cost.…``, versions and hardware as
+        ``environment.…``, and ``finished``.
         """
-        rows = [_row(path, record) for path, record in self._read("*.json")]
-        for path in sorted(self.failures.glob("*.json")):
-            failure = json.loads(path.read_text(encoding="utf-8"))
-            rows.append({**_row(path, failure), "status": "failed", "error": failure["error"]})
+        rows = [_row(path, record) for path, record in self.read("*.json")]
+        rows += [_row(path, failure) for path, failure in self._read_failures("*.json")]
         frame = pd.DataFrame(rows, columns=None if rows else ["id", "status", "finished"])
         return frame.sort_values("finished", kind="stable", ignore_index=True)
 
     def find(self, identity: str) -> list[Record]:
         """Return the records and failures whose id begins with `identity`."""
-        files = [*sorted(self.records.glob("*.json")), *sorted(self.failures.glob("*.json"))]
-        return [json.loads(file.read_text(encoding="utf-8")) for file in files if file.stem.startswith(identity)]
+        pattern = f"{glob.escape(identity)}*.json"
+        return [found for _, found in (*self.read(pattern), *self._read_failures(pattern))]
 
-    def _read(self, pattern: str) -> Iterator[tuple[Path, Record]]:
+    def read(self, pattern: str, set_aside: bool = False) -> Iterator[tuple[Path, Record]]:
+        """Yield records with their files; a line on stderr tells of damaged ones, and once of those of a newer schema.
+
+        Args:
+            pattern: glob pattern of the files' names.
+            set_aside: whether a damaged record is renamed; False, the default, leaves it where it is.
+        """
         for path in sorted(self.records.glob(pattern)):
             try:
-                record: Record = json.loads(path.read_text(encoding="utf-8"))
-                if not all(isinstance(record[key], dict) for key in ("config", "provenance", "metrics")):
-                    raise TypeError
+                yield path, read_record(path)
             except FileNotFoundError:  # set aside by another process
                 continue
-            except (ValueError, KeyError, TypeError):
-                aside = path.with_suffix(".damaged")
-                os.replace(path, aside)
-                warn(f"the record {path} is damaged; it is now {aside.name} and its cell runs again")
-                continue
-            yield path, record
+            except NewerRecordError as error:
+                if not self._newer:
+                    warn(f"{error}; records of newer schemas are left alone")
+                self._newer = True
+            except DamagedRecordError:
+                if set_aside:
+                    aside = path.with_suffix(".damaged")
+                    os.replace(path, aside)
+                    warn(f"the record {path} is damaged; it is now {aside.name} and its cell runs again")
+                else:
+                    warn(f"the record {path} is damaged; it is left out")
 
-    def _write(self, path: Path, content: Mapping[str, Any]) -> None:
+    def _read_failures(self, pattern: str) -> Iterator[tuple[Path, Record]]:
+        for path in sorted(self.failures.glob(pattern)):
+            with suppress(FileNotFoundError, ValueError):  # measured meanwhile, or cut off
+                yield path, json.loads(path.read_text(encoding="utf-8"))
+
+    def _place(self, identity: str, provenance: Mapping[str, Any]) -> Path:
+        """Return the file of a record, which no record of another schema has."""
+        digest = hashlib.sha256(json.dumps([SCHEMA, provenance], sort_keys=True).encode()).hexdigest()[:8]
+        path = self.records / f"{identity}-{digest}.json"
+        while _schema_of(path) not in (None, SCHEMA):
+            path = path.with_stem(f"{path.stem}-{SCHEMA}")
+        return path
+
+    def write(self, path: Path, content: Mapping[str, Any]) -> None:
+        """Write a file of the store whole or not at all.
+
+        Args:
+            path: the file; its cell is locked by this process.
+            content: made of JSON's types.
+
+        Raises:
+            AdfqError: if it cannot be written.
+        """
         # No two processes write for one cell, so that what a killed one has left is overwritten.
         part = path.with_suffix(".part")
         try:
@@ -149,6 +198,15 @@ class ResultStore:
             raise AdfqError(f"cannot write a record to {path.parent}: {error.strerror}") from None
 
 
+def _schema_of(path: Path) -> int | None:
+    """Return the schema of a record; None where there is no readable one."""
+    try:
+        schema: int = json.loads(path.read_text(encoding="utf-8")).get("schema", 1)
+    except (OSError, ValueError, AttributeError):
+        return None
+    return schema
+
+
 def _row(path: Path, record: Record) -> dict[str, Any]:
     config = {
         name: " ".join(f"{key}={item}" for key, item in value) if isinstance(value, list) else value
@@ -160,11 +218,14 @@ def _row(path: Path, record: Record) -> dict[str, Any]:
         for name, value in record.get(kind, {}).items()
         if not isinstance(value, dict)
     }
+    status = "failed" if "error" in record else "n/a" if "not_applicable" in record else "measured"
+    reason = record.get("error", record.get("not_applicable"))
     return {
         "id": path.stem,
-        "status": "measured",
+        "status": status,
         **config,
         **record.get("metrics", {}),
         **nested,
         "finished": record.get("finished"),
+        **({} if reason is None else {"error": reason}),
     }

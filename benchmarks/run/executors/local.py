@@ -12,7 +12,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
@@ -23,13 +23,13 @@ import psutil
 import torch
 from loky.process_executor import BrokenProcessPool
 
-from adfq.errors import AdfqError, NonFiniteError
+from adfq.errors import AdfqError, NonFiniteError, NotApplicableError
 from benchmarks.cell import Cell
 from benchmarks.run.allocator import keep_freed_memory
 from benchmarks.run.console import collect_warnings, warn
 from benchmarks.run.provenance import environment, provenance
-from benchmarks.run.runner import run_cell
-from benchmarks.run.store import Record
+from benchmarks.run.records import Record
+from benchmarks.run.runner import record_not_applicable, run_cell
 from benchmarks.tasks import Subject, load_subject
 from benchmarks.tasks.shared import one_line
 
@@ -63,17 +63,19 @@ class Failure:
         error: the reason in one line.
         details: traceback; empty, the default, for none.
         environment: versions and hardware; None, the default, if unknown.
+        warnings: messages until then; none by default.
     """
 
     error: str
     details: str = ""
     environment: Any = None
+    warnings: Sequence[str] = ()
 
     @property
     def record(self) -> dict[str, Any]:
         """Record for the store."""
         finished = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        return {"error": self.error, "details": self.details, "environment": self.environment, "finished": finished}
+        return {**asdict(self), "finished": finished}
 
 
 class LostWorkerError(Exception):
@@ -239,6 +241,7 @@ class Worker:
         self.device = device
         self.subject: Subject | None = None
         self.loaded: tuple[Any, ...] | None = None
+        self.said: list[str] = []  # while the subject was loaded; holds for all its cells
 
     def run(self, job: Job) -> Record | Failure:
         """Measure a job; any error but the user's mistakes is a failure of its cell.
@@ -249,6 +252,7 @@ class Worker:
         Raises:
             AdfqError: for the user's mistakes.
         """
+        messages: list[str] = []
         try:
             with collect_warnings() as messages:
                 return self._measure(job, messages)
@@ -259,7 +263,7 @@ class Worker:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             name = "" if isinstance(error, (RuntimeError, NonFiniteError)) else f"{type(error).__name__}: "
-            return Failure(f"{name}{one_line(error)}", traceback.format_exc(), environment(self.device))
+            return Failure(f"{name}{one_line(error)}", traceback.format_exc(), environment(self.device), messages)
 
     def _measure(self, job: Job, messages: list[str]) -> Record:
         cell = job.cell
@@ -276,13 +280,20 @@ class Worker:
         if self.subject is None or self.loaded != wanted:
             self.subject = None  # two large models need not fit
             self.subject, self.loaded = load_subject(cell), wanted
+            self.said = list(messages)
+        else:
+            messages += self.said
         now = provenance(cell, self.subject)
         for record in job.known:
             if record["provenance"] == now:
                 return record
         if any(record["provenance"].get("data", now["data"]) != now["data"] for record in job.known):
             warn(f"the data of {cell.location.data} are not those of earlier records, which do not count any more")
-        return {**run_cell(cell, self.subject, self.device, job.unfinished), "warnings": messages}
+        try:
+            record = run_cell(cell, self.subject, self.device, job.unfinished)
+        except NotApplicableError as error:
+            record = record_not_applicable(cell, self.subject, self.device, str(error))
+        return {**record, "warnings": messages}
 
 
 def run_in_process(job: Job, device: str) -> Record | Failure:

@@ -12,7 +12,7 @@ import torch
 
 from adfq.errors import AdfqError
 from benchmarks.run.executors.local import CORES, Failure, Job, LostWorkerError, run_in_process
-from benchmarks.run.store import Record
+from benchmarks.run.records import Record
 from benchmarks.tasks.shared import one_line
 
 #: Time for a cluster to answer, in seconds.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -48,4 +49,19 @@ def test_warnings_are_collected_once_and_only_within(capsys: pytest.CaptureFixtu
         warn("this")
     warn("after")
     assert messages == ["this"]
-    assert capsys.readouterr().err.count("this") == 2
+    assert capsys.readouterr().err == "adfq: before\nadfq: after\n"
+
+
+def test_warnings_of_python_are_collected_each_time_as_far_as_filters_let_them() -> None:
+    def complain() -> None:
+        warnings.warn("made no better", stacklevel=1)
+        warnings.warn("in two years", PendingDeprecationWarning, stacklevel=1)
+
+    with warnings.catch_warnings():
+        warnings.resetwarnings()  # pytest's
+        warnings.simplefilter("ignore", PendingDeprecationWarning)
+        for _ in range(2):
+            with collect_warnings() as messages:
+                complain()
+                complain()
+            assert messages == ["made no better"]

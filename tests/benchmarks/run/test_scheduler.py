@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from concurrent.futures import Future
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -13,17 +14,23 @@ import pytest
 import torch
 
 from adfq import AdfqError, NonFiniteError, reconstruction
+from adfq.errors import NotApplicableError
 from benchmarks.cell import Cell
-from benchmarks.run import provenance, runner
+from benchmarks.run import measuring, provenance, runner
+from benchmarks.run.console import warn
+from benchmarks.run.executors import local
 from benchmarks.run.executors.local import Failure, InProcess, Job, LostWorkerError
-from benchmarks.run.scheduler import run_cells
-from benchmarks.run.store import Record, ResultStore
+from benchmarks.run.records import Record
+from benchmarks.run.scheduler import run_cells, summarize_warnings
+from benchmarks.run.store import ResultStore
 
 CPU = torch.device("cpu")
 
 
 def run(cells: list[Cell], directory: Path) -> list[Any]:
-    return run_cells(cells, ResultStore(directory), InProcess(CPU))
+    """Return every cell's outcome, in the order given."""
+    outcomes = dict(run_cells(cells, ResultStore(directory), InProcess(CPU)))
+    return [outcomes[cell] for cell in cells]
 
 
 def test_recorded_cells_do_not_run_again(subject: Any, cells: list[Cell], tmp_path: Path) -> None:
@@ -54,6 +61,86 @@ def test_a_copy_of_the_data_elsewhere_is_not_measured_again(pictures: Path, tmp_
     (copy / "val" / "cat" / "picture.jpg").rename(copy / "val" / "cat" / "another.jpg")
     assert measure(copy)["provenance"] != first["provenance"]
     assert len(list((tmp_path / "runs" / "records").iterdir())) == 2
+
+
+def test_cells_are_given_as_they_finish(subject: Any, cells: list[Cell], tmp_path: Path) -> None:
+    store = ResultStore(tmp_path)
+    outcomes = run_cells([cells[1], cells[0], cells[1]], store, InProcess(CPU))
+    cell, first = next(outcomes)
+    assert cell == cells[1]
+    assert first is not None
+    assert store.get(cell, first["provenance"]) == first  # it is recorded by then
+    assert len(subject.evaluated) == 1
+    assert [cell for cell, _ in outcomes] == [cells[0]]
+    assert len(subject.evaluated) == 2
+
+
+def test_a_run_that_is_left_frees_its_cells(subject: Any, cells: list[Cell], tmp_path: Path) -> None:
+    outcomes = run_cells(cells, ResultStore(tmp_path), InProcess(CPU))
+    next(outcomes)
+    outcomes.close()  # type: ignore[attr-defined]
+    for cell in cells:
+        lock = ResultStore(tmp_path).lock(cell)
+        assert lock is not None
+        lock.release()
+
+
+def test_a_method_that_cannot_be_applied_is_an_outcome(
+    subject: Any, cells: list[Cell], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+    original = measuring.quantize
+
+    def refuse(model: Any, method: str, **arguments: Any) -> Any:
+        if method != "base_ptq":
+            return original(model, method, **arguments)
+        asked.append(method)
+        raise NotApplicableError("it has no LayerNorm")
+
+    monkeypatch.setattr(measuring, "quantize", refuse)
+    before, refused, after = run(cells, tmp_path)
+    assert refused["not_applicable"] == "it has no LayerNorm"
+    assert refused["config"] == cells[1].config
+    assert refused["schema"] == 2
+    assert "metrics" not in refused
+    assert before["metrics"]
+    assert after["metrics"]
+    assert "failed" not in capsys.readouterr().err
+    assert not list((tmp_path / "failures").iterdir())
+    frame = ResultStore(tmp_path).tabulate().set_index("method")
+    assert frame["status"].to_dict() == {"full_precision": "measured", "base_ptq": "n/a", "repq_vit": "measured"}
+    assert frame["error"]["base_ptq"] == "it has no LayerNorm"
+    assert run(cells, tmp_path)[1] == refused
+    assert asked == ["base_ptq"]
+    monkeypatch.setattr(provenance, "code_digest", lambda *_: "changed")
+    assert run(cells, tmp_path)[1]["provenance"]["code"] == "changed"
+    assert asked == ["base_ptq"] * 2
+
+
+def test_every_record_has_the_warnings_of_its_cell(
+    subject: Any, cells: list[Cell], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = measuring.quantize
+
+    def complain(*positional: Any, **arguments: Any) -> Any:
+        warnings.warn("made 3 modules no better", stacklevel=1)
+        return original(*positional, **arguments)
+
+    def load(cell: Cell) -> Any:
+        warn("it has random weights")
+        return subject
+
+    monkeypatch.setattr(measuring, "quantize", complain)
+    monkeypatch.setattr(local, "load_subject", load)
+    subject.raise_at = {1: MemoryError()}
+    first, second, third = run(cells, tmp_path)
+    assert second is None
+    said = ["it has random weights", "made 3 modules no better"]
+    assert [record["warnings"] for record in (first, third)] == [said, said]
+    (failure,) = ResultStore(tmp_path).find(cells[1].id)
+    assert failure["warnings"] == said
+    assert "random" not in capsys.readouterr().err
+    assert summarize_warnings([first, second, third]) == "2 of 3 cells had warnings; 'adfq results show ID' has them"
 
 
 def test_a_cell_that_stands_twice_runs_once(subject: Any, cells: list[Cell], tmp_path: Path) -> None:
@@ -87,13 +174,16 @@ def test_other_code_measures_again_and_loses_nothing(
 def test_other_data_are_said_and_not_mixed(
     subject: Any, cells: list[Cell], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(cells[:2], tmp_path)
-    assert "data" not in capsys.readouterr().err
+    first = run(cells[:2], tmp_path)
+    assert not any(record["warnings"] for record in first)
+    assert summarize_warnings(first) is None
     subject.data_digests = {**subject.data_digests, "validation": "changed"}
     records = run(cells, tmp_path)
-    assert "the data of any are not those of earlier records" in capsys.readouterr().err
+    assert capsys.readouterr().err == ""  # a line for each cell would bury the table
+    assert summarize_warnings([*records, None]) == "2 of 4 cells had warnings; 'adfq results show ID' has them"
     assert {record["provenance"]["data"]["validation"] for record in records} == {"changed"}
-    assert "are not those" in records[0]["warnings"][0]
+    said = "the data of any are not those of earlier records, which do not count any more"
+    assert [record["warnings"] for record in records] == [[said], [said], []]
 
 
 @pytest.mark.parametrize(
@@ -187,8 +277,8 @@ def test_a_cell_that_loses_its_worker_is_measured_again(
     crowded: bool, losses: int, fails: bool, cells: list[Cell], tmp_path: Path
 ) -> None:
     executor = Losing({cells[0]: losses}, crowded)
-    records = run_cells(cells, ResultStore(tmp_path), executor)
-    assert [record is None for record in records] == [fails, False, False]
+    outcomes = dict(run_cells(cells, ResultStore(tmp_path), executor))
+    assert [outcomes[cell] is None for cell in cells] == [fails, False, False]
     if crowded:
         assert executor.together[-1] == {cells[0]}
 

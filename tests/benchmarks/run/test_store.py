@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ def cell() -> Cell:
 
 @pytest.fixture
 def record(cell: Cell) -> dict[str, Any]:
-    return {"config": cell.config, "provenance": PROVENANCE, "metrics": {"top1": 1.25}}
+    return {"schema": 2, "config": cell.config, "provenance": PROVENANCE, "metrics": {"top1": 1.25}}
 
 
 def test_what_was_put_is_found(tmp_path: Path, cell: Cell, record: dict[str, Any]) -> None:
@@ -53,6 +54,51 @@ def test_a_damaged_record_is_set_aside_and_said(
     assert not path.exists()
     assert path.with_suffix(".damaged").read_text() == content
     assert "damaged" in capsys.readouterr().err
+
+
+def test_a_record_of_a_newer_schema_is_left_alone(
+    tmp_path: Path, cell: Cell, record: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = ResultStore(tmp_path)
+    store.put(cell, record)
+    (path,) = store.records.iterdir()
+    newer = json.dumps({**record, "schema": 3})
+    path.write_text(newer)  # by a version that names its files as this one does
+    (store.records / f"{cell.id}-0123abcd.json").write_text(newer)
+    assert store.get(cell, PROVENANCE) is None
+    assert store.known(cell) == []
+    err = capsys.readouterr().err
+    assert "has schema 3, this version writes 2; records of newer schemas are left alone" in err
+    assert err.count("\n") == 1
+    store.put(cell, record)
+    assert store.get(cell, PROVENANCE) == record
+    assert path.read_text() == newer
+    assert len(list(store.records.iterdir())) == 3
+
+
+def test_a_record_of_the_older_schema_is_read_with_names_for_paths(
+    tmp_path: Path, cell: Cell, record: dict[str, Any]
+) -> None:
+    older = {**record, "config": {**cell.config, "data": "folder:/x/imagenet", "checkpoint": "/x/vit.pth"}}
+    older["config"]["task_arguments"] = [["prompts", "/x/found.json"]]
+    del older["schema"]
+    store = ResultStore(tmp_path)
+    path = store.records / "0123456789abcdef-0123abcd.json"
+    path.write_text(json.dumps(older))
+    (read,) = store.find("0123")
+    named = {"data": "imagenet", "checkpoint": "vit", "task_arguments": [["prompts", "found.json"]]}
+    assert read == {**older, "config": {**older["config"], **named}}
+    assert json.loads(path.read_text()) == older
+    assert store.tabulate()["data"].tolist() == ["imagenet"]
+
+
+def test_a_store_is_read_without_being_written(tmp_path: Path, cell: Cell, record: dict[str, Any]) -> None:
+    with pytest.raises(AdfqError, match="there are no records in"):
+        ResultStore(tmp_path / "none", create=False)
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records" / "damaged.json").write_text("{")
+    assert ResultStore(tmp_path, create=False).tabulate().empty
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["damaged.json", "records"]
 
 
 def test_a_failed_write_leaves_the_old_record_whole(

@@ -13,7 +13,7 @@ import torch
 from adfq import AdfqError
 from benchmarks.cell import Cell
 from benchmarks.run.executors import local as executors
-from benchmarks.run.executors.local import InProcess, Processes, count_processes, create_local_executor
+from benchmarks.run.executors.local import Executor, InProcess, Processes, count_processes, create_local_executor
 from benchmarks.run.scheduler import run_cells
 from benchmarks.run.store import ResultStore
 from benchmarks.tasks.shared import count_workers
@@ -26,16 +26,22 @@ def cell(method: str = "base_ptq", bits: str = "W8/A8", **arguments: Any) -> Cel
     return Cell.create(method=method, bits=bits, method_arguments=tuple(arguments.items()), **fields)
 
 
+def measure(cells: list[Cell], store: ResultStore, executor: Executor) -> list[Any]:
+    """Return every cell's outcome, in the order given."""
+    outcomes = dict(run_cells(cells, store, executor))
+    return [outcomes[cell] for cell in cells]
+
+
 def metrics(records: list[Any]) -> list[Any]:
     return [record["metrics"] for record in records]
 
 
 def test_processes_give_what_one_process_gives(tmp_path: Path) -> None:
     cells = [cell(bits=bits) for bits in ("W8/A8", "W2/A2")]
-    alone = run_cells(cells, ResultStore(tmp_path / "alone"), InProcess(CPU))
+    alone = measure(cells, ResultStore(tmp_path / "alone"), InProcess(CPU))
     executor = Processes(["cpu", "cpu"])
     try:
-        together = run_cells(cells, ResultStore(tmp_path / "together"), executor)
+        together = measure(cells, ResultStore(tmp_path / "together"), executor)
         assert [record and record["metrics"] for record in alone] == [
             record and record["metrics"] for record in together
         ]
@@ -43,7 +49,7 @@ def test_processes_give_what_one_process_gives(tmp_path: Path) -> None:
         assert {record["environment"]["threads"] for record in together if record} == {share}
         mistake = [cell(range="huge")]
         with pytest.raises(AdfqError, match="unknown range 'huge'"):
-            run_cells(mistake, ResultStore(tmp_path / "together"), executor)
+            measure(mistake, ResultStore(tmp_path / "together"), executor)
     finally:
         executor.close()
 
@@ -69,7 +75,7 @@ def test_a_process_reads_pictures_with_processes_of_its_own(pictures: Path, tmp_
     )
     executor = Processes(["cpu"])
     try:
-        (record,) = run_cells([reads], ResultStore(tmp_path), executor)
+        (record,) = measure([reads], ResultStore(tmp_path), executor)
     finally:
         executor.close()
     assert record is not None
@@ -86,7 +92,7 @@ def test_a_killed_process_costs_its_own_cell_alone(
     cells = [cell(), once, always, cell(bits="W2/A2")]
     executor = Processes(["cpu", "cpu"])
     try:
-        records = run_cells(cells, ResultStore(tmp_path), executor)
+        records = measure(cells, ResultStore(tmp_path), executor)
     finally:
         executor.close()
     assert [record is None for record in records] == [False, False, True, False]

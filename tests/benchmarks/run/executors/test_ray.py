@@ -60,7 +60,8 @@ def test_the_cells_of_a_node_that_is_killed_run_again(cluster: Any, tmp_path: Pa
         thread = threading.Thread(target=kill_a_node)
         thread.start()
         cells = [cell(0, "base_ptq"), *(cell(seed) for seed in range(3)), cell(0, "broken")]
-        records = run_cells(cells, ResultStore(tmp_path), executor)
+        outcomes = dict(run_cells(cells, ResultStore(tmp_path), executor))
+        records = [outcomes[cell] for cell in cells]
         thread.join()
     finally:
         executor.close()

@@ -1,0 +1,86 @@
+"""Stores merged into one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cell import identify
+from benchmarks.run.console import warn
+from benchmarks.run.records import DamagedRecordError, NewerRecordError, Record, read_record
+from benchmarks.run.store import ResultStore
+
+
+@dataclass
+class Merged:
+    """Numbers of records.
+
+    Attributes:
+        new: copied.
+        present: not copied, for the same cell has a record of the same provenance.
+        skipped: damaged, or of a newer schema.
+    """
+
+    new: int = 0
+    present: int = 0
+    skipped: int = 0
+
+
+def merge_stores(sources: Sequence[Path], store: ResultStore) -> Merged:
+    """Copy the records of some stores into another one, which keeps all that it has.
+
+    A record is copied unless its cell has one of the same provenance. A damaged record, or one of a newer schema, is
+    skipped with a line on stderr. The sources are left as they are.
+
+    Args:
+        sources: folders of stores.
+        store: the store that gets the records.
+
+    Raises:
+        AdfqError: for a folder without records, before anything is copied, and if a record cannot be written.
+    """
+    folders = [ResultStore(source, create=False).records for source in sources]
+    merged = Merged()
+    for folder in folders:
+        for path in sorted(folder.glob("*.json")):
+            try:
+                record = read_record(path)
+            except FileNotFoundError:
+                continue
+            except DamagedRecordError:
+                warn(f"the record {path} is damaged; it is skipped")
+                merged.skipped += 1
+            except NewerRecordError as error:
+                warn(f"{error}; it is skipped")
+                merged.skipped += 1
+            else:
+                if _copy(path, record, store):
+                    merged.new += 1
+                else:
+                    merged.present += 1
+    return merged
+
+
+def _copy(path: Path, record: Record, store: ResultStore) -> bool:
+    """Copy a record's file unless the store has one of the same cell and provenance; return whether it has not."""
+    identity = identify(record["config"])
+    lock = store.lock_id(identity)
+    assert lock is not None  # it waits
+    try:
+        beside = [*store.read(f"{identity}*.json"), *store.read(path.name)]
+        if any(_key(other) == _key(record) for _, other in beside):
+            return False
+        place = store.records / path.name
+        while place.exists():
+            place = place.with_stem(f"{place.stem}-2")
+        store.write(place, json.loads(path.read_text(encoding="utf-8")))
+    finally:
+        lock.release()
+    return True
+
+
+def _key(record: Record) -> tuple[Any, ...]:
+    return record["config"], record["provenance"]
