@@ -52,7 +52,7 @@ def summarize_warnings(outcomes: Iterable[Outcome]) -> str | None:
     """Return one line about the cells whose records have warnings; None where no record has any.
 
     Args:
-        outcomes: of all cells, failed ones among them.
+        outcomes: all cells, failed ones among them.
     """
     outcomes = list(outcomes)
     count = sum(bool(outcome and outcome.get("warnings")) for outcome in outcomes)
