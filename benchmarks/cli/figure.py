@@ -37,7 +37,7 @@ from benchmarks.cli.options import (
 from benchmarks.plan import load_table
 from benchmarks.report.tables import summarize, tabulate_results
 from benchmarks.run.runner import quantize_model, resolve_device
-from benchmarks.tasks import TASKS, Subject, load_subject
+from benchmarks.tasks import Subject, load_subject, task_names
 from benchmarks.tasks.classification.data import BUNDLED
 
 #: The table whose methods are compared in pictures of that kind.
@@ -101,7 +101,7 @@ def add(commands: Commands) -> None:
 
 def _add_subject(parser: Parser) -> None:
     """A task, its model and data; `_choose_cell` says what is not given."""
-    parser.add_argument("task", choices=TASKS, nargs="?", help="default: classification")
+    parser.add_argument("task", choices=task_names(), nargs="?", help="default: classification")
     add_model(parser)
     parser.add_argument("--data", metavar="SPEC", help=f"{DATA_HELP} (default: bundled)")
 

@@ -7,7 +7,7 @@ import argparse
 import adfq
 from benchmarks.cli.options import Commands
 from benchmarks.plan import table_names
-from benchmarks.tasks import TASKS
+from benchmarks.tasks import find_task, task_names
 
 
 def add(commands: Commands) -> None:
@@ -17,6 +17,6 @@ def add(commands: Commands) -> None:
 
 
 def _list(options: argparse.Namespace) -> None:
-    models = [name for task in TASKS.values() for name in task.model_names()]
+    models = [name for task in task_names() for name in find_task(task).model_names()]
     lists = {"models": models, "methods": adfq.methods(), "tables": table_names()}
     print("\n".join(lists[options.what]))

@@ -14,7 +14,7 @@ from adfq.errors import AdfqError
 from adfq.method import FULL_PRECISION
 from benchmarks.cell import Arguments, Cell
 from benchmarks.plan import Entry, Model, Row, Table
-from benchmarks.tasks import TASKS, Task, find_task
+from benchmarks.tasks import Task, find_task, task_names
 
 #: What `add_parser` belongs to.
 Commands = Any
@@ -40,7 +40,7 @@ def add_table(parser: argparse.ArgumentParser) -> None:
 
 def add_experiment(parser: argparse.ArgumentParser) -> None:
     """What decides a cell, named after its fields; what is not given is None."""
-    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("task", choices=task_names())
     add_model(parser)
     parser.add_argument("--data", required=True, metavar="SPEC", help=DATA_HELP)
     add_prompts(parser)
@@ -115,7 +115,8 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 def check_options(options: argparse.Namespace) -> None:
     """Raises AdfqError for options that another task than this one has."""
     own = find_task(options.task)
-    for name in sorted({name for task in TASKS.values() for name in (*task.options, *task.arguments)}):
+    tasks = map(find_task, task_names())
+    for name in sorted({name for task in tasks for name in (*task.options, *task.arguments)}):
         if getattr(options, name, None) is not None and name not in (*own.options, *own.arguments):
             raise AdfqError(f"{options.task} has no --{name.replace('_', '-')}")
 

@@ -14,7 +14,7 @@ from adfq.errors import AdfqError
 from benchmarks.cli.options import Commands
 from benchmarks.run.merge import merge_stores
 from benchmarks.run.store import ResultStore
-from benchmarks.tasks import TASKS
+from benchmarks.tasks import find_task, task_names
 from benchmarks.tasks.shared import check_place
 
 _WRITERS: Mapping[str, Callable[..., Any]] = {".csv": pd.DataFrame.to_csv, ".parquet": pd.DataFrame.to_parquet}
@@ -40,7 +40,8 @@ def add(commands: Commands) -> None:
 
 def _list(options: argparse.Namespace) -> None:
     frame = _open(options.store).tabulate()
-    metrics = dict.fromkeys(metric for task in TASKS.values() for metric in task.main_metrics if metric in frame)
+    tasks = [find_task(task) for task in task_names() if task in set(frame.get("task", ()))]
+    metrics = dict.fromkeys(metric for task in tasks for metric in task.main_metrics if metric in frame)
     columns = ["id", "status", "task", "model", "method", "bits", "seed", *metrics, "environment.commit", "finished"]
     frame = frame.reindex(columns=columns).rename(columns={"environment.commit": "commit"})
     frame["commit"] = frame["commit"].str.slice(0, 8)

@@ -23,7 +23,7 @@ from adfq.method import FULL_PRECISION
 from adfq.registry import find_method
 from benchmarks.cell import Cell
 from benchmarks.run.sources import digest_sources
-from benchmarks.tasks import TASKS, Subject, find_task
+from benchmarks.tasks import Subject, find_task
 
 # mmcv without compiled operators, and builds of it for versions of torch that the original does not cover.
 _DISTRIBUTIONS = {"mmcv": ("mmcv", "mmcv-lite", "onedl-mmcv")}
@@ -68,8 +68,13 @@ def code_digest(cell: Cell, model: nn.Module) -> str:
     return digest_sources(tuple(roots))
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Return the machine, its device, and versions of code and libraries, for a record."""
+def environment(device: torch.device, task: str | None = None) -> dict[str, Any]:
+    """Return the machine, its device, and versions of code and libraries, for a record.
+
+    Args:
+        device: device of the model.
+        task: task whose libraries count too; None, the default, for none.
+    """
     return {
         "adfq": adfq.__version__,
         "commit": _commit(),
@@ -79,7 +84,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "timm": timm.__version__,
         "numpy": numpy.__version__,
         "pillow": PIL.__version__,
-        **{name: _version(name) for task in TASKS.values() for name in task.libraries},
+        **({} if task is None else {name: _version(name) for name in find_task(task).libraries}),
         "platform": platform.platform(),
         "processor": _processor(),
         "cores": psutil.cpu_count(logical=False),

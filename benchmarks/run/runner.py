@@ -101,7 +101,7 @@ def _describe_circumstances(cell: Cell, subject: Subject, device: torch.device) 
     return {
         "schema": SCHEMA,
         "config": cell.config,
-        "environment": environment(device),
+        "environment": environment(device, cell.task),
         "provenance": provenance(cell, subject),
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

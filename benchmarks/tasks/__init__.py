@@ -1,164 +1,56 @@
-"""Tasks, which load a model and data, give calibration images and evaluate to metrics; they know no method."""
+"""Tasks, which load a model and data, give calibration images and evaluate to metrics; they know no method.
+
+A task is an entry point of the group ``adfq.tasks``, in any installed package: a `Task`, loaded when it is asked for.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
-
-import torch
-from torch import Tensor, nn
+from functools import cache
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, cast
 
 import adfq
-from adfq.api import Quantization
 from adfq.errors import AdfqError
 from benchmarks.cell import Cell
-from benchmarks.tasks.classification.task import (
-    attach_classification,
-    classifier_names,
-    describe_classification,
-    load_classification,
-)
-from benchmarks.tasks.detection.models import detector_names
-from benchmarks.tasks.detection.task import describe_detection, load_detection
-from benchmarks.tasks.segmentation.models import sam_names
-from benchmarks.tasks.segmentation.task import ARGUMENTS, describe_segmentation, load_segmentation
-from benchmarks.tasks.shared import Stopwatch
+from benchmarks.tasks.interface import Subject, Task
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from adfq.api import Quantization
+
+ENTRY_POINT_GROUP = "adfq.tasks"
 
 
-class Subject(Protocol):
-    """Model with its data; in full precision, unless it comes from `load_quantized`."""
-
-    @property
-    def model(self) -> nn.Module:
-        """Model to quantize or to evaluate."""
-
-    @property
-    def preprocessing(self) -> Mapping[str, Any]:
-        """Everything that the task does to images before the model, of JSON's types."""
-
-    @property
-    def weights_digest(self) -> str:
-        """SHA-256 of the loaded weights."""
-
-    @property
-    def data_digests(self) -> Mapping[str, Any]:
-        """Number of evaluation ``images``, and SHA-256 of the names of each split's images, by split."""
-
-    def calibration_images(self, count: int, seed: int) -> Tensor:
-        """Return preprocessed images of the train split, `count`×C×H×W.
-
-        Args:
-            count: number of images.
-            seed: seed of their choice.
-        """
-
-    def evaluation_images(self, count: int) -> Tensor:
-        """Return the first images of the evaluation split, preprocessed: B×C×H×W with B at most `count`."""
-
-    def forward(self, model: nn.Module, images: Tensor) -> Any:
-        """Run the part of a model that is timed.
-
-        Args:
-            model: the subject's model or its quantized twin.
-            images: preprocessed, B×C×H×W.
-        """
-
-    def evaluate(
-        self,
-        model: nn.Module,
-        device: torch.device,
-        limit: int | None,
-        batch_size: int,
-        loading: Stopwatch | None = None,
-    ) -> dict[str, float]:
-        """Return metrics of a model on the evaluation split, and the number of ``images``.
-
-        Args:
-            model: the subject's model or its quantized twin.
-            device: device to run on.
-            limit: largest number of images; None for all.
-            batch_size: images a batch.
-            loading: stopwatch of the time spent waiting for images; None, the default, for none.
-        """
+def task_names() -> tuple[str, ...]:
+    """Return the names of all installed tasks, sorted."""
+    return tuple(sorted({point.name for point in entry_points(group=ENTRY_POINT_GROUP)}))
 
 
-@dataclass(frozen=True)
-class Task:
-    """Functions and properties of a task.
-
-    Attributes:
-        load: function from a cell to its model and data; a task with ``results`` among its options takes these too.
-        attach: function from a cell and a quantized model to the model with the cell's data. The cell's preprocessing
-            is complete; nothing is calibrated. None if quantized models cannot be saved and loaded.
-        model_names: function that returns the names of models.
-        describe: function from metrics to a phrase.
-        main_metrics: metrics that results are compared by.
-        data: example of a user's data.
-        batch_size: default number of images a batch in evaluation.
-        options: options of the command line that not every task has.
-        arguments: those options that decide results (`Cell.task_arguments`), with their defaults.
-        libraries: libraries that compute beside torch and timm.
-    """
-
-    load: Callable[..., Subject]
-    attach: Callable[[Cell, nn.Module], Subject] | None
-    model_names: Callable[[], list[str]]
-    describe: Callable[[Mapping[str, float]], str]
-    main_metrics: tuple[str, ...]
-    data: str
-    batch_size: int
-    options: tuple[str, ...] = ()
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    libraries: tuple[str, ...] = ()
-
-
-TASKS: Mapping[str, Task] = {
-    "classification": Task(
-        load_classification,
-        attach_classification,
-        classifier_names,
-        describe_classification,
-        ("top1",),
-        data="folder:/path/to/imagenet",
-        batch_size=100,
-    ),
-    "detection": Task(
-        load_detection,
-        None,
-        detector_names,
-        describe_detection,
-        ("box_ap", "mask_ap"),
-        data="/path/to/coco",
-        batch_size=1,
-        options=("config", "results"),
-        libraries=("mmdet", "mmengine", "mmcv"),
-    ),
-    "segmentation": Task(
-        load_segmentation,
-        None,
-        sam_names,
-        describe_segmentation,
-        ("mean_iou", "mask_ap"),
-        data="/path/to/coco",
-        batch_size=1,
-        options=("results",),
-        arguments=ARGUMENTS,
-        libraries=("segment_anything",),
-    ),
-}
-
-
+@cache
 def find_task(name: str) -> Task:
-    """Return a task by its name.
+    """Return a task.
+
+    Args:
+        name: the name of its entry point.
 
     Raises:
-        AdfqError: for an unknown task.
+        AdfqError: for a name that no installed package has, for a task that cannot be imported, and for an entry point
+            that is no `Task`.
     """
-    if name not in TASKS:
-        raise AdfqError(f"unknown task {name!r}; there are {', '.join(TASKS)}")
-    return TASKS[name]
+    found = entry_points(group=ENTRY_POINT_GROUP, name=name)
+    if not found:
+        raise AdfqError(f"unknown task {name!r}; there are {', '.join(task_names())}")
+    point = next(iter(found))
+    try:
+        task = point.load()
+    except (ImportError, AttributeError) as error:
+        raise AdfqError(f"task {name}: {point.value} cannot be imported: {error}") from None
+    if not isinstance(task, Task):
+        raise AdfqError(f"task {name}: {point.value} is not a benchmarks.tasks.Task")
+    return task
 
 
 def load_subject(cell: Cell, results: str | None = None) -> Subject:
@@ -221,7 +113,7 @@ def load_quantized(file: str, **fields: Any) -> tuple[Cell, Subject]:
     """
     attach = check_saved(fields["task"])
     model = adfq.load(file)
-    quantization = cast(Quantization, model.quantization)
+    quantization = cast("Quantization", model.quantization)
     architecture, notes = quantization.architecture, quantization.notes
     noted = notes.get("preprocessing", {})
     if not isinstance(noted, Mapping):

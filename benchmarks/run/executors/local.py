@@ -263,7 +263,9 @@ class Worker:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             name = "" if isinstance(error, (RuntimeError, NonFiniteError)) else f"{type(error).__name__}: "
-            return Failure(f"{name}{one_line(error)}", traceback.format_exc(), environment(self.device), messages)
+            return Failure(
+                f"{name}{one_line(error)}", traceback.format_exc(), environment(self.device, job.cell.task), messages
+            )
 
     def _measure(self, job: Job, messages: list[str]) -> Record:
         cell = job.cell

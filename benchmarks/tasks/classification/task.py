@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import timm
 import torch
 from timm.data import create_transform, resolve_data_config
-from timm.models import load_checkpoint
 from timm.utils import accuracy
 from torch import Tensor, nn
 from torch.utils.data import Subset
@@ -19,9 +15,9 @@ from tqdm import tqdm
 
 from adfq.errors import AdfqError, NonFiniteError
 from benchmarks.bundled import BUNDLED
-from benchmarks.bundled.classifiers import CLASSIFIERS
-from benchmarks.run.console import warn
 from benchmarks.tasks.classification.data import CheckedDataset, open_split
+from benchmarks.tasks.classification.models import classifier_names, create_classifier, resolve_bundled
+from benchmarks.tasks.interface import Task
 from benchmarks.tasks.shared import (
     Stopwatch,
     choose_images,
@@ -29,24 +25,13 @@ from benchmarks.tasks.shared import (
     create_loader,
     digest_weights,
     first_non_finite,
-    one_line,
     read_batches,
-    unknown_model,
-    unreadable_checkpoint,
 )
 
 if TYPE_CHECKING:
     from benchmarks.cell import Cell
 
-#: Modules of timm whose models have an adapter.
-TIMM_MODULES = ("vision_transformer", "deit", "swin_transformer")
-
 _MODES = {1: "L", 3: "RGB"}
-
-
-def classifier_names() -> list[str]:
-    """Return the names of classifiers: bundled ones, then timm's that can be quantized."""
-    return [*CLASSIFIERS, *(name for module in TIMM_MODULES for name in timm.list_models(module=module))]
 
 
 @dataclass(frozen=True)
@@ -172,8 +157,8 @@ def load_classification(cell: Cell) -> Classification:
     Raises:
         AdfqError: for an unknown model or unusable arguments, a checkpoint that does not fit, and unusable data.
     """
-    cell = _resolve_shipped(cell)
-    return _open_data(cell, _create_model(cell), calibrated=True)
+    cell = resolve_bundled(cell)
+    return _open_data(cell, create_classifier(cell), calibrated=True)
 
 
 def attach_classification(cell: Cell, model: nn.Module) -> Classification:
@@ -206,42 +191,6 @@ def _open_data(cell: Cell, model: Any, calibrated: bool) -> Classification:
     return Classification(model.eval(), digest_weights(model), config, train, open_checked("validation"), workers)
 
 
-def _resolve_shipped(cell: Cell) -> Cell:
-    """Return a bundled model's cell in timm's terms, and other cells unchanged."""
-    if cell.model not in CLASSIFIERS:
-        return cell
-    shipped = CLASSIFIERS[cell.model]
-    return replace(
-        cell,
-        model=shipped.architecture,
-        model_arguments=tuple({**shipped.arguments, **dict(cell.model_arguments)}.items()),
-        location=replace(cell.location, checkpoint=cell.location.checkpoint or str(shipped.checkpoint)),
-        preprocessing=tuple({**shipped.preprocessing, **dict(cell.preprocessing)}.items()),
-    )
-
-
-def _create_model(cell: Cell) -> Any:
-    name, checkpoint = cell.model, cell.location.checkpoint
-    if not timm.is_model(name):
-        raise unknown_model(name, classifier_names())
-    if checkpoint and not os.path.isfile(checkpoint):
-        raise AdfqError(f"there is no checkpoint {checkpoint}")
-    try:
-        model = timm.create_model(name, pretrained=cell.pretrained and not checkpoint, **dict(cell.model_arguments))
-    except Exception as error:  # whatever the constructor or the hub raises
-        raise AdfqError(f"cannot create {name}: {one_line(error)}") from None
-    if checkpoint:
-        layouts = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-        try:
-            load_checkpoint(model, checkpoint, filter_fn=layouts)
-        except Exception as error:  # a damaged file can raise anything
-            problem = f"checkpoint {checkpoint} does not fit {name}"
-            raise unreadable_checkpoint(checkpoint, error, problem) from None
-    elif not cell.pretrained:
-        warn(f"{name} has random weights (neither a checkpoint nor pretrained weights)")
-    return model
-
-
 def _data_config(cell: Cell, model: Any) -> dict[str, Any]:
     arguments = dict(cell.model_arguments)
     known = {key: arguments[key] for key in ("in_chans", "img_size") if key in arguments}
@@ -255,3 +204,14 @@ def _data_config(cell: Cell, model: Any) -> dict[str, Any]:
     if not len(config["mean"]) == len(config["std"]) == channels:
         raise AdfqError(f"the model's mean and std do not fit {channels} channels; give them")
     return config
+
+
+TASK = Task(
+    load_classification,
+    attach_classification,
+    classifier_names,
+    describe_classification,
+    main_metrics=("top1",),
+    data="folder:/path/to/imagenet",
+    batch_size=100,
+)

@@ -29,7 +29,8 @@ from benchmarks.tasks.coco import (
     find_root,
     read_image,
 )
-from benchmarks.tasks.detection.models import load_detector, mmdetection
+from benchmarks.tasks.detection.models import detector_names, load_detector, mmdetection
+from benchmarks.tasks.interface import Task
 from benchmarks.tasks.shared import (
     Stopwatch,
     choose_images,
@@ -324,3 +325,16 @@ def _check_supported(cell: Cell) -> None:
         raise AdfqError("a detector and its preprocessing come from its config alone; there are no arguments for them")
     if cell.pretrained:
         raise AdfqError("weights of detectors are not downloaded; give --checkpoint FILE, of a table --checkpoints DIR")
+
+
+TASK = Task(
+    load_detection,
+    None,
+    detector_names,
+    describe_detection,
+    main_metrics=("box_ap", "mask_ap"),
+    data="/path/to/coco",
+    batch_size=1,
+    options=("config", "results"),
+    libraries=("mmdet", "mmengine", "mmcv"),
+)

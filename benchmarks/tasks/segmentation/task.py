@@ -30,7 +30,8 @@ from benchmarks.tasks.coco import (
     read_image,
     read_rle,
 )
-from benchmarks.tasks.segmentation.models import load_sam
+from benchmarks.tasks.interface import Task
+from benchmarks.tasks.segmentation.models import load_sam, sam_names
 from benchmarks.tasks.segmentation.prompts import (
     BOXES,
     POINTS,
@@ -489,3 +490,17 @@ def _check_supported(cell: Cell) -> None:
     unknown = [name for name, _ in cell.task_arguments if name not in ARGUMENTS]
     if unknown:
         raise AdfqError(f"segmentation has no argument {unknown[0]!r}; it has {', '.join(ARGUMENTS)}")
+
+
+TASK = Task(
+    load_segmentation,
+    None,
+    sam_names,
+    describe_segmentation,
+    main_metrics=("mean_iou", "mask_ap"),
+    data="/path/to/coco",
+    batch_size=1,
+    options=("results",),
+    arguments=ARGUMENTS,
+    libraries=("segment_anything",),
+)

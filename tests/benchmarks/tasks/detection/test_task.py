@@ -453,8 +453,8 @@ def test_scenes_are_drawn_once_in_a_process(load: Callable[..., Detection]) -> N
 def test_other_tasks_need_no_mmdetection() -> None:
     code = (
         "import sys\nfor name in ('mmdet', 'mmcv', 'mmengine', 'pycocotools', 'cv2'): sys.modules[name] = None\n"
-        "import adfq\nfrom benchmarks.cell import Cell\nfrom benchmarks.tasks import TASKS, load_subject\n"
-        "assert 'mask_rcnn_swin_tiny' in TASKS['detection'].model_names()\n"
+        "import adfq\nfrom benchmarks.cell import Cell\nfrom benchmarks.tasks import find_task, load_subject\n"
+        "assert 'mask_rcnn_swin_tiny' in find_task('detection').model_names()\n"
         "cell = Cell.create(task='detection', model='mask_rcnn_swin_tiny', data='.', method='full_precision')\n"
         "try:\n    load_subject(cell)\nexcept adfq.AdfqError as error:\n    print(error)\n"
     )

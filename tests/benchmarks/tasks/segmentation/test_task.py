@@ -557,8 +557,8 @@ def test_results_that_cannot_be_written_after_all(
 def test_other_tasks_need_no_library_of_this_one() -> None:
     code = (
         "import sys\nfor name in ('segment_anything', {}): sys.modules[name] = None\n"
-        "import adfq\nfrom benchmarks.cell import Cell\nfrom benchmarks.tasks import TASKS, load_subject\n"
-        "assert 'mobile_sam' in TASKS['segmentation'].model_names()\n"
+        "import adfq\nfrom benchmarks.cell import Cell\nfrom benchmarks.tasks import find_task, load_subject\n"
+        "assert 'mobile_sam' in find_task('segmentation').model_names()\n"
         "cell = Cell.create(task='segmentation', model='mobile_sam', data='bundled', method='full_precision')\n"
         "try:\n    load_subject(cell)\nexcept adfq.AdfqError as error:\n    print(error)\n"
     )

@@ -1,0 +1,101 @@
+"""Interface of a task: its functions and properties, and the subjects that it loads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from benchmarks.cell import Cell
+    from benchmarks.tasks.shared import Stopwatch
+
+
+class Subject(Protocol):
+    """Model with its data; in full precision, unless it comes from `benchmarks.tasks.load_quantized`."""
+
+    @property
+    def model(self) -> nn.Module:
+        """Model to quantize or to evaluate."""
+
+    @property
+    def preprocessing(self) -> Mapping[str, Any]:
+        """Everything that the task does to images before the model, of JSON's types."""
+
+    @property
+    def weights_digest(self) -> str:
+        """SHA-256 of the loaded weights."""
+
+    @property
+    def data_digests(self) -> Mapping[str, Any]:
+        """Number of evaluation ``images``, and SHA-256 of the names of each split's images, by split."""
+
+    def calibration_images(self, count: int, seed: int) -> Tensor:
+        """Return preprocessed images of the train split, `count`×C×H×W.
+
+        Args:
+            count: number of images.
+            seed: seed of their choice.
+        """
+
+    def evaluation_images(self, count: int) -> Tensor:
+        """Return the first images of the evaluation split, preprocessed: B×C×H×W with B at most `count`."""
+
+    def forward(self, model: nn.Module, images: Tensor) -> Any:
+        """Run the part of a model that is timed.
+
+        Args:
+            model: the subject's model or its quantized twin.
+            images: preprocessed, B×C×H×W.
+        """
+
+    def evaluate(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        limit: int | None,
+        batch_size: int,
+        loading: Stopwatch | None = None,
+    ) -> dict[str, float]:
+        """Return metrics of a model on the evaluation split, and the number of ``images``.
+
+        Args:
+            model: the subject's model or its quantized twin.
+            device: device to run on.
+            limit: largest number of images; None for all.
+            batch_size: images a batch.
+            loading: stopwatch of the time spent waiting for images; None, the default, for none.
+        """
+
+
+@dataclass(frozen=True)
+class Task:
+    """Functions and properties of a task.
+
+    Attributes:
+        load: function from a cell to its model and data; a task with ``results`` among its options takes these too.
+        attach: function from a cell and a quantized model to the model with the cell's data. The cell's preprocessing
+            is complete; nothing is calibrated. None if quantized models cannot be saved and loaded.
+        model_names: function that returns the names of models.
+        describe: function from metrics to a phrase.
+        main_metrics: metrics that results are compared by.
+        data: example of a user's data.
+        batch_size: default number of images a batch in evaluation.
+        options: options of the command line that not every task has.
+        arguments: those options that decide results (`Cell.task_arguments`), with their defaults.
+        libraries: libraries that compute beside torch and timm.
+    """
+
+    load: Callable[..., Subject]
+    attach: Callable[[Cell, nn.Module], Subject] | None
+    model_names: Callable[[], list[str]]
+    describe: Callable[[Mapping[str, float]], str]
+    main_metrics: tuple[str, ...]
+    data: str
+    batch_size: int
+    options: tuple[str, ...] = ()
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    libraries: tuple[str, ...] = ()
