@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import is_dataclass
+from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -26,6 +28,13 @@ def methods() -> tuple[str, ...]:
     return FULL_PRECISION, *sorted(names)
 
 
+@cache
+def _named(lookup: Callable[..., Any], path: tuple[str, ...], name: str) -> Any:
+    # Going through all installed packages takes milliseconds; a plan asks once a cell. A package that is installed
+    # while the process runs comes with another search path, or is unknown.
+    return lookup(group=ENTRY_POINT_GROUP, name=name)
+
+
 def find_method(name: str) -> type[Method]:
     """Return the class of a method.
 
@@ -36,7 +45,7 @@ def find_method(name: str) -> type[Method]:
         AdfqError: for a name that no installed package has, listing those that exist; for an entry point that is no
             `Method`.
     """
-    found = entry_points(group=ENTRY_POINT_GROUP, name=name)
+    found = _named(entry_points, tuple(sys.path), name)
     if not found:
         raise AdfqError(f"unknown method {name!r}; there are {', '.join(methods())}")
     point = next(iter(found))

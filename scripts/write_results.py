@@ -5,16 +5,13 @@ Every number in a table of the page comes from a record. The prose between the t
 
 from __future__ import annotations
 
-import json
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import jinja2
 
-from benchmarks.plan import load_table
-from benchmarks.report.tables import render, tabulate_results
-from benchmarks.tasks import find_task
+from adfq.errors import AdfqError
+from benchmarks.plan import RECORDED, Selection, make_plan
+from benchmarks.run.plans import read_plan, read_records
 
 ROOT = Path(__file__).resolve().parents[1]
 STORE = ROOT / "results" / "bundled"
@@ -30,34 +27,24 @@ def write_page() -> str:
 
 def _render_table(name: str) -> str:
     """Return a table with its caption and notes as Markdown, below a heading of its own."""
-    table = load_table(name, PROFILE)
-    entries = table.entries(data=table.data, batch_size=table.batch_size or find_task(table.task).batch_size)
-    records = _records()
-    frame = tabulate_results(table, [(entry, records[_key(entry.cell.config)]) for entry in entries])
-    heading, _, rest = render(table, frame, "md").partition("\n\n")
-    return f"## Table {name}. {table.title}\n\n{rest}" if heading else ""
+    plan = make_plan([name], Selection(PROFILE, seeds=RECORDED), check_files=False)
+    (results,) = read_plan(plan, STORE)
+    if results.count("measured") < len(results.results):
+        raise AdfqError(f"{STORE} has no record of some cells of table {name}")
+    _, _, rest = results.render().partition("\n\n")
+    return f"## {results.table.heading}\n\n{rest}"
 
 
 def _describe_machine() -> str:
     """Return a sentence on the hardware and versions that the records name."""
+    records = read_records(STORE)
     keys = ("processor", "cores", "python", "torch", "timm")
     processor, cores, python, torch, timm = (
-        " or ".join(sorted({str(record["environment"][key]) for record in _records().values()})) for key in keys
+        " or ".join(sorted({str(record["environment"][key]) for record in records})) for key in keys
     )
     return (
         f"They were measured on {cores} cores of an {processor}, with Python {python}, torch {torch} and timm {timm}."
     )
-
-
-@cache
-def _records() -> dict[str, dict[str, Any]]:
-    """Return the committed records by their configuration."""
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((STORE / "records").glob("*.json"))]
-    return {_key(record["config"]): record for record in records}
-
-
-def _key(config: dict[str, Any]) -> str:
-    return json.dumps(config, sort_keys=True)
 
 
 def main() -> None:

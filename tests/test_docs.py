@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import argparse
 import configparser
-import importlib
 import itertools
 import json
-import pkgutil
 import re
 import runpy
 import shlex
@@ -21,7 +19,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +29,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import adfq
-import benchmarks.cli
 from adfq import adfq_vit
 from adfq.registry import find_method
 from baselines.ptq4vit import PTQ4ViT
+from benchmarks import plan
 from benchmarks.cli import main as cli
-from benchmarks.plan import Table
+from benchmarks.cli.figure import pictures, results
+from benchmarks.plan import Selection, Table
 from benchmarks.tasks import coco
 
 if sys.version_info >= (3, 11):
@@ -191,16 +189,16 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(adfq_vit, "optimize_units", lambda *_: {})
     monkeypatch.setattr(PTQ4ViT.__init__, "__defaults__", ("hessian", 1, 1, False))
 
-    def smaller(choose: Callable[..., Table], table: Table, options: argparse.Namespace) -> Table:
-        table = choose(table, options)
+    choose = plan.choose_part
+
+    def smaller(table: Table, selection: Selection) -> Table:
+        table = choose(table, selection)
         model = next((model for model in table.models if model.name in _SMALLEST), table.models[0])
-        rows = [*table.rows[:1], *(table.rows[-1:] if options.also else [])]
+        rows = [*table.rows[:1], *(table.rows[-1:] if selection.also else [])]
         return replace(table, models=[model], rows=rows, bits=table.bits[:1], seeds=table.seeds[:1])
 
-    for found in pkgutil.iter_modules(benchmarks.cli.__path__, "benchmarks.cli."):
-        module = importlib.import_module(found.name)
-        if hasattr(module, "choose_part") and not found.name.endswith(".options"):
-            monkeypatch.setattr(module, "choose_part", partial(smaller, module.choose_part))
+    for module in (plan, pictures, results):
+        monkeypatch.setattr(module, "choose_part", smaller)
     monkeypatch.syspath_prepend(str(_as_installed(tmp_path)))
 
 
@@ -490,15 +488,13 @@ def test_the_tutorial_shows_what_ships() -> None:
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "toml"], ids=lambda block: block.name)
-def test_toml_is_read(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_toml_is_read(block: Block, tmp_path: Path) -> None:
     content = tomllib.loads(block.text)
-    if "profiles" in content:
-        import benchmarks.plan as spec
-
-        monkeypatch.setattr(spec, "_TABLES", tmp_path)
-        (tmp_path / "6.toml").write_text(block.text, encoding="utf-8")
-        for profile in content["profiles"]:
-            assert spec.load_table("6", profile).entries(data="bundled")
+    if "task" in content:
+        file = tmp_path / "6.toml"
+        file.write_text(block.text, encoding="utf-8")
+        for profile in content.get("profiles", [""]):
+            assert plan.load_table(file, profile).entries(data="bundled")
 
 
 def test_every_method_has_a_page() -> None:

@@ -5,16 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 
-import adfq
+from adfq.registry import methods
+from benchmarks.bundled import BUNDLED
 from benchmarks.cli.options import Commands, add_device, positive
-from benchmarks.plan import METHOD_LABELS
-from benchmarks.run.provenance import environment
-from benchmarks.run.runner import resolve_device
-from benchmarks.studies.speed import benchmark, render
-from benchmarks.tasks.classification.data import BUNDLED
 
 
 def add(commands: Commands) -> None:
+    """Add the command."""
     bench = commands.add_parser("bench", help="measure how fast methods are, in multiples of full precision")
     bench.set_defaults(action=_bench)
     bench.add_argument("--model", default="deit_small_patch16_224", help="a classifier (default: %(default)s)")
@@ -30,9 +27,13 @@ def add(commands: Commands) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
+    from benchmarks.run.provenance import environment
+    from benchmarks.run.runner import resolve_device
+    from benchmarks.studies.speed import benchmark, render
+
     device = resolve_device(options.device)
-    methods = list(dict.fromkeys(options.methods or adfq.methods()))
-    found = benchmark(options.model, methods, options.bits, options.images, options.repeats, device, options.data)
+    names = list(dict.fromkeys(options.methods or methods()))
+    found = benchmark(options.model, names, options.bits, options.images, options.repeats, device, options.data)
     where = environment(device)
     if options.json:
         asked = {name: getattr(options, name) for name in ("model", "data", "bits", "images", "repeats")}
@@ -40,13 +41,13 @@ def _bench(options: argparse.Namespace) -> None:
         return
     full = found["full_precision"]
     print(f"**{options.model}**, {options.bits}, {options.images} images of {options.data}, at once\n")
-    print(render(found, lambda method: METHOD_LABELS.get(method, method)))
+    print(render(found))
     memory = f" and {full['forward_memory']:.0f} MB" if "forward_memory" in full else ""
     training = f"; forwards and backwards takes {full['training']:.2f} s" if "training" in full else ""
     print(
         f"Times and memory as multiples of full precision's forward pass, which takes {full['forward']:.2f} s{memory}"
-        f"{training}. Medians of {options.repeats}. ADFQ-ViT's calibration is without AMO; an AMO iteration, over all "
-        f"modules, is a multiple of one pass of the model forwards and backwards.\n"
+        f"{training}. Medians of {options.repeats}. Methods that optimize are calibrated without it; "
+        f"an iteration of it, over all modules, is a multiple of one pass of the model forwards and backwards.\n"
     )
     if loading := found.get("loading"):
         print(

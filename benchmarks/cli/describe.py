@@ -4,37 +4,36 @@ from __future__ import annotations
 
 import argparse
 import copy
-from dataclasses import replace
 
-from adfq.adapters import adapt
-from adfq.method import FULL_PRECISION
-from adfq.reconstruction import OptimizingMethod
-from adfq.registry import find_method
-from benchmarks.cli.options import Commands, add_calibration, add_experiment, check_options, create_cell
-from benchmarks.report import sites
-from benchmarks.run.runner import quantize_model, resolve_device
-from benchmarks.tasks import load_subject
+from adfq.errors import AdfqError
+from adfq.method import FULL_PRECISION, Bits
+from adfq.registry import create_method
+from benchmarks.cli.options import Commands, add_experiment, check_options, create_cell
 
 
 def add(commands: Commands) -> None:
+    """Add the command."""
     describe = commands.add_parser("describe", help="list what a method does with each site of a model")
     describe.set_defaults(action=_describe)
     add_experiment(describe)
-    describe.add_argument("--format", choices=sites.STYLES, default="md")
-    add_calibration(describe)
-    describe.set_defaults(calibration_size=1)
+    describe.add_argument("--format", choices=["md", "csv"], default="md", help="default: %(default)s")
 
 
 def _describe(options: argparse.Namespace) -> None:
+    from adfq.adapters import adapt
+    from benchmarks.report import sites
+    from benchmarks.tasks import load_subject
+
     check_options(options)
     cell = create_cell(options)
-    quantized = cell.method != FULL_PRECISION
-    if quantized and issubclass(find_method(cell.method), OptimizingMethod):
-        # Optimization takes long and changes no site.
-        arguments = {"iterations": 0, **dict(cell.method_arguments)}
-        cell = replace(cell, method_arguments=tuple(sorted(arguments.items())))
-    device = resolve_device(options.device)
-    subject = load_subject(cell)
-    model, _ = quantize_model(cell, subject, device)
-    network = adapt(copy.deepcopy(subject.model)) if quantized else None
-    print(sites.render_sites(sites.tabulate_sites(model, network), options.format), end="")
+    model = load_subject(cell).model
+    if cell.method == FULL_PRECISION:
+        frame = sites.tabulate_sites(model, None)
+    else:
+        method = create_method(cell.method, cell.method_arguments)
+        network = adapt(copy.deepcopy(model))
+        if reason := method.supports(network):
+            raise AdfqError(f"{cell.method} cannot be applied to {cell.model}: {reason}")
+        network.attach(method.recipe(Bits.parse(cell.bits)))
+        frame = sites.tabulate_sites(network.model, network)
+    print(sites.render_sites(frame, options.format), end="")

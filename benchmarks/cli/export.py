@@ -7,20 +7,14 @@ from collections import defaultdict
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
-
-from adfq.export import check_installed, export_onnx
 from benchmarks.cli.options import DATA_HELP, Commands, positive
-from benchmarks.run.provenance import environment
-from benchmarks.studies.deployment import compare, render
-from benchmarks.tasks import find_task, load_quantized
-from benchmarks.tasks.shared import check_place
 
 # The one whose quantized models can be saved.
 _TASK = "classification"
 
 
 def add(commands: Commands) -> None:
+    """Add the command."""
     export = commands.add_parser("export", help="write a quantized model for integer kernels, and measure it there")
     export.set_defaults(action=_export)
     export.add_argument("--quantized", required=True, metavar="FILE", help="what 'adfq quantize' has saved")
@@ -35,6 +29,14 @@ def add(commands: Commands) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
+    import torch
+
+    from adfq.export import check_installed, export_onnx
+    from benchmarks.run.provenance import environment
+    from benchmarks.studies.deployment import compare, render
+    from benchmarks.tasks import find_task, load_quantized
+    from benchmarks.tasks.shared import check_place
+
     check_installed()
     file = options.out
     check_place(file)

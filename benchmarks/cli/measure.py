@@ -1,37 +1,30 @@
-"""What the commands that measure tables share."""
+"""What the commands that measure or read tables share."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from adfq.errors import AdfqError
-from benchmarks.cli.options import Parser, add_common, add_table, choose_part, table_entries
-from benchmarks.plan import Entry, Table, load_table
-from benchmarks.run.console import warn
-from benchmarks.run.executors.local import Executor, create_local_executor
-from benchmarks.run.executors.ray import RayExecutor
-from benchmarks.run.runner import resolve_device
-from benchmarks.run.scheduler import run_cells, summarize_warnings
-from benchmarks.run.store import Record, ResultStore
+from benchmarks.cli.options import Parser, add_common, add_table
+from benchmarks.plan import Plan
+from benchmarks.run.plans import TableResults, read_plan, run_plan
 
-#: A table with its cells in order, and the record of each; None where measuring has failed.
-Measured = tuple[Table, list[tuple[Entry, Record | None]]]
+if TYPE_CHECKING:
+    from benchmarks.run.executors.local import Executor
 
 
-def add_measuring(parser: Parser, out: str, option: str = "--out") -> None:
-    """The options of `measure_tables`; `out` is where records go by default, and `option` says where else."""
-    parser.add_argument(
-        option,
-        dest="out",
-        type=Path,
-        default=Path(out),
-        metavar="DIR",
-        help=f"what is measured and made (default: {out})",
-    )
+def add_measuring(parser: Parser, store: str = "runs") -> None:
+    """Add the options of the store, of measuring, and of the cells.
+
+    Args:
+        parser: of a command.
+        store: the default of ``--store``.
+    """
+    add_store(parser, store)
     parser.add_argument(
         "--jobs",
         type=_count,
@@ -40,7 +33,7 @@ def add_measuring(parser: Parser, out: str, option: str = "--out") -> None:
         "small); 0 measures them in this process, for debuggers",
     )
     parser.add_argument(
-        "--executor", choices=["local", "ray"], default="local", help="where cells run (default: local)"
+        "--executor", choices=["local", "ray"], default="local", help="place of the work (default: local)"
     )
     parser.add_argument(
         "--address", help="of the Ray cluster (default: RAY_ADDRESS, or else one of this machine alone is started)"
@@ -49,42 +42,84 @@ def add_measuring(parser: Parser, out: str, option: str = "--out") -> None:
     add_common(parser)
 
 
-def measure_tables(names: Sequence[str], options: argparse.Namespace) -> Iterator[Measured]:
-    """Measures what the store does not have yet, table after table.
+def add_store(parser: Parser, default: str = "runs") -> None:
+    """Add --store."""
+    parser.add_argument(
+        "--store", type=Path, default=Path(default), metavar="DIR", help=f"folder of the records (default: {default})"
+    )
+
+
+def add_out(parser: Parser) -> None:
+    """Add --out, which is for files made from records."""
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder of what is written, created if need be (default: the store's)"
+    )
+
+
+def add_measure(parser: Parser) -> None:
+    """Add --measure, for commands that only read a store without it."""
+    parser.add_argument("--measure", action="store_true", help="measure the cells that the store has no record of")
+
+
+def find_results(plan: Plan, options: argparse.Namespace) -> list[TableResults]:
+    """Return the tables of a plan as the store has them; with ``--measure``, measured where it does not.
 
     Raises:
-        AdfqError: for the user's mistakes, before anything is measured where they can be seen.
+        AdfqError: for a store without records, and for options of measuring without ``--measure``.
     """
-    tables = [choose_part(load_table(name, options.profile), options) for name in names]
-    if options.data and len({table.task for table in tables}) > 1:
-        raise AdfqError("tables of different tasks need different data: regenerate them one after the other")
+    if options.measure:
+        return list(measure(plan, options))
+    given = [f"--{name}" for name in ("jobs", "address") if getattr(options, name) is not None]
+    given += ["--executor"] * (options.executor != "local")
+    if given:
+        raise AdfqError(f"nothing is measured without --measure: add it, or leave {', '.join(given)} out")
+    return read_plan(plan, options.store)
+
+
+def measure(plan: Plan, options: argparse.Namespace) -> Iterator[TableResults]:
+    """Measure a plan as the options of `add_measuring` say, and yield its tables one by one."""
+    with closing(_create_executor(plan, options)) as executor:
+        yield from run_plan(plan, options.store, executor)
+
+
+def _create_executor(plan: Plan, options: argparse.Namespace) -> Executor:
+    from benchmarks.run.executors.local import create_local_executor
+    from benchmarks.run.executors.ray import RayExecutor
+    from benchmarks.run.runner import resolve_device
+
     device = resolve_device(options.device)
-    every = [(table, table_entries(table, options)) for table in tables]
-    store = ResultStore(options.out)
-    for table, entries in every:
-        executor = _create_executor(options, device, table)
-        try:
-            # Tables end with what takes longest: it comes first, lest the other cores wait for it at last.
-            outcomes = dict(run_cells([entry.cell for entry in reversed(entries)], store, executor))
-        finally:
-            executor.close()
-        if said := summarize_warnings(outcomes.values()):
-            warn(f"table {table.name}: {said}")
-        yield table, [(entry, outcomes[entry.cell]) for entry in entries]
-
-
-def _create_executor(options: argparse.Namespace, device: torch.device, table: Table) -> Executor:
     if options.executor == "ray":
         if options.jobs is not None:
             raise AdfqError("a Ray cluster runs as many cells as it has room for; leave --jobs out")
-        return RayExecutor(device, table.cell_memory, options.address)
+        return RayExecutor(device, plan.cell_memory, options.address)
     if options.address is not None:
         raise AdfqError("--address is that of a Ray cluster; add --executor ray")
-    return create_local_executor(device, options.jobs, table.cell_memory)
+    return create_local_executor(device, options.jobs, plan.cell_memory)
+
+
+def any_failed(results: Iterable[TableResults]) -> bool:
+    """Return whether a cell of any table has failed."""
+    return any(table.count("failed") for table in results)
+
+
+def create_folder(folder: Path) -> None:
+    """Create a folder for files where it does not exist.
+
+    Raises:
+        AdfqError: if it cannot be created.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AdfqError(f"cannot write to {folder}: {error.strerror}") from None
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file; AdfqError if it cannot be written."""
+    """Write a file.
+
+    Raises:
+        AdfqError: if it cannot be written.
+    """
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:

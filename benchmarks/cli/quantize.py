@@ -9,12 +9,10 @@ from pathlib import Path
 from adfq.errors import AdfqError
 from adfq.method import FULL_PRECISION
 from benchmarks.cli.options import Commands, add_calibration, add_experiment, check_options, create_cell
-from benchmarks.run.runner import quantize_model, resolve_device
-from benchmarks.tasks import check_saved, load_subject, save_quantized
-from benchmarks.tasks.shared import check_place
 
 
 def add(commands: Commands) -> None:
+    """Add the command."""
     quantize = commands.add_parser("quantize", help="quantize a model and save it")
     quantize.set_defaults(action=_quantize)
     add_experiment(quantize)
@@ -23,6 +21,10 @@ def add(commands: Commands) -> None:
 
 
 def _quantize(options: argparse.Namespace) -> None:
+    from benchmarks.run.runner import quantize_model, resolve_device
+    from benchmarks.tasks import check_saved, load_subject, save_quantized
+    from benchmarks.tasks.shared import check_place
+
     check_saved(options.task)
     check_options(options)
     cell, file = create_cell(options), options.out

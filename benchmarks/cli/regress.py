@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from adfq.errors import AdfqError
-from benchmarks.cli.measure import add_measuring, measure_tables, write_text
-from benchmarks.cli.options import Commands, choose_part, table_entries
-from benchmarks.plan import load_table, table_names
-from benchmarks.run.console import warn
-from benchmarks.run.store import Record
-
-# Of a table's part: with one of these, committed records of other cells are not gone.
-_PART = ("models", "methods", "bits", "seeds", "data", "checkpoints", "calibration_size", "limit", "batch_size")
-# What a record need not have to be compared.
-_OPTIONAL = ("cost", "environment", "provenance")
+from benchmarks.bundled import BUNDLED
+from benchmarks.cli.measure import add_measuring, measure, write_text
+from benchmarks.cli.options import Commands, select
+from benchmarks.plan import RECORDED, Selection, make_plan
+from benchmarks.run.plans import config_key, newest, read_records
 
 
 def add(commands: Commands) -> None:
+    """Add the command."""
     regress = commands.add_parser(
         "regress",
         help="measure tables again and compare with committed results",
@@ -46,22 +41,27 @@ def add(commands: Commands) -> None:
     )
     regress.add_argument("--summary", type=Path, metavar="FILE", help="append what is printed, as Markdown")
     regress.add_argument("--junit", type=Path, metavar="FILE", help="write JUnit XML with a test case a cell")
-    add_measuring(regress, out="runs/regress")
+    add_measuring(regress, store="runs/regress")
+    regress.set_defaults(seeds=[RECORDED])
 
 
 def _regress(options: argparse.Namespace) -> int:
     from benchmarks.report import regression  # junitparser
 
-    names = list(dict.fromkeys(options.names)) or table_names(options.profile)
+    selection = select(options)
+    plan = make_plan(options.names, selection)
     against = options.against or Path("results") / options.profile
-    committed = _read_records(against)
-    _check_overlap(names, options, committed, against)
+    committed = read_records(against)
+    known = newest(committed)
+    if not any(config_key(cell.config) in known for cell in plan.cells):
+        raise AdfqError(f"no cell of what is to be measured has a record in {against}")
     for path in filter(None, (options.summary, options.junit)):
-        _make_parent(path)  # now, and not after hours
+        _check_file(path)  # now, and not after hours
 
     tolerance = regression.Tolerance(**options.tolerance)
-    whole = not options.names and all(getattr(options, name) is None for name in _PART)
-    frame = regression.compare(measure_tables(names, options), committed, tolerance, whole)
+    # Of a part of the tables, committed records of other cells are not gone.
+    whole = not options.names and replace(selection, profile=BUNDLED) == Selection(seeds=RECORDED)
+    frame = regression.compare(measure(plan, options), committed, tolerance, whole)
     text = regression.render(frame, tolerance)
     print(text, end="")
     if options.summary:
@@ -71,36 +71,7 @@ def _regress(options: argparse.Namespace) -> int:
     return 1 if regression.count(frame)["regressions"] else 0
 
 
-def _read_records(directory: Path) -> list[Record]:
-    """The records under a folder; a line on stderr for each that cannot be read. AdfqError if there is none."""
-    records = []
-    for path in sorted((directory / "records").glob("*.json")):
-        try:
-            record: Record = json.loads(path.read_text(encoding="utf-8"))
-            parts = (record["config"], record["metrics"], *(record.get(name, {}) for name in _OPTIONAL))
-            if not all(isinstance(part, dict) for part in parts):
-                raise TypeError
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            warn(f"cannot read the record {path}; it is not compared")
-            continue
-        records.append(record)
-    if not records:
-        raise AdfqError(f"there are no records in {directory / 'records'}")
-    return records
-
-
-def _check_overlap(
-    names: Sequence[str], options: argparse.Namespace, committed: Sequence[Record], against: Path
-) -> None:
-    """Raises AdfqError where there is nothing to compare: it would be found after hours, or never."""
-    tables = [choose_part(load_table(name, options.profile), options) for name in names]
-    cells = [entry.cell for table in tables for entry in table_entries(table, options)]
-    known = [record["config"] for record in committed]
-    if not any(cell.config in known for cell in cells):
-        raise AdfqError(f"no cell of what is to be measured has a record in {against / 'records'}")
-
-
-def _make_parent(path: Path) -> None:
+def _check_file(path: Path) -> None:
     if path.is_dir():
         raise AdfqError(f"cannot write {path}: it is a folder")
     try:

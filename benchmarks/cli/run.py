@@ -7,10 +7,8 @@ import json
 
 from adfq.errors import AdfqError
 from benchmarks.cli.options import Commands, add_common, add_experiment, cell_fields, check_options, create_cell
-from benchmarks.run.runner import evaluate_model, resolve_device, run_cell
-from benchmarks.tasks import check_saved, find_task, load_quantized, load_subject
 
-#: What --quantized has from its file, by option.
+#: Fields of the cell that are in a file of --quantized, by option.
 _IN_QUANTIZED_FILE = {
     "--model": "model",
     "--model-arg": "model_arguments",
@@ -25,6 +23,7 @@ _IN_QUANTIZED_FILE = {
 
 
 def add(commands: Commands) -> None:
+    """Add the command."""
     run = commands.add_parser("run", help="measure one method on one model")
     run.set_defaults(action=_run)
     add_experiment(run)
@@ -41,6 +40,9 @@ def add(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    from benchmarks.run.runner import evaluate_model, resolve_device, run_cell
+    from benchmarks.tasks import check_saved, find_task, load_quantized, load_subject
+
     check_options(options)
     device = resolve_device(options.device)
     if options.quantized:

@@ -19,17 +19,20 @@ import pandas as pd
 from adfq.errors import AdfqError
 from adfq.method import FULL_PRECISION
 from benchmarks.cell import Cell
+from benchmarks.metrics import COSTS, Metric
 from benchmarks.plan import Entry, Table
 from benchmarks.report.tables import (
-    COSTS,
     as_rows,
     counts,
     escape_latex,
+    format_cost,
     notes,
     render,
     summarize,
     tabulate_results,
+    unmeasured,
 )
+from benchmarks.run.plans import TableResults, status_of
 from benchmarks.run.store import Record
 
 #: The files of a report, by the templates that they are made of.
@@ -45,21 +48,25 @@ class Figure(NamedTuple):
     """A picture in a report.
 
     Attributes:
-        text: what there is to see in it, for who reads and for who cannot see it.
+        title: the heading of its caption.
+        text: its content in words, for readers who cannot see it too.
         file: PNG or SVG. LaTeX has no SVG: a PDF or PNG of the same name beside it goes into LaTeX, where there is one.
+        opening: whether it stands before the tables.
     """
 
     title: str
     text: str
     file: Path
+    opening: bool = False
 
 
 class Column(NamedTuple):
     """A column of numbers: a metric of a model, or what it costs.
 
     Attributes:
-        detail: the second line of the heading, or nothing.
-        first: what the first click sorts into: ``"descending"`` where more is better.
+        heading: the first line of the heading.
+        detail: the second line, or nothing.
+        first: the order after the first click: ``"descending"`` where more is better.
     """
 
     heading: str
@@ -94,10 +101,18 @@ class Line(NamedTuple):
 
 
 class Measurement(NamedTuple):
-    """One cell: what it is, what it gave (None where it has failed), and the command that measures it."""
+    """One cell.
+
+    Attributes:
+        what: its place in the table, in words.
+        metrics: the metrics as text; None where there are none.
+        status: ``"measured"``, ``"failed"``, ``"n/a"`` or ``"missing"``.
+        command: the command line that measures it.
+    """
 
     what: str
     metrics: str | None
+    status: str
     command: str
 
 
@@ -127,8 +142,8 @@ class Section:
             _lines(table, summary),
             notes(table, frame, summary),
             [
-                Measurement(_name(entry), None if record is None else _metrics(table, record), command(entry.cell))
-                for entry, record in results
+                Measurement(_name(entry), _metrics(table, outcome), status_of(outcome), command(entry.cell))
+                for entry, outcome in results
             ],
         )
 
@@ -142,26 +157,36 @@ class Setting(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """What a report says, before it is HTML, Markdown or LaTeX."""
+    """The content of a report, before it is HTML, Markdown or LaTeX.
+
+    Attributes:
+        profile: of the tables.
+        sections: one a table.
+        environment: settings of the environment that records were measured in.
+        cells: number of cells, each counted once.
+        failed: number of cells that could not be measured.
+        missing: number of cells without a record.
+        finished: first and last day of measuring, in ISO's form; None where nothing was measured.
+    """
 
     profile: str
     sections: Sequence[Section]
     environment: Sequence[Setting]
     cells: int
     failed: int
+    missing: int
     finished: tuple[str, str] | None
-    """First and last day, as ISO has them."""
 
     @classmethod
     def create(
         cls,
-        measured: Iterable[tuple[Table, Sequence[tuple[Entry, Record | None]]]],
+        measured: Iterable[TableResults | tuple[Table, Sequence[tuple[Entry, Record | None]]]],
         command: Callable[[Cell], str],
     ) -> Report:
-        """Of at least one table.
+        """Return the report of at least one table.
 
         Args:
-            measured: each table with its cells and their records, None for a cell that has failed.
+            measured: each table with its cells and their outcomes (`TableResults`).
             command: the command line that measures a cell.
         """
         tables = list(measured)
@@ -171,23 +196,31 @@ class Report:
             for table, results in reversed(tables)  # the first table that has a cell names it
             for entry, record in results
         }
-        records = {name: record for name, record in reversed(every.values()) if record is not None}
+        records = {
+            name: record
+            for name, record in reversed(every.values())
+            if record is not None and status_of(record) == "measured"
+        }
+        statuses = [status_of(outcome) for _, outcome in every.values()]
         days = sorted(str(record["finished"])[:10] for record in records.values() if record.get("finished"))
         return cls(
             tables[0][0].profile,
             [Section.create(table, results, command) for table, results in tables],
             _settings({name: record.get("environment", {}) for name, record in records.items()}),
             len(every),
-            sum(record is None for _, record in every.values()),
+            statuses.count("failed"),
+            statuses.count("missing"),
             (days[0], days[-1]) if days else None,
         )
 
 
 def render_report(report: Report, directory: Path, figures: Sequence[Figure] = ()) -> dict[str, str]:
-    """The report's files, by name.
+    """Return the report's files as text, by name.
 
     Args:
-        directory: where they will lie; Markdown and LaTeX name the figures' files relative to it.
+        report: its content.
+        directory: the files' folder; Markdown and LaTeX name the figures' files relative to it.
+        figures: pictures; those that open the report (`Figure.opening`) stand before the tables.
 
     Returns:
         ``index.html``, which holds the figures and needs nothing else, ``report.md``, ``report.tex``.
@@ -225,12 +258,17 @@ def render_report(report: Report, directory: Path, figures: Sequence[Figure] = (
 def _columns(table: Table) -> list[Column]:
     columns = []
     for model in table.models:
-        details = list(table.metrics.values()) if len(table.metrics) > 1 else [""]
-        columns += [Column(model.label, detail, "descending") for detail in details]
+        for metric in map(table.metric, table.metrics):
+            detail = metric.label if len(table.metrics) > 1 else ""
+            columns.append(Column(model.label, detail, _first_order(metric)))
         if table.cost:
             of_model = "" if len(table.models) == 1 else model.label
-            columns += [Column(heading, of_model, "ascending") for _, heading, _ in COSTS]
+            columns += [Column(cost.heading, of_model, _first_order(cost)) for cost in COSTS.values()]
     return columns
+
+
+def _first_order(metric: Metric) -> str:
+    return "descending" if metric.more_is_better else "ascending"
 
 
 def _lines(table: Table, summary: pd.DataFrame) -> list[Line]:
@@ -242,7 +280,7 @@ def _lines(table: Table, summary: pd.DataFrame) -> list[Line]:
             of_model = [cells[model.key, metric] for metric in table.metrics]
             numbers += [_number(table, summary, row) for row in of_model]
             if table.cost:
-                numbers += [_cost(of_model[0].get(key), style) for key, _, style in COSTS]
+                numbers += [_cost(of_model[0], key) for key in COSTS]
         label, bits = group["label"].iloc[0], group["bits"].iloc[0]
         weight, activation = map(int, re.findall(r"\d+", bits))
         first = not lines or lines[-1].bits != bits
@@ -251,9 +289,9 @@ def _lines(table: Table, summary: pd.DataFrame) -> list[Line]:
 
 
 def _number(table: Table, summary: pd.DataFrame, row: Mapping[str, Any]) -> Number:
-    mean, digits = row["mean"], table.digits
+    mean, digits = row["mean"], table.metric(row["metric"]).digits
     if pd.isna(mean):
-        return Number(None, "failed" if row["failed"] else "")
+        return Number(None, unmeasured(row))
     text = f"{mean:.{digits}f}" + ("" if pd.isna(row["std"]) else f" ± {row['std']:.{digits}f}")
     beside = ""
     if table.published:
@@ -270,8 +308,9 @@ def _signed(difference: float, digits: int) -> str:
     return f"{difference:+.{digits}f}".replace("-", "−")
 
 
-def _cost(value: Any, style: str) -> Number:
-    return Number(None, "") if pd.isna(value) else Number(value, style.format(value))
+def _cost(row: Mapping[str, Any], key: str) -> Number:
+    text = format_cost(row, key)
+    return Number(row[key] if text else None, text)
 
 
 def _name(entry: Entry) -> str:
@@ -280,9 +319,11 @@ def _name(entry: Entry) -> str:
     return f"{entry.model.label}, {entry.row.label}, {entry.cell.bits}, seed {entry.cell.seed}"
 
 
-def _metrics(table: Table, record: Record) -> str:
-    metrics = record["metrics"]
-    return ", ".join(f"{name} {metrics[key]:.{table.digits}f}" for key, name in table.metrics.items() if key in metrics)
+def _metrics(table: Table, outcome: Record | None) -> str | None:
+    if status_of(outcome) != "measured" or outcome is None:
+        return None
+    values = {key: outcome["metrics"][key] for key in table.metrics if key in outcome["metrics"]}
+    return ", ".join(f"{table.metric(key).label} {table.metric(key).format(value)}" for key, value in values.items())
 
 
 def _settings(environments: Mapping[str, Mapping[str, Any]]) -> list[Setting]:

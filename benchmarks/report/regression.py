@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,8 +11,11 @@ import pandas as pd
 from junitparser import Failure, JUnitXml, Skipped, TestCase, TestSuite
 
 from adfq.method import FULL_PRECISION
+from adfq.registry import method_label
 from benchmarks.cell import FULL_PRECISION_BITS, Cell
-from benchmarks.plan import METHOD_LABELS, Entry, Table
+from benchmarks.metrics import find_metric
+from benchmarks.plan import Entry, Table
+from benchmarks.run.plans import TableResults, config_key, newest, status_of
 from benchmarks.run.store import Record
 
 #: Calibration, in forwards of full precision, below which its time is not told apart: that of a small model takes a
@@ -30,10 +32,10 @@ _TIMES = ("forward", "calibration")
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How much may change.
+    """The largest changes that are no regressions.
 
     Attributes:
-        accuracy: points that a metric may lose.
+        accuracy: what a metric may lose, in its unit: points of those in %.
         time: factor by which a time, over full precision's forward pass in the same run, may grow.
     """
 
@@ -45,23 +47,24 @@ class Tolerance:
 
 
 def compare(
-    measured: Iterable[tuple[Table, Sequence[tuple[Entry, Record | None]]]],
+    measured: Iterable[TableResults | tuple[Table, Sequence[tuple[Entry, Record | None]]]],
     committed: Iterable[Record],
     tolerance: Tolerance,
     whole: bool = False,
 ) -> pd.DataFrame:
-    """Compares cell by cell; cells are the same if their configurations are.
+    """Compare cell by cell; cells are the same if their configurations are.
 
-    Metrics, of which more is better, are compared in points. Times are compared as multiples of full precision's
-    forward pass, of the same model in the same run, and never in seconds: ``forward``, and ``calibration``, which
-    counts as `CALIBRATION_FLOOR` where it is shorter. A time has changed only if it has for all seeds of its cell:
-    the seed does not decide how long anything takes, and other work on the machine seldom meets every one. So has a
-    metric on another processor than the committed one's, whose rounding moves single seeds either way. Times
+    Metrics are compared in their unit and direction (`benchmarks.metrics`). Times are compared as multiples of full
+    precision's forward pass, of the same model in the same run, and never in seconds: ``forward``, and ``calibration``,
+    which counts as `CALIBRATION_FLOOR` where it is shorter. A time has changed only if it has for all seeds of its
+    cell: the seed does not decide how long anything takes, and other work on the machine seldom meets every one. So has
+    a metric on another processor than the committed one's, whose rounding moves single seeds either way. Times
     measured with other numbers of threads are ``"not compared"``, for more threads speed full precision up more than
     they do simulated quantization.
 
     Args:
-        measured: tables with their cells; one that stands in several is compared once. None is a failed cell.
+        measured: tables with their cells and outcomes (`TableResults`); one that stands in several is compared once. A
+            cell without a record, or whose method is not applicable, is compared only where it has a committed record.
         committed: what to compare with; of several records of a cell the one finished last counts.
         whole: whether these are all cells that `committed` should have, so that others of it are ``"gone"``.
 
@@ -72,30 +75,33 @@ def compare(
         `IMPROVEMENTS`, `ABSENT`, or ``"not compared"``), ``seconds`` that measuring the cell took, and ``other``:
         whether weights or data are known to differ from the committed record's.
     """
-    before = _newest(committed)
-    cells: dict[str, tuple[Entry, Record | None, dict[str, str]]] = {}
+    before = newest(committed)
+    cells: dict[str, tuple[Entry, Record | None, dict[str, None]]] = {}
     for table, results in measured:
         for entry, record in results:
             first, _, metrics = cells.setdefault(entry.cell.id, (entry, record, {}))
-            metrics.update(table.metrics)
+            metrics.update(dict.fromkeys(table.metrics))
             cells[entry.cell.id] = first, record, metrics
     rows: list[dict[str, Any]] = []
     for entry, record, metrics in cells.values():
-        old = before.get(_key(entry.cell.config))
+        old = before.get(config_key(entry.cell.config))
         elsewhere = _environment(old, "processor") != _environment(record, "processor")
         cell = {**_describe(entry), "seconds": _seconds(record), "other": _differ(old, record), "elsewhere": elsewhere}
-        if record is None or old is None:
-            rows.append({**cell, "quantity": "", "status": "failed" if record is None else "new"})
+        status = status_of(record)
+        if status in ("n/a", "missing") and old is None:
+            continue
+        if record is None or status != "measured" or old is None:
+            rows.append({**cell, "quantity": "", "status": "new" if status == "measured" else "failed"})
             continue
         rows += [{**cell, **row} for row in _compare_metrics(metrics, old, record, tolerance)]
         reference = _reference(entry.cell)
         if reference.id != entry.cell.id:
             new_reference = cells[reference.id][1] if reference.id in cells else None
-            of_old, of_new = _times(old, before.get(_key(reference.config))), _times(record, new_reference)
+            of_old, of_new = _times(old, before.get(config_key(reference.config))), _times(record, new_reference)
             comparable = _environment(old, "threads") == _environment(record, "threads")
             rows += [{**cell, **row} for row in _compare_times(of_old, of_new, comparable)]
     if whole:
-        there = {_key(entry.cell.config) for entry, _, _ in cells.values()}
+        there = {config_key(entry.cell.config) for entry, _, _ in cells.values()}
         rows += [_gone(record["config"]) for key, record in before.items() if key not in there]
     columns = [*_COLUMNS, "configuration", "elsewhere"]
     frame = pd.DataFrame(rows, columns=columns)
@@ -110,17 +116,8 @@ _COLUMNS = (
 )
 
 
-def _newest(records: Iterable[Record]) -> dict[str, Record]:
-    in_order = sorted(records, key=lambda record: str(record.get("finished", "")))
-    return {_key(record["config"]): record for record in in_order}
-
-
-def _key(config: Mapping[str, Any]) -> str:
-    return json.dumps(config, sort_keys=True)
-
-
 def _reference(cell: Cell) -> Cell:
-    """The full-precision cell that a cell's times are multiples of."""
+    """Return the full-precision cell that a cell's times are multiples of."""
     return replace(
         cell, method=FULL_PRECISION, bits=FULL_PRECISION_BITS, method_arguments=(), calibration_size=0, seed=0
     )
@@ -135,10 +132,10 @@ def _describe(entry: Entry) -> dict[str, Any]:
 def _gone(config: Mapping[str, Any]) -> dict[str, Any]:
     method = str(config.get("method"))
     names = {name: str(config.get(name)) for name in ("task", "model", "bits")}
-    row = METHOD_LABELS.get(method, method)
+    row = method_label(method)
     if arguments := config.get("method_arguments"):
         row += f" ({', '.join(f'{key}={value}' for key, value in arguments)})"
-    cell = {"id": _key(config), **names, "row": row, "seed": config.get("seed")}
+    cell = {"id": config_key(config), **names, "row": row, "seed": config.get("seed")}
     return {**cell, "quantity": "", "status": "gone", "other": False}
 
 
@@ -147,7 +144,8 @@ def _compare_metrics(names: Iterable[str], old: Record, new: Record, tolerance: 
         before, now = (_number(record["metrics"].get(name)) for record in (old, new))
         # Rounded, for 91.3 - 91.0 is a little more than 0.3.
         change = round(now - before, 6)
-        status = "worse" if change < -tolerance.accuracy else "better" if change > tolerance.accuracy else "same"
+        gain = find_metric(name).gain(0.0, change)
+        status = "worse" if gain < -tolerance.accuracy else "better" if gain > tolerance.accuracy else "same"
         if math.isnan(change):
             status = "new" if math.isnan(before) else "failed"
         yield {"quantity": name, "before": before, "now": now, "change": change, "status": status}
@@ -279,9 +277,11 @@ def _line(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _print(row: Mapping[str, Any]) -> tuple[str, str, str]:
-    """Before, now and change as text; empty for what is not there."""
-    is_time = row["quantity"] in _TIMES
-    number, change = ("×{:.2f}", "×{:.2f}") if is_time else ("{:.2f}", "{:+.2f}")
+    """Return before, now and change as text; empty for what is not there."""
+    number = change = "×{:.2f}"
+    if row["quantity"] and row["quantity"] not in _TIMES:
+        digits = find_metric(row["quantity"]).digits
+        number, change = f"{{:.{digits}f}}", f"{{:+.{digits}f}}"
     styles = {"before": number, "now": number, "change": change}
     before, now, by = ("" if pd.isna(row[name]) else style.format(row[name]) for name, style in styles.items())
     return before, now, by

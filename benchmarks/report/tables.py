@@ -1,4 +1,4 @@
-"""Rendering a table from its records: Markdown, CSV, LaTeX."""
+"""Tables from records: in long form as a frame, and rendered as Markdown, CSV and LaTeX."""
 
 from __future__ import annotations
 
@@ -9,37 +9,48 @@ from typing import Any
 import pandas as pd
 
 from adfq.method import FULL_PRECISION
-from benchmarks.plan import METHOD_LABELS, Entry, Model, Table, published_numbers
+from adfq.registry import method_label
+from benchmarks.metrics import COSTS
+from benchmarks.plan import TABLES, Entry, Model, Table
 from benchmarks.run.console import markdown_table
+from benchmarks.run.plans import status_of
 from benchmarks.run.store import Record
 
-#: What a row costs: key in the record, heading, how it is printed.
-COSTS = (
-    ("calibration_seconds", "Calibration, s", "{:.1f}"),
-    ("relative_forward", "Forward, × full precision", "{:.2f}"),
-    ("outliers", "Kept outliers, %", "{:.3f}"),
-    ("size", "Size, MB", "{:.2f}"),
-    ("calibration_memory", "Calibration memory, MB", "{:.0f}"),
-)
+#: Statuses of a row over its seeds, the first that any seed has.
+_STATUSES = ("failed", "n/a", "missing", "measured")
+
+
+def published_numbers(table: Table) -> pd.DataFrame:
+    """Return the rows of published.csv that belong to a table: model, method, bits, metric, value, verified."""
+    rows = pd.read_csv(TABLES / "published.csv")
+    rows = rows[(rows["task"] == table.published) & rows["metric"].isin(table.metrics)]
+    rows = rows.assign(verified=rows["verified"] == "yes")
+    return rows[["model", "method", "bits", "metric", "value", "verified"]]
 
 
 def tabulate_results(table: Table, results: Iterable[tuple[Entry, Record | None]]) -> pd.DataFrame:
-    """One row a cell, in the order measured: the table in long form, with numbers as numbers.
+    """Return one row a cell, in the table's order: the table in long form, with numbers as numbers.
 
-    Columns: row and its label, model, method, bits, ``failed`` (there is no record, and every number is NaN), the
-    record's metrics and costs, ``delta`` to full precision in
-    points, ``relative_forward`` (seconds over full precision's), ``published`` and ``verified`` where there is a
-    published number, and what the cell was measured with. A table of several metrics has a column of each, and a
-    difference and a published number to each of them: ``box_ap``, ``delta_box_ap``, ``published_box_ap`` … A metric
-    that a record has not is NaN.
+    Columns: ``row`` and its ``label``, ``model``, ``method``, ``bits``, ``status`` (`benchmarks.run.plans.status_of`)
+    and ``reason`` (of ``"n/a"``), the record's metrics and costs, ``delta`` to full precision in the metric's unit,
+    ``relative_forward`` (seconds over full precision's), ``published`` and ``verified`` where there is a published
+    number, the cell's ``calibration_size``, ``seed`` and ``data``, and the record's ``code`` digest and ``commit``. A
+    table of several metrics has a column of each, and a difference and a published number to each of them: ``box_ap``,
+    ``delta_box_ap``, ``published_box_ap`` … A number that was not measured is NaN.
     """
     rows = []
-    for entry, record in results:
+    for entry, outcome in results:
         config = {name: entry.cell.config[name] for name in ("calibration_size", "seed", "data")}
         names = {"row": entry.row.key, "label": entry.row.label, "model": entry.model.key}
-        what = {"method": entry.cell.method, "bits": entry.cell.bits, "failed": record is None}
-        measured = {} if record is None else {**record["metrics"], **record.get("cost", {})}
-        rows.append({**names, **what, **measured, **config})
+        what = {"method": entry.cell.method, "bits": entry.cell.bits, "status": status_of(outcome)}
+        record = outcome or {}
+        measured = {**record.get("metrics", {}), **record.get("cost", {})}
+        origin = {
+            "reason": record.get("not_applicable"),
+            "code": (record.get("provenance") or {}).get("code"),
+            "commit": (record.get("environment") or {}).get("commit"),
+        }
+        rows.append({**names, **what, **measured, **config, **origin})
     frame = pd.DataFrame(rows)
     for metric in table.metrics:
         if metric not in frame:
@@ -63,7 +74,7 @@ def _column(table: Table, name: str, metric: str) -> str:
 
 
 def render(table: Table, frame: pd.DataFrame, style: str) -> str:
-    """The table as ``"md"``, ``"csv"`` or ``"latex"`` text, ending in a newline."""
+    """Return the table as ``"md"``, ``"csv"`` or ``"latex"`` text, ending in a newline."""
     if style == "csv":
         return str(frame.to_csv(index=False, float_format="%.4f"))
     summary = summarize(table, frame)
@@ -71,18 +82,18 @@ def render(table: Table, frame: pd.DataFrame, style: str) -> str:
     if style == "md":
         wide = _wide(table, summary, "**{}**".format)
         body = markdown_table(wide, names=2)
-        heading = f"**Table {table.name}. {table.title}** ({table.profile} profile)"
-        return "\n\n".join([heading, table.caption, body, *remarks]) + "\n"
+        heading = f"**{table.heading}**" + (f" ({table.profile} profile)" if table.profile else "")
+        return "\n\n".join(filter(None, [heading, table.caption, body, *remarks])) + "\n"
     wide = _wide(table, summary, r"\textbf{{{}}}".format, escape_latex)
     if len(table.metrics) > 1 and not table.cost:  # a model's name stands once, above its metrics
-        metrics = [(model.label, name) for model in table.models for name in table.metrics.values()]
+        metrics = [(model.label, table.metric(key).label) for model in table.models for key in table.metrics]
         headings = [("", "Method"), ("", "W/A"), *metrics]
         wide.columns = pd.MultiIndex.from_tuples([tuple(map(escape_latex, heading)) for heading in headings])
     latex = wide.to_latex(
         index=False,
         column_format="ll" + "r" * (wide.shape[1] - 2),
         caption=escape_latex(" ".join([f"{table.title}.", table.caption, *remarks])),
-        label=f"tab:{table.name}-{table.profile}",
+        label=f"tab:{table.name}-{table.profile}".removesuffix("-"),
         position="t",
         multicolumn_format="c",
     )
@@ -90,15 +101,15 @@ def render(table: Table, frame: pd.DataFrame, style: str) -> str:
 
 
 def summarize(table: Table, frame: pd.DataFrame) -> pd.DataFrame:
-    """Over seeds: one row for each metric, row, bit-width and model, in the order of the table.
+    """Return means over seeds: one row for each metric, row, bit-width and model, in the order of the table.
 
-    Columns: mean, std (of the sample; NaN for a single seed), delta and costs (means), published, verified, and
-    ``best``: whether the mean is ahead of each other one at that bit-width and model by more than the spread, which is
-    √(s₁² + s₂²) of the two.
+    Columns: mean, std (of the sample; NaN for a single seed), delta and costs (means), published, verified, ``status``
+    (of all seeds: failed, n/a, missing or measured, the first that any has), and ``best``: whether the mean is better
+    than each other one at that bit-width and model by more than the spread, which is √(s₁² + s₂²) of the two.
     """
     groups = frame.groupby(["row", "bits", "model"], sort=False, as_index=False)
-    shared = {name: (name, "first") for name in ("label", "method")} | {"failed": ("failed", "any")}
-    shared |= {key: (key, "mean") for key, _, _ in COSTS if key in frame}
+    shared: dict[str, Any] = {name: (name, "first") for name in ("label", "method")} | {"status": ("status", _worst)}
+    shared |= {key: (key, "mean") for key in COSTS if key in frame}
     parts = []
     for metric in table.metrics:
         aggregates = {"mean": (metric, "mean"), "std": (metric, "std")}
@@ -109,12 +120,18 @@ def summarize(table: Table, frame: pd.DataFrame) -> pd.DataFrame:
     summary = pd.concat(parts, ignore_index=True)
     summary["best"] = False
     quantized = summary[summary["method"] != FULL_PRECISION].dropna(subset="mean")
-    for _, group in quantized.groupby(["metric", "bits", "model"]):
-        best, *others = group.sort_values("mean", ascending=False)[["mean", "std"]].itertuples(name=None)
+    for (key, _, _), group in quantized.groupby(["metric", "bits", "model"]):
+        quality = table.metric(str(key))
+        in_order = group.sort_values("mean", ascending=not quality.more_is_better)
+        best, *others = in_order[["mean", "std"]].itertuples(name=None)
         # False for single seeds, whose spread is not known.
-        ahead = [best[1] - mean > math.hypot(best[2], std) for _, mean, std in others]
+        ahead = [quality.gain(mean, best[1]) > math.hypot(best[2], std) for _, mean, std in others]
         summary.loc[best[0], "best"] = bool(ahead) and all(ahead)
     return summary
+
+
+def _worst(statuses: pd.Series[Any]) -> str:
+    return next(status for status in _STATUSES if (statuses == status).any())
 
 
 def _wide(
@@ -125,10 +142,10 @@ def _wide(
         cells = {(row["model"], row["metric"]): row for row in as_rows(group)}
         line = {"Method": escape(group["label"].iloc[0]), "W/A": bits}
         for model in table.models:
-            for metric, name in table.metrics.items():
+            for metric in table.metrics:
                 row = cells[model.key, metric]
                 text = escape(_cell(table, summary, row))
-                heading = model.label if len(table.metrics) == 1 else f"{model.label}, {name}"
+                heading = model.label if len(table.metrics) == 1 else f"{model.label}, {table.metric(metric).label}"
                 line[escape(heading)] = emphasize(text) if row["best"] else text
             if table.cost:
                 line |= {escape(heading): text for heading, text in _costs(table, model, row).items()}
@@ -138,22 +155,25 @@ def _wide(
 
 def _costs(table: Table, model: Model, row: Mapping[str, Any]) -> dict[str, str]:
     of_model = "" if len(table.models) == 1 else f"{model.label}: "
-    values = {heading: (row.get(key), style) for key, heading, style in COSTS}
-    return {
-        f"{of_model}{heading}": "" if pd.isna(value) else style.format(value)
-        for heading, (value, style) in values.items()
-    }
+    return {f"{of_model}{cost.heading}": format_cost(row, key) for key, cost in COSTS.items()}
+
+
+def format_cost(row: Mapping[str, Any], key: str) -> str:
+    """Return one of `benchmarks.metrics.COSTS` of a row of `summarize` as text, empty where it was not measured."""
+    value = row.get(key)
+    return "" if pd.isna(value) else COSTS[key].format(value)
 
 
 def as_rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """A frame's rows, by the names of its columns."""
+    """Return a frame's rows, by the names of its columns."""
     return [{str(name): value for name, value in row.items()} for row in frame.to_dict("records")]
 
 
 def _cell(table: Table, summary: pd.DataFrame, row: Mapping[str, Any]) -> str:
     if pd.isna(row["mean"]):
-        return "failed" if row["failed"] else ""
-    number = f".{table.digits}f"
+        return unmeasured(row)
+    digits = table.metric(row["metric"]).digits
+    number = f".{digits}f"
     ours = f"{row['mean']:{number}}" + ("" if pd.isna(row["std"]) else f" ± {row['std']:{number}}")
     if not table.published:
         return ours if row["method"] == FULL_PRECISION else f"{ours} ({row['delta']:+{number}})"
@@ -162,12 +182,17 @@ def _cell(table: Table, summary: pd.DataFrame, row: Mapping[str, Any]) -> str:
     if pd.isna(row["published"]):
         return ours
     mark = "" if row["verified"] else "†"
-    difference = round(row["mean"] - row["published"], table.digits) + 0.0  # not -0.0
+    difference = round(row["mean"] - row["published"], digits) + 0.0  # not -0.0
     return f"{ours} / {row['published']:{number}}{mark} ({difference:+{number}})"
 
 
+def unmeasured(row: Mapping[str, Any]) -> str:
+    """Return the text of a cell of `summarize` without a number: ``"failed"``, ``"n/a"`` or nothing."""
+    return row["status"] if row["status"] in ("failed", "n/a") else ""
+
+
 def counts(table: Table, summary: pd.DataFrame, row: Mapping[str, Any]) -> bool:
-    """Whether full precision of the row's model agrees with the published number, in the row's metric."""
+    """Return whether full precision of the row's model agrees with the published number, in the row's metric."""
     if table.full_precision_tolerance is None or row["method"] == FULL_PRECISION or pd.isna(row["mean"]):
         return True
     of_model = (summary["model"] == row["model"]) & (summary["metric"] == row["metric"])
@@ -178,14 +203,39 @@ def counts(table: Table, summary: pd.DataFrame, row: Mapping[str, Any]) -> bool:
 
 
 def notes(table: Table, frame: pd.DataFrame, summary: pd.DataFrame) -> list[str]:
-    """What the reader of a table must know, a sentence or a few each: images, seeds, failed cells, † and ‡."""
+    """Return the notes below a table, a sentence or a few each.
+
+    They say images, seeds, cells that failed, have no record or no applicable method, mixed code, † and ‡.
+    """
+    remarks = [_measured_on(frame)]
+    quantized = frame[frame["method"] != FULL_PRECISION]
+    seeds = sorted(set(quantized["seed"]))
+    if len(seeds) > 1:
+        remarks.append(
+            f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))} (choice of calibration images, and "
+            "random numbers of the method). Bold: ahead of each other one at that bit-width by more than the spread, "
+            "√(s₁² + s₂²) of the two."
+        )
+    remarks += _unmeasured_cells(frame)
+    remarks += _mixed_code(frame)
+    if table.published and not summary.dropna(subset=["mean", "published"])["verified"].all():
+        remarks.append("† Quoted from the literature without a source at hand.")
+    if not all(counts(table, summary, row) for row in as_rows(summary)):
+        remarks.append(
+            f"‡ Does not count: full precision of this model is missing or differs from the published number by more "
+            f"than {table.full_precision_tolerance} points."
+        )
+    return remarks
+
+
+def _measured_on(frame: pd.DataFrame) -> str:
     images = _any_of(frame["images"].dropna().astype(int)) if "images" in frame else "no"
     measured = f"Measured on {images} images of {', '.join(sorted(set(frame['data'])))}"
     quantized = frame[frame["method"] != FULL_PRECISION]
     if not quantized.empty:
         sizes: dict[str, list[str]] = {}
         for method, group in quantized.groupby("method", sort=False):
-            sizes.setdefault(_any_of(group["calibration_size"]), []).append(METHOD_LABELS.get(str(method), str(method)))
+            sizes.setdefault(_any_of(group["calibration_size"]), []).append(method_label(str(method)))
         for_whom = len(sizes) > 1
         measured += ", calibrated on " + " and ".join(
             f"{size} ({', '.join(labels)})" if for_whom else size for size, labels in sizes.items()
@@ -193,25 +243,39 @@ def notes(table: Table, frame: pd.DataFrame, summary: pd.DataFrame) -> list[str]
         seeds = sorted(set(quantized["seed"]))
         if len(seeds) == 1:
             measured += f", seed {seeds[0]}"
-    notes = [f"{measured}."]
-    if not quantized.empty and len(seeds) > 1:
-        notes.append(
-            f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))} (choice of calibration images, and "
-            "random numbers of the method). Bold: ahead of each other one at that bit-width by more than the spread, "
-            "√(s₁² + s₂²) of the two."
-        )
-    if frame["failed"].any():
-        failed = frame[frame["failed"]].drop_duplicates(["label", "bits", "model", "seed"])
+    return f"{measured}."
+
+
+def _unmeasured_cells(frame: pd.DataFrame) -> list[str]:
+    """Return notes on cells without numbers: failed, not applicable, not measured."""
+    remarks = []
+    failed = frame[frame["status"] == "failed"].drop_duplicates(["label", "bits", "model", "seed"])
+    if not failed.empty:
         cells = [f"{row['label']} {row['bits']} of {row['model']}, seed {row['seed']}" for row in as_rows(failed)]
-        notes.append(f"Failed, and left out of every number: {'; '.join(cells)}.")
-    if table.published and not summary.dropna(subset=["mean", "published"])["verified"].all():
-        notes.append("† Quoted from the literature without a source at hand.")
-    if not all(counts(table, summary, row) for row in as_rows(summary)):
-        notes.append(
-            f"‡ Does not count: full precision of this model is missing or differs from the published number by more "
-            f"than {table.full_precision_tolerance} points."
-        )
-    return notes
+        remarks.append(f"Failed, and left out of every number: {'; '.join(cells)}.")
+    inapplicable = frame[frame["status"] == "n/a"].drop_duplicates(["label", "model", "reason"])
+    if not inapplicable.empty:
+        cells = [f"{row['label']} of {row['model']}: {row['reason']}" for row in as_rows(inapplicable)]
+        remarks.append(f"n/a, not applicable: {'; '.join(cells)}.")
+    missing = int((frame["status"] == "missing").sum())
+    if missing:
+        verb = "has" if missing == 1 else "have"
+        remarks.append(f"{missing} of {len(frame)} cells {verb} no record.")
+    return remarks
+
+
+def _mixed_code(frame: pd.DataFrame) -> list[str]:
+    """Return a note on rows whose records, of one model and method, were measured with different code."""
+    commits: list[str] = []
+    names = []
+    for (_, model), group in frame.dropna(subset="code").groupby(["method", "model"], sort=False):
+        if group["code"].nunique() > 1:
+            names.append(f"{method_label(group['method'].iloc[0])} of {model}")
+            commits += [str(commit)[:8] for commit in group["commit"].dropna()]
+    if not names:
+        return []
+    of_commits = f" (commits {', '.join(dict.fromkeys(commits))})" if commits else ""
+    return [f"Not all measured with the same code{of_commits}: {'; '.join(names)}."]
 
 
 def _any_of(numbers: pd.Series[int]) -> str:
@@ -226,7 +290,7 @@ _LATEX |= {"†": r"$\dagger$", "‡": r"$\ddagger$", "₁": "$_1$", "₂": "$_2
 
 
 def escape_latex(text: str) -> str:
-    """Text as LaTeX prints it."""
+    """Return text as LaTeX prints it."""
     return "".join(_LATEX.get(character, character) for character in text)
 
 

@@ -161,6 +161,10 @@ class ResultStore:
                 else:
                     warn(f"the record {path} is damaged; it is left out")
 
+    def read_failures(self) -> list[Record]:
+        """Return the failures of all cells that could not be measured."""
+        return [failure for _, failure in self._read_failures("*.json")]
+
     def _read_failures(self, pattern: str) -> Iterator[tuple[Path, Record]]:
         for path in sorted(self.failures.glob(pattern)):
             with suppress(FileNotFoundError, ValueError):  # measured meanwhile, or cut off

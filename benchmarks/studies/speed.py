@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -18,6 +18,8 @@ from tqdm import tqdm
 
 from adfq.errors import AdfqError
 from adfq.method import FULL_PRECISION
+from adfq.reconstruction import OptimizingMethod
+from adfq.registry import find_method, method_label
 from benchmarks.bundled.classifiers import CLASSIFIERS
 from benchmarks.cell import Cell
 from benchmarks.run.allocator import freed_memory_given_back
@@ -28,9 +30,6 @@ from benchmarks.tasks import Subject
 from benchmarks.tasks.classification.data import BUNDLED, count_classes
 from benchmarks.tasks.classification.task import Classification, load_classification
 from benchmarks.tasks.shared import read_batches
-
-#: The method whose optimization is measured apart, by the iteration.
-OPTIMIZED = "adfq_vit"
 
 # Of loading; a batch from each process.
 _ROUNDS = 4
@@ -44,7 +43,7 @@ _FEWER, _MORE = 1, 3
 _COLUMNS = {
     "calibration": "Calibration",
     "forward": "Quantized forward",
-    "iteration": "AMO iteration",
+    "iteration": "Optimization iteration",
     "calibration_memory": "Calibration memory",
     "forward_memory": "Forward memory",
 }
@@ -61,8 +60,8 @@ def benchmark(
 ) -> dict[str, Any]:
     """Measures methods on one model, in turn and repeatedly, in this process.
 
-    A model that does not ship has random weights, and as many classes as the data. ADFQ-ViT is measured without its
-    optimization (AMO), and an iteration of that apart: over all modules, with all images, as a multiple of one pass of
+    A model that does not ship has random weights, and as many classes as the data. A method that optimizes is measured
+    without that, and an iteration of it apart: over all modules, with all images, as a multiple of one pass of
     the whole model forwards and backwards.
 
     Args:
@@ -77,9 +76,10 @@ def benchmark(
         ``full_precision``: medians of ``forward`` and ``training`` (forwards and backwards) in seconds, of
         ``images_per_second`` forwards, and of ``forward_memory`` in MB (None where the system does not tell);
         ``methods``: by name, medians of ``calibration`` and ``forward`` as multiples of full precision's forward, of
-        ``iteration`` of its training (only of ADFQ-ViT), of ``calibration_memory`` and ``forward_memory`` as multiples
-        of its memory; ``loading``, of other data than the bundled, which are not read but drawn: the median of
-        ``images_per_second`` that evaluation could have, and ``workers``, the processes that read and preprocess.
+        ``iteration`` of its training (only of methods that optimize), of ``calibration_memory`` and ``forward_memory``
+        as multiples of its memory; ``loading``, of other data than the bundled, which are not read but drawn: the
+        median of ``images_per_second`` that evaluation could have, and ``workers``, the processes that read and
+        preprocess.
 
     Raises:
         AdfqError: for unknown models and methods, unreadable bits, unusable data, and models that cannot be quantized.
@@ -125,7 +125,11 @@ def _loading_rate(subject: Classification, batch_size: int, device: torch.device
 
 
 def _arguments(method: str, iterations: int) -> tuple[tuple[str, Any], ...]:
-    return (("iterations", iterations),) if method == OPTIMIZED else ()
+    return (("iterations", iterations),) if _optimizes(method) else ()
+
+
+def _optimizes(method: str) -> bool:
+    return issubclass(find_method(method), OptimizingMethod)
 
 
 class _Run:
@@ -158,7 +162,7 @@ class _Run:
         model, cost = quantize_model(cell, self.subject, self.device)
         found["calibration"].append(cost["calibration_seconds"])
         found["forward"].append(self._forward(model))
-        if cell.method == OPTIMIZED:
+        if _optimizes(cell.method):
             self.full["training"].append(time_of(self._train, self.device))
             found["iteration"].append(self._iteration(cell))
 
@@ -202,11 +206,11 @@ class _Run:
         }
 
 
-def render(found: dict[str, Any], label: Callable[[str], str]) -> str:
-    """Markdown of what `benchmark` has found; `label` names methods. Ends in a newline."""
+def render(found: dict[str, Any]) -> str:
+    """Return what `benchmark` has found as Markdown that ends in a newline."""
     rows = []
     for method, values in found["methods"].items():
         cells = {title: f"{values[key]:.2f}" if key in values else "" for key, title in _COLUMNS.items()}
-        rows.append({"Method": label(method), **cells})
+        rows.append({"Method": method_label(method), **cells})
     frame = pd.DataFrame(rows)
     return markdown_table(frame.loc[:, (frame != "").any()]) + "\n"

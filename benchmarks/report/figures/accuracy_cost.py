@@ -61,6 +61,12 @@ def draw_accuracy_cost(table: Table, summary: pd.DataFrame, file: Path, costs: S
     style.save(plot_accuracy_cost(table, summary, costs), file)
 
 
+def is_drawable(summary: pd.DataFrame) -> bool:
+    """Return whether a summary has a measured row, beside full precision, with its cost."""
+    measured = summary.dropna(subset=["mean"])
+    return measured["method"].nunique() > 1 and FULL_PRECISION in set(measured["method"]) and "size" in measured
+
+
 def plot_accuracy_cost(table: Table, summary: pd.DataFrame, costs: Sequence[str] = tuple(COSTS)) -> Figure:
     """Return a figure with a panel for each cost; error bars are standard deviations over seeds.
 
@@ -90,7 +96,7 @@ def plot_accuracy_cost(table: Table, summary: pd.DataFrame, costs: Sequence[str]
         bottom = height - (index + 1) * (panel + _BELOW + _ABOVE) + _BELOW
         axes = figure.add_axes((_LEFT / width, bottom / height, _WIDTH / width, panel / height))
         _draw(axes, rows, full.iloc[0], COSTS[name])
-        axes.set_ylabel(f"{table.models[0].label}, {table.metrics[metric]}, %")
+        axes.set_ylabel(f"{table.models[0].label}, {table.metric(metric).heading}")
         style.dress(axes)
         _write_labels(axes, rows, full.iloc[0], COSTS[name].column, panel)
     return figure

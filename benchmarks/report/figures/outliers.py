@@ -1,9 +1,9 @@
-"""What ADFQ-ViT keeps in full precision: the values beyond its thresholds, layer by layer."""
+"""The values beyond ADFQ-ViT's thresholds, which it keeps in full precision, layer by layer."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,31 +15,30 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from adfq.adapters import adapt
-from adfq.bits import Bits
 from adfq.errors import AdfqError
 from adfq.layers import QuantWeightLayer
+from adfq.method import Bits, Method
 from adfq.quantizers import OutlierQuantizer
-from adfq.registry import create_method
 from adfq.sites import sites_of
 from benchmarks.report.figures import style
 
 _LOOKS = ((style.COLORS[1], ""), (style.COLORS[5], "/////"), (style.COLORS[4], "....."), (style.COLORS[3], "xxxxx"))
 
 
-def check_outliers(model: nn.Module, method: str, bits: Bits, arguments: Mapping[str, Any]) -> None:
-    """Raise AdfqError, without calibration, for a method that keeps no outliers of a model.
+def keeps_outliers(model: nn.Module, method: Method, bits: Bits) -> bool:
+    """Return whether a method has quantizers that keep outliers of this model.
 
     Args:
         model: in full precision; it is left untouched.
-        method: a method's name.
-        bits: any bit-widths.
-        arguments: the method's options.
+        method: with its options.
+        bits: any.
+
+    Raises:
+        AdfqError: for a model without an adapter.
     """
-    recipe = create_method(method, arguments).recipe(bits)
-    sites = sites_of(adapt(copy.deepcopy(model)).model)
-    if not any(isinstance(recipe.quantizer_of(site), OutlierQuantizer) for site in sites):
-        options = "".join(f", {name}={value}" for name, value in arguments.items())
-        raise AdfqError(f"{method}{options} has no quantizer that keeps outliers")
+    network, recipe = adapt(copy.deepcopy(model)), method.recipe(bits)
+    activations = (site for site in sites_of(network.model) if not site.is_weight)
+    return any(isinstance(recipe.quantizer_of(site), OutlierQuantizer) for site in activations)
 
 
 def collect_outliers(

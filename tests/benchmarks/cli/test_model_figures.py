@@ -12,9 +12,11 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from benchmarks.cli.figure import _COSTS
+from benchmarks.cli.figure.results import COSTS
 from benchmarks.cli.main import main
 from benchmarks.report.figures import accuracy_cost, distributions, outliers, reconstruction
+
+ROOT = Path(__file__).resolve().parents[3]
 
 Refuse = Callable[[Sequence[str], str], None]
 FEW = ["--calibration-size", "2"]
@@ -72,23 +74,20 @@ def test_reconstruction_from_a_record(
         assert_refused([*command, str(other)], message)
 
 
-def test_accuracy_over_cost(tmp_path: Path, drawn: list[Any]) -> None:
-    options = [
-        "--methods",
-        "base_ptq",
-        "--seeds",
-        "0",
-        "--limit",
-        "20",
-        "--jobs",
-        "1",
-        "--runs",
-        str(tmp_path / "runs"),
-    ]
-    draw("accuracy-cost", tmp_path, *options, *FEW, "--costs", "size")
-    assert list(drawn[0]["method"]) == ["full_precision", "base_ptq"]
+def test_accuracy_over_cost(tmp_path: Path, drawn: list[Any], assert_refused: Refuse) -> None:
+    options = ["--methods", "base_ptq", "--limit", "20", "--store", str(tmp_path / "runs"), *FEW, "--costs", "size"]
+    command = ["figure", "accuracy-cost", *options, "--out", str(tmp_path / "nothing.png")]
+    assert_refused(command, "there are no records in")  # nothing is measured without being asked for
+    draw("accuracy-cost", tmp_path, *options, "--measure", "--jobs", "1")
     assert len(list((tmp_path / "runs" / "records").glob("*.json"))) == 2
-    assert set(_COSTS) == set(accuracy_cost.COSTS)
+    draw("accuracy-cost", tmp_path, *options)
+    for frame in drawn:
+        assert list(frame["method"]) == ["full_precision", "base_ptq"]
+    assert set(COSTS) == set(accuracy_cost.COSTS)
+
+
+def test_accuracy_over_bit_widths(tmp_path: Path) -> None:
+    draw("accuracy-bits", tmp_path, "--table", "1", "2", "3", "--store", str(ROOT / "results" / "bundled"))
 
 
 @pytest.mark.parametrize(
@@ -100,11 +99,15 @@ def test_accuracy_over_cost(tmp_path: Path, drawn: list[Any]) -> None:
         (["distributions", "--config", "swin.py"], "classification has no --config"),
         (["distributions", "--calibration-size", "0"], "at least one calibration image"),
         (["outliers", "--method", "base_ptq"], "base_ptq has no quantizer that keeps outliers"),
+        (["outliers", "--method", "full_precision"], "full_precision has no"),
+        (["outliers", "--method-arg", "ppoq=False"], "ppoq=False"),
         (["outliers", "--bits", "W9A9"], "9"),
         (["reconstruction", "--method", "repq_vit"], "repq_vit optimizes no modules"),
         (["reconstruction", "--method", "full_precision"], "full_precision optimizes no modules"),
         (["reconstruction", "--method-arg", "iterations=0"], "adfq_vit optimizes no modules in 0 iterations"),
         (["accuracy-cost", "--table", "9"], "unknown table '9'"),
+        (["accuracy-cost", "--jobs", "2"], "nothing is measured without --measure: add it, or leave --jobs out"),
+        (["accuracy-bits", "--table", "4", "--store", str(ROOT / "results" / "bundled")], "at several bit-widths"),
         (["accuracy-cost", "--costs", "money"], "invalid choice: 'money'"),
     ],
 )

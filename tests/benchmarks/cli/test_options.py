@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from benchmarks.cell import Cell
 from benchmarks.cli import run, table
-from benchmarks.cli.options import check_options, choose_part, command_line, create_cell, table_entries
-from benchmarks.plan import load_table, table_names
+from benchmarks.cli.command_line import command_line
+from benchmarks.cli.options import check_options, create_cell, select
+from benchmarks.plan import make_plan, table_names
 
 pytestmark = pytest.mark.usefixtures("methods_read_once")
 
@@ -45,7 +46,8 @@ def test_every_cell_of_every_table(
     data = [] if profile == "bundled" else ["--data", "folder:/data/image net"]
     for name in table_names(profile):
         options = parse(["table", name, "--profile", profile, *data, *more])
-        for entry in table_entries(choose_part(load_table(name, profile), options), options):
+        (planned,) = make_plan(options.names, select(options), check_files=False).tables
+        for entry in planned.entries:
             again = cell_of(command_line(entry.cell), parse)
             assert (again, again.id, again.location) == (entry.cell, entry.cell.id, entry.cell.location)
 

@@ -25,7 +25,7 @@ TOLERANCE = ["--tolerance", "time=1000x"]
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of two records, of full precision and of base PTQ."""
     folder = tmp_path_factory.mktemp("measured")
-    assert main(["table", "1", *PART, "--out", str(folder)]) == 0
+    assert main(["table", "1", *PART, "--store", str(folder)]) == 0
     return folder
 
 
@@ -51,7 +51,7 @@ def test_nothing_has_moved_and_then_a_metric_has(
 ) -> None:
     summary, junit = tmp_path / "summary.md", tmp_path / "new" / "junit.xml"
     summary.write_text("Before.\n")
-    command = ["regress", "1", *PART, *TOLERANCE, "--against", str(reference), "--out", str(tmp_path / "runs")]
+    command = ["regress", "1", *PART, *TOLERANCE, "--against", str(reference), "--store", str(tmp_path / "runs")]
     command += ["--summary", str(summary), "--junit", str(junit)]
     capsys.readouterr()
 
@@ -92,10 +92,10 @@ def test_a_damaged_record_is_said_and_its_cell_is_new(
     (path,) = records_of(reference, "base_ptq")
     path.write_text(path.read_text()[:100])
     command = ["regress", "1", *PART, "--against", str(reference)]
-    command += ["--out", str(shutil.copytree(measured, tmp_path / "runs"))]
+    command += ["--store", str(shutil.copytree(measured, tmp_path / "runs"))]
     assert main(command) == 0
     captured = capsys.readouterr()
-    assert f"cannot read the record {path}" in captured.err
+    assert f"the record {path} is damaged" in captured.err
     assert "2 cells, 0 moved, 0 regressions, 1 new" in captured.out
     assert path.exists()
 
@@ -113,7 +113,7 @@ def test_a_folder_of_damaged_records_alone_has_none(
 ) -> None:
     (tmp_path / "records").mkdir()
     (tmp_path / "records" / "a.json").write_text(content)
-    assert main(["regress", *PART, "--against", str(tmp_path)]) == 2
+    assert main(["regress", "1", *PART, "--against", str(tmp_path)]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
     assert lines[1].startswith("adfq: error: there are no records in")
@@ -122,16 +122,18 @@ def test_a_folder_of_damaged_records_alone_has_none(
 def write_record(folder: Path) -> None:
     cell = Cell.create(task="classification", model="bundled_vit", data="elsewhere", method="full_precision")
     (folder / "records").mkdir(parents=True)
-    (folder / "records" / "a.json").write_text(json.dumps({"config": cell.config, "metrics": {"top1": 1.0}}))
+    (folder / "records" / "a.json").write_text(
+        json.dumps({"config": cell.config, "provenance": {}, "metrics": {"top1": 1.0}})
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--against", "missing"], "there are no records in missing/records"),
+        (["--against", "missing"], "there are no records in missing"),
         (["--profile", "imaginary"], "no table has a profile 'imaginary'"),
         (["9"], "unknown table '9'"),
-        ([], "no cell of what is to be measured has a record in results/bundled/records"),
+        ([], "no cell of what is to be measured has a record in results/bundled"),
         (["--tolerance", ""], "'' is not a tolerance such as accuracy=0.3,time=1.5x"),
         (["--tolerance", "0.3"], "'0.3' is not a tolerance"),
         (["--tolerance", "accuracy=little"], "'accuracy=little' is not a tolerance"),

@@ -97,7 +97,7 @@ def write(measured: Sequence[tuple[Table, Results]], figures: Sequence[Figure] =
 @pytest.fixture
 def bundled() -> Table:
     table = load_table("1", "bundled")
-    return replace(table, bits=["W4/A4"], models=table.models[:1])
+    return replace(table, bits=["W4/A4"], models=table.models[:1], seeds=table.recorded_seeds)
 
 
 @pytest.fixture

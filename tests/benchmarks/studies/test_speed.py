@@ -44,7 +44,7 @@ def test_what_is_printed_is_markdown(capsys: pytest.CaptureFixture[str]) -> None
     assert lines[0].startswith("**bundled_vit**, W4A4, 2 images")
     row = next(line for line in lines if "Base PTQ" in line)
     heading = next(line for line in lines if line.startswith("| Method"))
-    assert "AMO iteration" not in heading  # which only ADFQ-ViT has
+    assert "Optimization iteration" not in heading  # which only ADFQ-ViT has
     assert float(row.split("|")[2]) > 0
 
 

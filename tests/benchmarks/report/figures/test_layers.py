@@ -19,13 +19,14 @@ from PIL import Image
 import adfq
 from adfq import AdfqError
 from adfq.bits import Bits
+from adfq.registry import create_method
 from benchmarks.report.figures.distributions import (
     PERCENTILES,
     collect_distributions,
     draw_distributions,
     plot_distributions,
 )
-from benchmarks.report.figures.outliers import check_outliers, collect_outliers, draw_outliers, plot_outliers
+from benchmarks.report.figures.outliers import collect_outliers, draw_outliers, keeps_outliers, plot_outliers
 from benchmarks.report.figures.reconstruction import (
     collect_reconstruction,
     draw_reconstruction,
@@ -147,20 +148,21 @@ def test_no_outliers_are_zeros_and_words(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "arguments", "message"),
+    ("method", "arguments", "keeps"),
     [
-        ("base_ptq", {}, "base_ptq has no quantizer that keeps outliers"),
-        ("full_precision", {}, "full_precision has no"),
-        ("adfq_vit", {"ppoq": False}, "adfq_vit, ppoq=False has no"),
+        ("adfq_vit", {}, True),
+        ("base_ptq", {}, False),
+        ("full_precision", {}, False),
+        ("adfq_vit", {"ppoq": False}, False),
     ],
 )
-def test_methods_without_outliers_are_refused(
-    method: str, arguments: dict[str, Any], message: str, make_vit: Any
+def test_a_recipe_says_whether_outliers_are_kept(
+    method: str, arguments: dict[str, Any], keeps: bool, make_vit: Any
 ) -> None:
     model = make_vit()
-    check_outliers(model, "adfq_vit", Bits(4, 4), {})
-    with pytest.raises(AdfqError, match=message):
-        check_outliers(model, method, Bits(4, 4), arguments)
+    names = [name for name, _ in model.named_modules()]
+    assert keeps_outliers(model, create_method(method, arguments), Bits(4, 4)) == keeps
+    assert [name for name, _ in model.named_modules()] == names
 
 
 def test_what_was_not_kept_has_a_mark_of_its_own() -> None:
