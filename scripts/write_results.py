@@ -5,13 +5,17 @@ Every number in a table of the page comes from a record. The prose between the t
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import jinja2
 
 from adfq.errors import AdfqError
 from benchmarks.plan import RECORDED, Selection, make_plan
-from benchmarks.run.plans import read_plan, read_records
+from benchmarks.report.figures import style
+from benchmarks.report.figures.accuracy_bits import Panel, collect_panels, plot_accuracy_bits
+from benchmarks.report.tables import summarize
+from benchmarks.run.plans import TableResults, read_plan, read_records
 
 ROOT = Path(__file__).resolve().parents[1]
 STORE = ROOT / "results" / "bundled"
@@ -27,12 +31,30 @@ def write_page() -> str:
 
 def _render_table(name: str) -> str:
     """Return a table with its caption and notes as Markdown, below a heading of its own."""
-    plan = make_plan([name], Selection(PROFILE, seeds=RECORDED), check_files=False)
-    (results,) = read_plan(plan, STORE)
-    if results.count("measured") < len(results.results):
-        raise AdfqError(f"{STORE} has no record of some cells of table {name}")
+    (results,) = _read([name])
     _, _, rest = results.render().partition("\n\n")
     return f"## {results.table.heading}\n\n{rest}"
+
+
+def collect_picture() -> list[Panel]:
+    """Return the panels of docs/accuracy.png: the models of tables 1 to 3."""
+    return collect_panels((each.table, summarize(each.table, each.to_frame())) for each in _read(["1", "2", "3"]))
+
+
+def digest_picture(panels: list[Panel]) -> str:
+    """Return a digest of every number in a picture, which the picture carries as its description."""
+    columns = ["label", "bits", "mean", "std"]
+    text = "".join(panel.title + panel.rows[columns].to_csv(index=False, float_format="%.4f") for panel in panels)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _read(names: list[str]) -> list[TableResults]:
+    """Return tables with all recorded seeds; AdfqError where a cell has no record."""
+    tables = read_plan(make_plan(names, Selection(PROFILE, seeds=RECORDED), check_files=False), STORE)
+    for results in tables:
+        if results.count("measured") < len(results.results):
+            raise AdfqError(f"{STORE} has no record of some cells of table {results.table.name}")
+    return tables
 
 
 def _describe_machine() -> str:
@@ -48,8 +70,11 @@ def _describe_machine() -> str:
 
 
 def main() -> None:
-    """Write the page."""
+    """Write the page and its picture."""
     (ROOT / "docs" / "results.md").write_text(write_page(), encoding="utf-8")
+    panels = collect_picture()
+    metadata = {"Description": digest_picture(panels)}
+    style.save(plot_accuracy_bits(panels), ROOT / "docs" / "accuracy.png", metadata=metadata)
 
 
 if __name__ == "__main__":

@@ -5,16 +5,37 @@ from __future__ import annotations
 import json
 import re
 import runpy
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_page_is_written_from_the_records() -> None:
-    write_page = runpy.run_path(str(ROOT / "scripts" / "write_results.py"))["write_page"]
+@pytest.fixture(scope="module")
+def script() -> dict[str, Any]:
+    return runpy.run_path(str(ROOT / "scripts" / "write_results.py"))
+
+
+def test_the_page_is_written_from_the_records(script: dict[str, Any]) -> None:
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    assert write_page() == page, "run scripts/write_results.py"
+    assert script["write_page"]() == page, "run scripts/write_results.py"
+
+
+def test_the_picture_is_drawn_from_the_records(script: dict[str, Any]) -> None:
+    panels = script["collect_picture"]()
+    with Image.open(ROOT / "docs" / "accuracy.png") as picture:
+        assert picture.info["Description"] == script["digest_picture"](panels), "run scripts/write_results.py"
+
+
+def test_another_number_is_another_picture(script: dict[str, Any]) -> None:
+    panels = script["collect_picture"]()
+    changed = [replace(panels[0], rows=panels[0].rows.assign(mean=panels[0].rows["mean"] + 0.01)), *panels[1:]]
+    assert script["digest_picture"](changed) != script["digest_picture"](panels)
 
 
 def test_the_readme_is_short() -> None:
