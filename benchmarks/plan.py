@@ -106,10 +106,10 @@ class Table:
         bits: bit-widths of the rows.
         models: in the order of the columns.
         calibration_size: number of calibration images where a method's settings have none; None for the method's own.
-        batch_size: of evaluation; None for the task's own.
+        batch_size: images a batch in evaluation; None for the task's own.
         digits: decimals of metrics, measured or published; None for each metric's own.
-        seeds: of the quantized cells.
-        recorded_seeds: of the quantized cells in committed results.
+        seeds: seeds of the quantized cells.
+        recorded_seeds: seeds of the quantized cells in committed results.
         cell_memory: memory that one cell takes, in GB, for models so small that one core is enough for each; None for
             models that have the machine for themselves.
         cost: whether the cost of each row stands beside its accuracy.
@@ -234,18 +234,18 @@ class Selection:
     """The part of tables to measure or read; the default is all of the bundled profile, with one seed.
 
     Attributes:
-        profile: of the tables: ``bundled``, or ``full`` for the paper's data and models, or another one that they have.
+        profile: the tables' profile: ``bundled``, ``full`` for the paper's data and models, or another one of theirs.
         data: the task's data spec; None for the profile's own.
         checkpoints: a folder of weights named after models, or None.
         models: keys or names of the columns; None for all.
         methods: methods, or keys of rows; None for all rows. Full precision is always there.
         also: methods beside those rows.
         bits: bit-widths such as ``"W4/A4"`` or ``"W4A4"``; None for the profile's own.
-        seeds: of calibration images and methods; None for the profile's own, ``"recorded"`` for those of committed
-            results.
+        seeds: seeds of calibration images and methods; None for the profile's own, ``"recorded"`` for those of
+            committed results.
         calibration_size: number of calibration images of all rows; None for each row's own.
         limit: number of images to evaluate on at most; None for all.
-        batch_size: of evaluation; None for the table's or the task's own.
+        batch_size: images a batch in evaluation; None for the table's or the task's own.
         task_arguments: options that the task alone has.
     """
 
@@ -399,7 +399,7 @@ def _check_data(spec: str, example: str) -> None:
 
     Args:
         spec: ``KIND:ROOT``, ``ROOT``, or a name.
-        example: of the task; one without a colon has a folder in it.
+        example: the task's example; one without a colon has a folder in it.
     """
     kind, colon, root = spec.partition(":")
     place = root if colon else kind
@@ -433,7 +433,7 @@ def load_table(name: str | Path, profile: str = BUNDLED) -> Table:
     """Return a table.
 
     Args:
-        name: of a table that ships, or a file whose name ends in ``.toml``.
+        name: name of a table that ships, or a file whose name ends in ``.toml``.
         profile: one of the table's; of no account for a file without profiles.
 
     Raises:

@@ -16,14 +16,6 @@ PACKAGES = ("adfq", "baselines", "benchmarks", "examples", "scripts")
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 
-#: Files that are still to be rewritten.
-UNFINISHED: tuple[str, ...] = (
-    *(f"benchmarks/{name}" for name in ("cli/", "metrics", "plan", "report/", "studies/speed")),
-)
-SOURCES, PAGES = (
-    [path for path in paths if not str(path.relative_to(ROOT)).startswith(UNFINISHED)] for paths in (SOURCES, PAGES)
-)
-
 #: Beginnings of sentences that describe a thing in place of its name.
 OPENINGS = {"how", "of", "what", "where", "whether", "which"}
 

@@ -16,12 +16,14 @@ def add(commands: Commands) -> None:
     bench.set_defaults(action=_bench)
     bench.add_argument("--model", default="deit_small_patch16_224", help="a classifier (default: %(default)s)")
     bench.add_argument(
-        "--data", default=BUNDLED, metavar="SPEC", help="as for 'adfq run classification' (default: %(default)s)"
+        "--data", default=BUNDLED, metavar="SPEC", help="data as for 'adfq run classification' (default: %(default)s)"
     )
-    bench.add_argument("--methods", nargs="+", metavar="METHOD", help="'adfq list methods' (default: all)")
+    bench.add_argument("--methods", nargs="+", metavar="METHOD", help="methods of 'adfq list methods' (default: all)")
     bench.add_argument("--bits", default="W4A4", help="default: %(default)s")
-    bench.add_argument("--images", type=positive, default=32, metavar="N", help="at once (default: %(default)s)")
-    bench.add_argument("--repeats", type=positive, default=3, metavar="N", help="of everything (default: %(default)s)")
+    bench.add_argument("--images", type=positive, default=32, metavar="N", help="images at once (default: %(default)s)")
+    bench.add_argument(
+        "--repeats", type=positive, default=3, metavar="N", help="repetitions of everything (default: %(default)s)"
+    )
     add_device(bench)
     bench.add_argument("--json", action="store_true", help="one JSON object on the last line of stdout")
 

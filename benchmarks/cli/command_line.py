@@ -49,9 +49,9 @@ def _pairs(option: str, arguments: Arguments) -> list[str]:
         word = f"{key}={value}"
         read = pair(word)[1]
         if read != value or type(read) is not type(value):
-            literal = repr(value)  # of a string, its quotes: without them it would be read as something else
+            literal = repr(value)  # without its quotes a string would be read as something else
             if not isinstance(value, str):
-                literal = literal.replace("inf", "1e999")  # which is infinity to Python, and "inf" is a name
+                literal = literal.replace("inf", "1e999")  # Python reads 1e999 as infinity, and "inf" as a name
             word = f"{key}={literal}"
         words.append(word)
     return [option, *words] if words else []

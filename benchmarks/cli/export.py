@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.cli.options import DATA_HELP, Commands, positive
 
-# The one whose quantized models can be saved.
+# The task whose quantized models can be saved.
 _TASK = "classification"
 
 
@@ -17,12 +17,12 @@ def add(commands: Commands) -> None:
     """Add the command."""
     export = commands.add_parser("export", help="write a quantized model for integer kernels, and measure it there")
     export.set_defaults(action=_export)
-    export.add_argument("--quantized", required=True, metavar="FILE", help="what 'adfq quantize' has saved")
+    export.add_argument("--quantized", required=True, metavar="FILE", help="file of 'adfq quantize'")
     export.add_argument(
-        "--data", required=True, metavar="SPEC", help=f"to compare on: {DATA_HELP.partition('; of')[0]}"
+        "--data", required=True, metavar="SPEC", help=f"data to compare on: {DATA_HELP.partition('; of')[0]}"
     )
     export.add_argument("--format", choices=["onnx"], default="onnx", help="default: %(default)s, in QDQ form")
-    export.add_argument("--out", type=Path, required=True, metavar="FILE", help="to write")
+    export.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to write")
     export.add_argument(
         "--limit", type=positive, default=500, metavar="N", help="compare on the first N images (default: %(default)s)"
     )

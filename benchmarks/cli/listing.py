@@ -12,7 +12,7 @@ from benchmarks.tasks import find_task, task_names
 
 def add(commands: Commands) -> None:
     """Add the command."""
-    listing = commands.add_parser("list", help="list what there is")
+    listing = commands.add_parser("list", help="list models, methods and tables")
     listing.set_defaults(action=_list)
     listing.add_argument("what", choices=["models", "methods", "tables"])
 

@@ -26,7 +26,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line."""
-    for library in ("timm", "huggingface_hub"):  # what matters of their warnings comes as our own errors
+    for library in ("timm", "huggingface_hub"):  # their warnings that matter come as our own errors
         logging.getLogger(library).setLevel(logging.ERROR)
     warnings.showwarning = lambda message, *_: warn(str(message))
     keep_freed_memory()

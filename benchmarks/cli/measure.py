@@ -1,4 +1,4 @@
-"""What the commands that measure or read tables share."""
+"""Options and steps of the commands that measure or read tables."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def add_measuring(parser: Parser, store: str = "runs") -> None:
     """Add the options of the store, of measuring, and of the cells.
 
     Args:
-        parser: of a command.
+        parser: parser of a command.
         store: the default of ``--store``.
     """
     add_store(parser, store)
@@ -36,7 +36,8 @@ def add_measuring(parser: Parser, store: str = "runs") -> None:
         "--executor", choices=["local", "ray"], default="local", help="place of the work (default: local)"
     )
     parser.add_argument(
-        "--address", help="of the Ray cluster (default: RAY_ADDRESS, or else one of this machine alone is started)"
+        "--address",
+        help="address of the Ray cluster (default: RAY_ADDRESS, or else one of this machine alone is started)",
     )
     add_table(parser)
     add_common(parser)

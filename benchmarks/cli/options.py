@@ -27,7 +27,7 @@ def add_table(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--profile", default=BUNDLED, help="bundled (default), full (the paper's data and models), or another one"
     )
-    parser.add_argument("--data", metavar="SPEC", help="in the full profile, as for 'adfq run'")
+    parser.add_argument("--data", metavar="SPEC", help="data of the full profile, as for 'adfq run'")
     parser.add_argument("--checkpoints", type=Path, metavar="DIR", help="files MODEL.safetensors, .pth, .bin or .npz")
     parser.add_argument("--models", nargs="+", metavar="MODEL", help="columns, by key or name (default: all)")
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="methods, or rows by their key (default: all)")
@@ -38,7 +38,7 @@ def add_table(parser: argparse.ArgumentParser) -> None:
         type=_seed,
         nargs="+",
         metavar="N",
-        help=f"of calibration images and methods; {RECORDED} for those of the committed results (default: 0)",
+        help=f"seeds of calibration images and methods; {RECORDED} for those of the committed results (default: 0)",
     )
 
 
@@ -55,7 +55,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """Add the options of a task's model and of its preprocessing."""
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--model", help="a bundled model, any of timm's or MMDetection's, a SAM; 'adfq list models'")
-    model.add_argument("--config", metavar="FILE", help="of detection: MMDetection's config of the model")
+    model.add_argument("--config", metavar="FILE", help="MMDetection's config of a detector")
     parser.add_argument(
         "--model-arg",
         dest="model_arguments",
@@ -63,7 +63,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         action="extend",
         metavar="K=V",
-        help="for timm's factory",
+        help="arguments of timm's factory",
     )
     parser.add_argument("--checkpoint", metavar="FILE", help="local weights: safetensors, PyTorch (weights only), npz")
     parser.add_argument(
@@ -79,9 +79,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def add_method(parser: argparse.ArgumentParser) -> None:
     """Add the options of the method."""
     parser.add_argument(
-        "--encoder-only", action="store_true", default=None, help="of segmentation: quantize the image encoder alone"
+        "--encoder-only", action="store_true", default=None, help="quantize the image encoder alone (segmentation)"
     )
-    parser.add_argument("--method", help="'adfq list methods'")
+    parser.add_argument("--method", help="method of 'adfq list methods'")
     parser.add_argument("--method-arg", dest="method_arguments", type=pair, nargs="+", action="extend", metavar="K=V")
     parser.add_argument("--bits", help="weights and activations, 2 to 8 each (default: W4A4)")
     add_seed(parser)
@@ -89,7 +89,7 @@ def add_method(parser: argparse.ArgumentParser) -> None:
 
 def add_seed(parser: argparse.ArgumentParser) -> None:
     """Add --seed."""
-    parser.add_argument("--seed", type=int, help="of calibration images and method (default: 0)")
+    parser.add_argument("--seed", type=int, help="seed of calibration images and method (default: 0)")
 
 
 def add_prompts(parser: argparse.ArgumentParser) -> None:
@@ -97,7 +97,7 @@ def add_prompts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompts",
         metavar="boxes|points|FILE",
-        help="of segmentation: the ground truth's boxes (default) or points, or a detector's results, as COCO has them",
+        help="boxes (default) or points of the ground truth, or a file of a detector's COCO results (segmentation)",
     )
 
 
@@ -106,13 +106,16 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     add_calibration(parser)
     parser.add_argument("--limit", type=positive, metavar="N", help="evaluate on the first N images only")
     parser.add_argument(
-        "--batch-size", type=positive, metavar="N", help="of evaluation (default: 100; of detection, segmentation 1)"
+        "--batch-size",
+        type=positive,
+        metavar="N",
+        help="images a batch in evaluation (default: 100; detection, segmentation: 1)",
     )
 
 
 def add_calibration(parser: argparse.ArgumentParser) -> None:
     """Add the options of calibration."""
-    parser.add_argument("--calibration-size", type=int, metavar="N", help="calibration images")
+    parser.add_argument("--calibration-size", type=int, metavar="N", help="number of calibration images")
     add_device(parser)
 
 
@@ -155,7 +158,7 @@ def cell_fields(options: argparse.Namespace) -> dict[str, Any]:
     given["preprocessing"] = [(name, getattr(options, name)) for name in names if getattr(options, name) is not None]
     for name in ("model_arguments", "method_arguments", "preprocessing"):
         if given[name] is not None:
-            given[name] = tuple(sorted(dict(given[name]).items()))  # of an option given twice, the last counts
+            given[name] = tuple(sorted(dict(given[name]).items()))  # the last of an option given twice counts
     return {name: value for name, value in given.items() if value is not None}
 
 

@@ -59,7 +59,7 @@ def _regress(options: argparse.Namespace) -> int:
         _check_file(path)  # now, and not after hours
 
     tolerance = regression.Tolerance(**options.tolerance)
-    # Of a part of the tables, committed records of other cells are not gone.
+    # Committed records outside of a selection are not gone.
     whole = not options.names and replace(selection, profile=BUNDLED) == Selection(seeds=RECORDED)
     frame = regression.compare(measure(plan, options), committed, tolerance, whole)
     text = regression.render(frame, tolerance)

@@ -21,6 +21,7 @@ _WRITERS: Mapping[str, Callable[..., Any]] = {".csv": pd.DataFrame.to_csv, ".par
 
 
 def add(commands: Commands) -> None:
+    """Add the command to the parser of all commands."""
     results = commands.add_parser("results", help="list, show, export or merge what has been measured")
     kinds = results.add_subparsers(dest="kind", required=True)
     listing = kinds.add_parser("list", help="a line for each record and failure, the newest last")

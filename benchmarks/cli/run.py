@@ -27,13 +27,11 @@ def add(commands: Commands) -> None:
     run = commands.add_parser("run", help="measure one method on one model")
     run.set_defaults(action=_run)
     add_experiment(run)
-    run.add_argument(
-        "--quantized", metavar="FILE", help="measure what 'adfq quantize' has saved, in place of --model …"
-    )
+    run.add_argument("--quantized", metavar="FILE", help="file of 'adfq quantize' to measure, in place of --model …")
     run.add_argument(
         "--results",
         metavar="PREFIX",
-        help="of detection: write PREFIX.bbox.json and PREFIX.segm.json, as COCO has them; of segmentation the latter",
+        help="write PREFIX.bbox.json (detection) and PREFIX.segm.json (detection, segmentation) in COCO's format",
     )
     run.add_argument("--json", action="store_true", help="one JSON object on the last line of stdout")
     add_common(run)

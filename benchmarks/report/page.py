@@ -40,7 +40,7 @@ _FILES = {"page.html.jinja": "index.html", "page.md.jinja": "report.md", "page.t
 
 _IMAGE_TYPES = {".png": "image/png", ".svg": "image/svg+xml"}
 
-# What LaTeX includes, in order of preference.
+# Suffixes that LaTeX includes, in order of preference.
 _PRINTABLE = (".pdf", ".png")
 
 
@@ -79,7 +79,7 @@ class Number(NamedTuple):
 
     Attributes:
         value: None where there is none.
-        beside: what it is compared with: the difference to full precision, or the published number and the difference
+        beside: the comparison: the difference to full precision, or the published number and the difference
             to that.
         best: `summarize`.
     """
@@ -118,7 +118,17 @@ class Measurement(NamedTuple):
 
 @dataclass(frozen=True)
 class Section:
-    """One table."""
+    """Content of one table in a report.
+
+    Attributes:
+        table: the table.
+        frame: its numbers in long form.
+        compared: kind of comparison beside the numbers.
+        columns: columns of the rendered table.
+        lines: rows of the rendered table.
+        notes: sentences below it.
+        measurements: its cells.
+    """
 
     table: Table
     frame: pd.DataFrame
@@ -132,6 +142,13 @@ class Section:
     def create(
         cls, table: Table, results: Sequence[tuple[Entry, Record | None]], command: Callable[[Cell], str]
     ) -> Section:
+        """Return the section of a table.
+
+        Args:
+            table: the table.
+            results: its cells with their outcomes.
+            command: function from a cell to the command line that measures it.
+        """
         frame = tabulate_results(table, results)
         summary = summarize(table, frame)
         return cls(
@@ -160,7 +177,7 @@ class Report:
     """The content of a report, before it is HTML, Markdown or LaTeX.
 
     Attributes:
-        profile: of the tables.
+        profile: profile of the tables.
         sections: one a table.
         environment: settings of the environment that records were measured in.
         cells: number of cells, each counted once.

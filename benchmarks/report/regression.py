@@ -22,7 +22,7 @@ from benchmarks.run.store import Record
 #: few tenths of a second, and what else the machine does in them decides how long.
 CALIBRATION_FLOOR = 50.0
 
-#: What is a regression, what merely moved, and what could not be compared.
+#: Statuses of regressions, of other moves, and of cells that could not be compared.
 REGRESSIONS = ("worse", "slower", "failed")
 IMPROVEMENTS = ("better", "faster")
 ABSENT = ("new", "gone")
@@ -35,7 +35,7 @@ class Tolerance:
     """The largest changes that are no regressions.
 
     Attributes:
-        accuracy: what a metric may lose, in its unit: points of those in %.
+        accuracy: largest loss of a metric in its unit: points of those in %.
         time: factor by which a time, over full precision's forward pass in the same run, may grow.
     """
 
@@ -65,8 +65,10 @@ def compare(
     Args:
         measured: tables with their cells and outcomes (`TableResults`); one that stands in several is compared once. A
             cell without a record, or whose method is not applicable, is compared only where it has a committed record.
-        committed: what to compare with; of several records of a cell the one finished last counts.
-        whole: whether these are all cells that `committed` should have, so that others of it are ``"gone"``.
+        committed: records to compare with; the record of a cell that was finished last counts.
+        tolerance: largest changes that are no regressions.
+        whole: True if these are all cells that `committed` should have, so that others of it are ``"gone"``; False by
+            default.
 
     Returns:
         One row a cell and quantity: ``id``, ``task``, ``model`` and ``row`` with their labels, ``bits``, ``seed``,

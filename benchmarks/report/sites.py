@@ -34,15 +34,17 @@ class _Site:
 
 
 def tabulate_sites(model: nn.Module, network: Network | None) -> pd.DataFrame:
-    """One row a quantizable layer or matrix product, in the order of registration, and after these one a layer that
-    the adapter leaves out: whatever else has a weight of two or more dimensions.
+    """Return one row for each quantizable layer or matrix product, and then for each layer that the adapter leaves out.
 
-    Columns: ``name``; ``role``, of a product those of its operands; ``shape`` of the weight, a tuple, empty for a
-    product; ``weight`` and ``input``, what quantizes them, or ``"full precision"``, which has its reason where a layer
-    is left out.
+    Rows are in the order of registration. A layer that is left out is any other module with a weight of two or more
+    dimensions.
+
+    Columns: ``name``; ``role``, a product's those of its operands; ``shape`` of the weight, a tuple, empty for a
+    product; ``weight`` and ``input``, their quantizers, or ``"full precision"``, with the reason for a layer that is
+    left out.
 
     Args:
-        model: quantized, or as it was.
+        model: model, quantized or not.
         network: the adapted model, which knows the reasons; None for a model that no method has seen.
     """
     sites, others = [], []

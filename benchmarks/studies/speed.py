@@ -1,4 +1,4 @@
-"""How fast quantizing and quantized models are, in multiples of full precision."""
+"""Speed of quantization and of quantized models, in multiples of full precision."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from benchmarks.tasks.classification.data import BUNDLED, count_classes
 from benchmarks.tasks.classification.task import Classification, load_classification
 from benchmarks.tasks.shared import read_batches
 
-# Of loading; a batch from each process.
+# Rounds of loading, with a batch from each process.
 _ROUNDS = 4
 
-# Forward passes in a row, of which the median counts: the first ones fetch memory that calibration has given back.
+# Number of forward passes whose median counts: the first ones fetch memory that calibration has given back.
 _PASSES = 3
 
 # An iteration is what a run of more iterations takes longer than one of fewer.
@@ -58,28 +58,28 @@ def benchmark(
     device: torch.device,
     data: str = BUNDLED,
 ) -> dict[str, Any]:
-    """Measures methods on one model, in turn and repeatedly, in this process.
+    """Measure methods on one model, in turn and repeatedly, in this process.
 
-    A model that does not ship has random weights, and as many classes as the data. A method that optimizes is measured
-    without that, and an iteration of it apart: over all modules, with all images, as a multiple of one pass of
-    the whole model forwards and backwards.
+    A model that does not ship has random weights, and as many classes as the data. An optimizing method is measured
+    without its optimization, and one iteration of that apart: over all modules, with all images, as a multiple of one
+    pass of the whole model forwards and backwards.
 
     Args:
-        model: as `adfq run classification` has it.
+        model: name of a classifier, see `adfq run classification`.
         methods: names of methods.
-        bits: for all of them.
-        images: for calibration and for each forward pass, and in a batch that is loaded.
-        repeats: of everything but memory, which is measured once, before.
-        data: as `adfq run classification` has it.
+        bits: bit-widths of all methods, such as ``"W4/A4"``.
+        images: number of images in calibration, in each forward pass, and in a batch that is loaded.
+        repeats: repetitions of everything but memory, which is measured once, before.
+        device: device to run on.
+        data: spec of the data, see `adfq run classification`; bundled by default.
 
     Returns:
         ``full_precision``: medians of ``forward`` and ``training`` (forwards and backwards) in seconds, of
-        ``images_per_second`` forwards, and of ``forward_memory`` in MB (None where the system does not tell);
-        ``methods``: by name, medians of ``calibration`` and ``forward`` as multiples of full precision's forward, of
-        ``iteration`` of its training (only of methods that optimize), of ``calibration_memory`` and ``forward_memory``
-        as multiples of its memory; ``loading``, of other data than the bundled, which are not read but drawn: the
-        median of ``images_per_second`` that evaluation could have, and ``workers``, the processes that read and
-        preprocess.
+        ``images_per_second`` forwards, and of ``forward_memory`` in MB, None if the system does not tell; ``methods``:
+        by name, medians of ``calibration`` and ``forward`` as multiples of full precision's forward, of ``iteration``
+        as a multiple of its training for optimizing methods, of ``calibration_memory`` and ``forward_memory`` as
+        multiples of its memory; ``loading``, for data that are not drawn: the median of ``images_per_second`` that
+        evaluation could have, and ``workers``, the number of processes that read and preprocess.
 
     Raises:
         AdfqError: for unknown models and methods, unreadable bits, unusable data, and models that cannot be quantized.
@@ -113,7 +113,7 @@ def benchmark(
 
 
 def _loading_rate(subject: Classification, batch_size: int, device: torch.device) -> float:
-    """Images per second as evaluation loads them when no model holds it up."""
+    """Return the images a second that evaluation loads if no model holds it up."""
     # Processes read a batch each, all at a time: batches come in rounds, from the first of one to that of another.
     batches = _ROUNDS * subject.workers
     available = len(subject.validation)
@@ -138,10 +138,10 @@ class _Run:
         self.images = subject.calibration_images(images, seed=0).to(device)
         self.full: dict[str, list[float]] = defaultdict(list)
         self.methods: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-        self._forward(subject.model.to(device))  # what is slow once only
+        self._forward(subject.model.to(device))  # the first pass is slow
 
     def measure_memory(self, cells: Iterable[Cell]) -> None:
-        """What full precision and each method need at most."""
+        """Measure the peak memory of full precision and of each method."""
         self._keep_memory(self.full, self.subject.model)
         for cell in cells:
             model, cost = quantize_model(cell, self.subject, self.device)
@@ -156,7 +156,7 @@ class _Run:
             found["forward_memory"].append(peak.megabytes)
 
     def measure(self, cell: Cell) -> None:
-        """How long full precision takes, and right after it a method."""
+        """Time full precision, and right after it a method."""
         found = self.methods[cell.method]
         self.full["forward"].append(self._forward(self.subject.model))
         model, cost = quantize_model(cell, self.subject, self.device)
@@ -207,7 +207,11 @@ class _Run:
 
 
 def render(found: dict[str, Any]) -> str:
-    """Return what `benchmark` has found as Markdown that ends in a newline."""
+    """Return the findings of `benchmark` as Markdown, which ends in a newline.
+
+    Args:
+        found: from `benchmark`.
+    """
     rows = []
     for method, values in found["methods"].items():
         cells = {title: f"{values[key]:.2f}" if key in values else "" for key, title in _COLUMNS.items()}

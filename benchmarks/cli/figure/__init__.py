@@ -12,7 +12,9 @@ from benchmarks.cli.options import Commands, Parser
 
 def add(commands: Commands) -> None:
     """Add the command with its kinds."""
-    figure = commands.add_parser("figure", help="draw what methods find, what they cope with, and what they cost")
+    figure = commands.add_parser(
+        "figure", help="draw detections, masks, activations, outliers, errors, accuracy and cost"
+    )
     kinds = figure.add_subparsers(dest="kind", required=True)
 
     def add_kind(name: str, action: Callable[[argparse.Namespace], int | None], text: str) -> Parser:

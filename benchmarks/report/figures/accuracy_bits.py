@@ -29,12 +29,12 @@ _COLORS = [style.COLORS[index] for index in (4, 5, 2, 0, 6, 1)]
 
 @dataclass(frozen=True)
 class Panel:
-    """One model of a table, under the table's first metric.
+    """Measured rows of one model of a table, under the table's first metric.
 
     Attributes:
-        title: the model's label.
-        metric: of the vertical axis.
-        rows: of `benchmarks.report.tables.summarize`, measured ones only, full precision among them.
+        title: label of the model.
+        metric: metric of the vertical axis.
+        rows: measured rows of `benchmarks.report.tables.summarize`, full precision included.
     """
 
     title: str
@@ -60,7 +60,11 @@ def collect_panels(summaries: Iterable[tuple[Table, pd.DataFrame]]) -> list[Pane
 
 
 def draw_accuracy_bits(panels: Sequence[Panel], file: Path) -> None:
-    """Draw panels, and write them: ``.png`` or ``.svg``.
+    """Draw panels, and write them.
+
+    Args:
+        panels: from `collect_panels`.
+        file: path to write, ``.png`` or ``.svg``.
 
     Raises:
         AdfqError: without panels, for another kind of file, and for one that cannot be written.

@@ -1,4 +1,4 @@
-"""The values beyond ADFQ-ViT's thresholds, which it keeps in full precision, layer by layer."""
+"""Shares of values that outlier-aware quantizers keep in full precision, layer by layer."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ def keeps_outliers(model: nn.Module, method: Method, bits: Bits) -> bool:
 def collect_outliers(
     model: nn.Module, images: Tensor, forward: Callable[[nn.Module, Tensor], Any] = nn.Module.__call__
 ) -> pd.DataFrame:
-    """How many of the values that outlier-aware quantizers see they keep as they are.
+    """Count the values that outlier-aware quantizers keep in full precision.
 
     Args:
-        model: quantized.
-        images: B×C×H×W, preprocessed, on the model's device.
-        forward: runs the model on images.
+        model: quantized model.
+        images: preprocessed, B×C×H×W, on the model's device.
+        forward: function that runs the model on images; by default, a call of the model.
 
     Returns:
-        One row a layer, in the order of the forward pass: ``layer``, ``role``, ``threshold``, ``values`` (how many it
-        has seen), ``kept`` (how many of them are outliers), ``percent`` (of the values, kept).
+        One row a layer, in the order of the forward pass: ``layer``, ``role``, ``threshold``, ``values`` (number of
+        values seen), ``kept`` (number of outliers among them), ``percent`` (outliers, % of the values).
 
     Raises:
         AdfqError: for a model without such quantizers.
@@ -85,7 +85,11 @@ def collect_outliers(
 
 
 def draw_outliers(frame: pd.DataFrame, file: Path) -> None:
-    """Draws what `collect_outliers` has found, and writes it: ``.png`` or ``.svg``.
+    """Draw shares of `collect_outliers`, and write them.
+
+    Args:
+        frame: from `collect_outliers`.
+        file: path to write, ``.png`` or ``.svg``.
 
     Raises:
         AdfqError: for another kind of file, or one that cannot be written.
@@ -94,7 +98,11 @@ def draw_outliers(frame: pd.DataFrame, file: Path) -> None:
 
 
 def plot_outliers(frame: pd.DataFrame) -> Figure:
-    """A bar for each layer with its number, zeros too; colour and hatch tell roles and thresholds apart."""
+    """Return a figure with a bar and a number for each layer; colour and hatch tell roles and thresholds apart.
+
+    Args:
+        frame: from `collect_outliers`.
+    """
     figure = style.make_figure(0.75 * style.PAGE_WIDTH, style.rows_height(len(frame)), layout="constrained")
     axes = figure.subplots()
     groups = frame.groupby(["role", "threshold"], sort=False)
