@@ -110,7 +110,7 @@ def test_what_full_precision_leaves_as_it_is(capsys: pytest.CaptureFixture[str])
 
 
 def test_a_description_is_of_the_options_given(capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--method-arg", "ppoq=False", "slq=False", "--calibration-size", "2", "--format", "csv"]
+    options = ["--method-arg", "ppoq=False", "slq=False", "--format", "csv"]
     assert main([*DESCRIBE, "--method", "adfq_vit", *options]) == 0
     frame = pd.read_csv(io.StringIO(capsys.readouterr().out))
     assert set(frame[frame["role"].isin(["qkv", "fc1", "fc2"])]["input"]) == {"uniform, 4 bits, per tensor"}
@@ -195,6 +195,6 @@ def test_an_interrupt_is_said_and_has_its_exit_code(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("benchmarks.cli.run.load_subject", interrupt)
+    monkeypatch.setattr("benchmarks.tasks.load_subject", interrupt)
     assert main([*RUN, "--method", "full_precision"]) == 130
     assert "interrupted" in capsys.readouterr().err
