@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from torch.utils.data import Dataset
 from adfq.errors import AdfqError
 from benchmarks.bundled import BUNDLED
 from benchmarks.bundled.detectors import COUNTS
+from benchmarks.tasks.masks import cocotools
 from benchmarks.tasks.shared import check_place, digest_file, one_line
 
 #: Kinds of detections by the names of COCO's tools.
@@ -224,21 +223,6 @@ def _draw_scenes(counts: tuple[tuple[str, int], ...]) -> TemporaryDirectory[str]
     return directory
 
 
-def cocotools(part: str) -> Any:
-    """Import a module of pycocotools, which only tasks on COCO's data need.
-
-    Args:
-        part: name of the module.
-
-    Raises:
-        AdfqError: if pycocotools is not installed.
-    """
-    try:
-        return importlib.import_module(f"pycocotools.{part}")
-    except ImportError as error:
-        raise AdfqError(f"COCO's data need pycocotools: pip install pycocotools ({one_line(error)})") from None
-
-
 def read_image(path: Path) -> NDArray[np.uint8]:
     """Read an image: H×W×3, red, green, blue.
 
@@ -253,98 +237,6 @@ def read_image(path: Path) -> NDArray[np.uint8]:
             return np.asarray(image.convert("RGB"))
     except Exception as error:  # readers of many formats
         raise AdfqError(f"cannot read {path}: {one_line(error)}") from None
-
-
-def read_mask(segmentation: Any, height: int, width: int, name: str = "a mask") -> NDArray[np.bool_]:
-    """Return a mask height×width.
-
-    Args:
-        segmentation: mask in one of COCO's forms, see `read_rle`.
-        height: height of the image in pixels.
-        width: width of the image in pixels.
-        name: name of the mask in error messages.
-
-    Raises:
-        AdfqError: as `read_rle`.
-    """
-    mask: NDArray[np.uint8] = cocotools("mask").decode(read_rle(segmentation, height, width, name))
-    return mask.astype(bool)
-
-
-def read_rle(segmentation: Any, height: int, width: int, name: str) -> dict[str, Any]:
-    """Return a mask as checked run lengths of pycocotools.
-
-    Args:
-        segmentation: mask in one of COCO's forms: polygons, which add up, or run lengths, compressed or not.
-        height: height of the image in pixels.
-        width: width of the image in pixels.
-        name: name of the mask in error messages.
-
-    Raises:
-        AdfqError: for other forms, and a mask of another size.
-    """
-    rle: dict[str, Any]
-    if isinstance(segmentation, list):
-        _check_polygons(segmentation, height, width, name)
-        rle = cocotools("mask").merge(cocotools("mask").frPyObjects(segmentation, height, width))
-        return rle
-    try:
-        size, counts = list(segmentation["size"]), segmentation["counts"]
-        counts = _decompress(counts) if isinstance(counts, (str, bytes)) else list(counts)
-    except (KeyError, TypeError, ValueError):
-        raise AdfqError(f"{name} is neither polygons nor run lengths") from None
-    if size != [height, width]:
-        raise AdfqError(f"{name} is {_times(size)} pixels, its image {_times([height, width])}")
-    # pycocotools does not look: what run lengths leave out it fills with whatever lies in memory.
-    if not all(isinstance(count, int) and count >= 0 for count in counts) or sum(counts) != height * width:
-        raise AdfqError(f"{name}: its run lengths do not add up to {height * width} pixels")
-    rle = cocotools("mask").frPyObjects({"size": size, "counts": counts}, height, width)
-    return rle
-
-
-def _check_polygons(polygons: list[Any], height: int, width: int, name: str) -> None:
-    side = max(height, width)
-    for polygon in polygons:
-        corners = len(polygon) / 2 if isinstance(polygon, list) else 0
-        if corners < 3 or corners % 1 or not all(map(is_number, polygon)):
-            raise AdfqError(f"{name}: a polygon has to be numbers, an x and a y for each of three or more corners")
-        if min(polygon) < -side or max(polygon) > 2 * side:  # pycocotools needs memory for every pixel of an outline
-            raise AdfqError(f"{name} reaches far beyond its image")
-    if not polygons:
-        raise AdfqError(f"{name} has no polygons")
-
-
-def _times(size: Sequence[Any]) -> str:
-    """Return height and width in the usual order, width first."""
-    return "×".join(str(side)[:20] for side in reversed(size))
-
-
-def _decompress(text: str | bytes) -> list[int]:
-    """Return the numbers of COCO's compressed run lengths.
-
-    A character holds six bits, five of a number and one that tells if the number goes on. From the fourth number on,
-    numbers are differences to the last but one.
-    """
-    counts: list[int] = []
-    value = shift = 0
-    for character in text.encode() if isinstance(text, str) else text:
-        digit = character - ord("0")
-        if not 0 <= digit < 64:
-            raise ValueError
-        value |= (digit & 31) << shift
-        shift += 5
-        if not digit & 32:  # the last of the number, with its sign
-            value -= (digit >> 4 & 1) << shift
-            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
-            value = shift = 0
-    if shift:
-        raise ValueError
-    return counts
-
-
-def is_number(value: Any) -> bool:
-    """Return True for a finite number from JSON."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def average_precisions(kind: str, truth: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> dict[str, float]:

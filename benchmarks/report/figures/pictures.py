@@ -15,7 +15,7 @@ from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
 from benchmarks.report.figures.style import COLORS, DPI, POINTS, check_file, make_figure, save
-from benchmarks.tasks.coco import read_mask
+from benchmarks.tasks.masks import read_mask
 
 #: Lines of boxes, for labels beyond the number of colours.
 _LINES: tuple[Any, ...] = ("-", (0, (3, 1.5)), (0, (1, 1)))

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adfq.errors import AdfqError
-from benchmarks.tasks.coco import is_number
+from benchmarks.tasks.masks import is_number
 from benchmarks.tasks.shared import one_line
 
 #: Prompts from the ground truth; any other name is that of a file.

@@ -14,23 +14,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from adfq.errors import AdfqError, NonFiniteError
+from adfq.errors import AdfqError
 from benchmarks.bundled import BUNDLED
 from benchmarks.tasks.coco import (
     CocoSplit,
     average_precisions,
     check_results,
-    cocotools,
     digest_splits,
     find_root,
-    is_number,
-    read_image,
-    read_rle,
 )
 from benchmarks.tasks.interface import Task
+from benchmarks.tasks.masks import cocotools, is_number, read_rle
+from benchmarks.tasks.segmentation.images import ScaledImages, Scene, read_pixels, scale, segment
 from benchmarks.tasks.segmentation.models import load_sam, sam_names
 from benchmarks.tasks.segmentation.prompts import (
     BOXES,
@@ -48,7 +45,6 @@ from benchmarks.tasks.shared import (
     create_loader,
     digest_file,
     digest_weights,
-    first_non_finite,
     read_batches,
 )
 
@@ -60,8 +56,6 @@ ARGUMENTS: Mapping[str, Any] = {"prompts": BOXES, "encoder_only": False}
 
 #: COCO's sizes of objects, and the area in pixels that each begins at.
 SIZES: Mapping[str, float] = {"small": 0, "medium": 32**2, "large": 96**2}
-
-_PROMPTS_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -83,54 +77,6 @@ class Segmented:
     truth: NDArray[np.bool_] | None
     masks: NDArray[np.bool_]
     scores: Sequence[float]
-
-
-@dataclass(frozen=True)
-class _Scene:
-    """Annotations of an image, with masks as run lengths.
-
-    Attributes:
-        image: COCO's entry of the image.
-        annotations: COCO's annotations of the image, crowds included.
-    """
-
-    image: Mapping[str, Any]
-    annotations: Sequence[Mapping[str, Any]]
-
-    @property
-    def instances(self) -> list[Mapping[str, Any]]:
-        """Annotations without crowds."""
-        return [annotation for annotation in self.annotations if not annotation["iscrowd"]]
-
-    @property
-    def rles(self) -> list[Any]:
-        """Masks of the instances as run lengths."""
-        return [annotation["segmentation"] for annotation in self.instances]
-
-    @property
-    def masks(self) -> NDArray[np.bool_]:
-        """Masks of the instances, N×H×W."""
-        shape = len(self.rles), self.image["height"], self.image["width"]
-        return np.array([cocotools("mask").decode(mask) for mask in self.rles], bool).reshape(shape)
-
-
-class _Scaled(Dataset[Tensor]):
-    """Data set of a split's images, scaled by `_scale`.
-
-    Args:
-        split: split that the images are from.
-        images: COCO's entries of the images.
-        side: longer side in pixels.
-    """
-
-    def __init__(self, split: CocoSplit, images: Sequence[Mapping[str, Any]], side: int) -> None:
-        self.split, self.images, self.side = split, images, side
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return _scale(_read_pixels(self.split, self.images[index]), self.side)
 
 
 @dataclass(frozen=True)
@@ -243,7 +189,7 @@ class Segmentation:
 
         truth = self._read_truth(limit)
         predictor = self._create_predictor(model, device)
-        images = _Scaled(self.validation, truth["images"], self.preprocessing["size"])
+        images = ScaledImages(self.validation, truth["images"], self.preprocessing["size"])
         loader = create_loader(images, None, self.workers, device)
         annotations: list[Mapping[str, Any]] = []
         found: list[dict[str, Any]] = []
@@ -256,7 +202,7 @@ class Segmentation:
                 prompts, masks, scores = self._ask(scene), [], []
                 if len(prompts):
                     size = scene.image["height"], scene.image["width"]
-                    for several, predicted in _segment(predictor, image, size, prompts):
+                    for several, predicted in segment(predictor, image, size, prompts):
                         masks += [encode_mask(mask) for mask in several]
                         scores += predicted
                 found += [
@@ -290,9 +236,9 @@ class Segmentation:
             prompts = self._ask(scene)
             if not len(prompts):
                 continue
-            pixels = _read_pixels(self.validation, scene.image)
-            image = _scale(pixels, self.preprocessing["size"])
-            masks, scores = zip(*_segment(predictor, image, pixels.shape[:2], prompts), strict=True)
+            pixels = read_pixels(self.validation, scene.image)
+            image = scale(pixels, self.preprocessing["size"])
+            masks, scores = zip(*segment(predictor, image, pixels.shape[:2], prompts), strict=True)
             truth = scene.masks if self.detected is None else None
             surest = prompts.scores or [score for several in scores for score in several]
             images.append(Segmented(pixels, prompts.boxes, prompts.points, truth, np.concatenate(masks), surest))
@@ -307,13 +253,13 @@ class Segmentation:
             raise AdfqError(f"{self.prompts} has no box in the first {count} images of {self.validation.file}")
         return truth
 
-    def _scenes(self, truth: Mapping[str, Any]) -> Iterator[_Scene]:
+    def _scenes(self, truth: Mapping[str, Any]) -> Iterator[Scene]:
         """Yield image by image, with checked masks."""
         annotations = defaultdict(list)
         for annotation in truth["annotations"]:
             annotations[annotation["image_id"]].append(annotation)
         for image in truth["images"]:
-            yield _Scene(image, [self._check_mask(annotation, image) for annotation in annotations[image["id"]]])
+            yield Scene(image, [self._check_mask(annotation, image) for annotation in annotations[image["id"]]])
 
     def _check_mask(self, annotation: Mapping[str, Any], image: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the annotation with its mask as run lengths."""
@@ -323,7 +269,7 @@ class Segmentation:
         mask = read_rle(annotation["segmentation"], image["height"], image["width"], f"{name}: its mask")
         return {**annotation, "segmentation": mask}
 
-    def _ask(self, scene: _Scene) -> Prompts:
+    def _ask(self, scene: Scene) -> Prompts:
         """Return a scene's prompts; those of the ground truth are one for each instance."""
         if self.detected is not None:
             return self.detected.get(scene.image["id"], box_prompts([], []))
@@ -353,62 +299,9 @@ class Segmentation:
     def _read(self, split: CocoSplit, chosen: Sequence[int], label: str) -> Tensor:
         """Read images as the image encoder takes them, as one batch."""
         sam: Any = self.sam
-        dataset = _Scaled(split, [split.images[index] for index in chosen], self.preprocessing["size"])
+        dataset = ScaledImages(split, [split.images[index] for index in chosen], self.preprocessing["size"])
         bar = tqdm(range(len(dataset)), desc=label, unit="image", delay=2, leave=False, disable=None)
         return torch.stack([sam.preprocess(dataset[index].to(sam.device)) for index in bar]).cpu()
-
-
-def _read_pixels(split: CocoSplit, image: Mapping[str, Any]) -> NDArray[np.uint8]:
-    file = split.folder / image["file_name"]
-    pixels = read_image(file)
-    height, width = pixels.shape[:2]
-    if (height, width) != (image["height"], image["width"]):
-        stated = f"{image['width']}×{image['height']}"
-        raise AdfqError(f"{file} has {width}×{height} pixels, and {stated} in {split.file}")
-    return pixels
-
-
-def _scale(pixels: NDArray[np.uint8], side: int) -> Tensor:
-    """Return an image H×W×3 scaled to a longer side of so many pixels: 3×h×w, values 0 to 255."""
-    from segment_anything.utils.transforms import ResizeLongestSide
-
-    return torch.from_numpy(ResizeLongestSide(side).apply_image(pixels)).permute(2, 0, 1).contiguous()
-
-
-def _segment(
-    predictor: Any, image: Tensor, size: tuple[int, int], prompts: Prompts
-) -> Iterator[tuple[NDArray[np.bool_], list[float]]]:
-    """Yield masks n×H×W and their n predicted IoUs, for some prompts after the other.
-
-    A box has one mask, as SAM's authors have it. A point has three, and the one with the best predicted IoU counts.
-
-    Args:
-        predictor: segment_anything's SamPredictor.
-        image: 3×h×w, from `_scale`.
-        size: height and width before scaling, which the masks have.
-        prompts: prompts of the image.
-    """
-    sam = predictor.model
-    image = image.to(sam.device)
-    predictor.set_torch_image(image[None], size)
-    by_point = prompts.points is not None
-    if by_point:
-        points = predictor.transform.apply_coords_torch(torch.from_numpy(prompts.points), size)[:, None].to(sam.device)
-        asked = {"point_coords": points, "point_labels": torch.ones(points.shape[:2], device=sam.device)}
-    else:
-        asked = {"boxes": predictor.transform.apply_boxes_torch(torch.from_numpy(prompts.boxes), size).to(sam.device)}
-    for start in range(0, len(prompts), _PROMPTS_AT_ONCE):
-        some = {key: value[start : start + _PROMPTS_AT_ONCE] for key, value in asked.items()}
-        masks, ious, logits = predictor.predict_torch(
-            some.get("point_coords"), some.get("point_labels"), some.get("boxes"), multimask_output=by_point
-        )
-        if not all(output.isfinite().all() for output in (predictor.features, ious, logits)):
-            record = {"image": image, "original_size": size, **some}
-            name = first_non_finite(sam, [record], multimask_output=by_point)
-            raise NonFiniteError(f"{name}: the output is not finite")
-        best = ious.argmax(1)
-        chosen = torch.arange(len(best)), best.cpu()
-        yield masks.cpu()[chosen].numpy(), ious.cpu()[chosen].tolist()
 
 
 def _mean_ious(ious: Sequence[float], areas: Sequence[float]) -> dict[str, float]:

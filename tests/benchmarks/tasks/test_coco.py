@@ -13,7 +13,8 @@ from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
 from adfq import AdfqError
-from benchmarks.tasks.coco import average_precisions, read_mask
+from benchmarks.tasks.coco import average_precisions
+from benchmarks.tasks.masks import read_mask
 
 rle = pytest.importorskip("pycocotools.mask")
 
