@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import replace as replace_fields
-from types import ModuleType
-from typing import Any
+from importlib.metadata import entry_points
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -15,16 +14,27 @@ from adfq.errors import AdfqError
 from adfq.layers import QuantConv2d, QuantLinear
 from adfq.sites import Network
 
-# Qualified names, so that a framework is imported only for one of its models.
-_ADAPTERS = {
-    "timm.models.vision_transformer.VisionTransformer": "adfq.adapters.timm_vit",
-    "timm.models.swin_transformer.SwinTransformer": "adfq.adapters.timm_swin",
-    "mmdet.models.backbones.swin.SwinTransformer": "adfq.adapters.mmdet_swin",
-    "mmdet.models.detectors.base.BaseDetector": "adfq.adapters.mmdet_swin",
-    "segment_anything.modeling.sam.Sam": "adfq.adapters.sam",
-    "segment_anything.modeling.image_encoder.ImageEncoderViT": "adfq.adapters.sam",
-    "adfq.adapters.mobile_sam.MobileSamEncoder": "adfq.adapters.mobile_sam",
-}
+#: Each entry point is named after a class of models and refers to the module of its adapter, so that a framework is
+#: imported only for one of its models.
+ENTRY_POINT_GROUP = "adfq.adapters"
+
+
+class Adapter(Protocol):
+    """The functions of an adapter's module.
+
+    A module for models of timm may also have ``model_names()``, which returns timm's names of those that it adapts.
+    """
+
+    __name__: str
+
+    def adapt(self, model: nn.Module) -> Network:
+        """Replace, in place, the layers that methods quantize; see `adapt`."""
+
+    def describe(self, model: Any, family: str) -> Architecture:
+        """Describe a model that `adapt` has not changed yet; see `describe`."""
+
+    def create(self, architecture: Architecture) -> nn.Module:
+        """Build a model from its description; see `create`."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,7 @@ def adapt(model: nn.Module) -> Network:
     Raises:
         AdfqError: for a model of another family, and for a kind of attention that is not covered.
     """
-    network: Network = _adapter(_family(model)).adapt(model)
+    network = find_adapter(family_of(model)).adapt(model)
     model.train(model.training)  # the new layers too
     return replace_fields(network, unsupported=_find_unsupported(network))
 
@@ -71,9 +81,8 @@ def describe(model: nn.Module) -> Architecture:
     Raises:
         AdfqError: for a model without an adapter.
     """
-    family = _family(model)
-    architecture: Architecture = _adapter(family).describe(model, family)
-    return architecture
+    family = family_of(model)
+    return find_adapter(family).describe(model, family)
 
 
 def create(architecture: Architecture) -> nn.Module:
@@ -88,10 +97,7 @@ def create(architecture: Architecture) -> nn.Module:
     Raises:
         AdfqError: for a description that cannot be built.
     """
-    if architecture.family not in _ADAPTERS:
-        raise AdfqError(f"there is no adapter for {architecture.family!r}")
-    model: nn.Module = _adapter(architecture.family).create(architecture)
-    return model
+    return find_adapter(architecture.family).create(architecture)
 
 
 def qualified_name(cls: type) -> str:
@@ -99,16 +105,45 @@ def qualified_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _family(model: nn.Module) -> str:
+def families() -> tuple[str, ...]:
+    """Return the qualified names of the classes that have an adapter, in any installed package."""
+    return tuple(sorted({point.name for point in entry_points(group=ENTRY_POINT_GROUP)}))
+
+
+def family_of(model: nn.Module) -> str:
+    """Return the qualified name of the class with an adapter that a model is an instance of.
+
+    Args:
+        model: any model.
+
+    Raises:
+        AdfqError: for a model without an adapter.
+    """
+    known = families()
     for name in map(qualified_name, type(model).__mro__):
-        if name in _ADAPTERS:
+        if name in known:
             return name
-    families = ", ".join(f"{name.split('.')[0]}'s {name.rsplit('.', 1)[1]}" for name in _ADAPTERS)
-    raise AdfqError(f"cannot quantize a {type(model).__name__}; supported are {families}")
+    supported = ", ".join(f"{name.split('.')[0]}'s {name.rsplit('.', 1)[1]}" for name in known)
+    raise AdfqError(f"cannot quantize a {type(model).__name__}; supported are {supported}")
 
 
-def _adapter(family: str) -> ModuleType:
-    return importlib.import_module(_ADAPTERS[family])
+def find_adapter(family: str) -> Adapter:
+    """Return the adapter of a class of models.
+
+    Args:
+        family: the class's qualified name.
+
+    Raises:
+        AdfqError: for a class that no installed package has an adapter for, and for one whose framework is missing.
+    """
+    found = entry_points(group=ENTRY_POINT_GROUP, name=family)
+    if not found:
+        raise AdfqError(f"there is no adapter for {family!r}")
+    try:
+        adapter: Adapter = next(iter(found)).load()
+    except ImportError as error:
+        raise AdfqError(f"the adapter for {family} cannot be imported: {error}") from None
+    return adapter
 
 
 def _find_unsupported(network: Network) -> tuple[str, ...]:

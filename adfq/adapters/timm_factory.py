@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import timm
@@ -18,6 +18,16 @@ def is_present(layer: nn.Module) -> bool:
     return not isinstance(layer, nn.Identity)
 
 
+def timm_names(*modules: str, refused: Sequence[str] = ()) -> list[str]:
+    """Return timm's names of models.
+
+    Args:
+        *modules: modules of ``timm.models``.
+        refused: patterns of names to leave out; none by default.
+    """
+    return [name for module in modules for name in timm.list_models(module=module, exclude_filters=refused)]
+
+
 def describe_timm(model: Any, family: str, arguments: Mapping[str, Any]) -> Architecture:
     """Describe a model by a family's own arguments and those that all of timm's families have.
 
@@ -27,7 +37,7 @@ def describe_timm(model: Any, family: str, arguments: Mapping[str, Any]) -> Arch
         arguments: the family's own arguments.
     """
     size = tuple(model.patch_embed.img_size)
-    channels = getattr(model, "in_chans", model.patch_embed.proj.weight.shape[1])
+    channels = model.in_chans if hasattr(model, "in_chans") else model.patch_embed.proj.weight.shape[1]
     shared = {
         "img_size": size,
         "patch_size": tuple(model.patch_embed.patch_size),

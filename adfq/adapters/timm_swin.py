@@ -9,7 +9,7 @@ from timm.models.swin_transformer import PatchMerging, SwinTransformer, SwinTran
 from torch import nn
 
 from adfq.adapters import Architecture, pair, replace
-from adfq.adapters.timm_factory import create_timm, describe_timm
+from adfq.adapters.timm_factory import create_timm, describe_timm, timm_names
 from adfq.adapters.window_attention import QuantWindowAttention
 from adfq.sites import Network
 
@@ -44,6 +44,11 @@ def adapt(model: nn.Module) -> Network:
         replace(model, "head.fc", "head")
         modules.append("head.fc")
     return Network(model, norms, tuple(modules))
+
+
+def model_names() -> list[str]:
+    """Return timm's names of the models that `adapt` takes."""
+    return timm_names("swin_transformer")
 
 
 def describe(model: SwinTransformer, family: str) -> Architecture:

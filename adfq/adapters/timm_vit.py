@@ -11,7 +11,7 @@ from timm.models.vision_transformer import LayerScale, VisionTransformer
 from torch import Tensor, nn
 
 from adfq.adapters import Architecture, pair, replace
-from adfq.adapters.timm_factory import create_timm, describe_timm, is_present
+from adfq.adapters.timm_factory import create_timm, describe_timm, is_present, timm_names
 from adfq.errors import AdfqError
 from adfq.layers import QuantLinear, QuantMatMul
 from adfq.sites import Network
@@ -80,7 +80,7 @@ def adapt(model: nn.Module) -> Network:
             raise AdfqError(
                 f"{name}: cannot quantize a {type(block).__name__}, whose attention is not timm's Attention"
             )
-        modules += _adapt_block(model, name, norms)
+        modules += adapt_block(model, name, norms)
     for head in ("head", "head_dist"):  # the second one is distilled DeiT's
         if isinstance(getattr(model, head, None), nn.Linear):
             replace(model, head, "head")
@@ -88,8 +88,17 @@ def adapt(model: nn.Module) -> Network:
     return Network(model, norms, tuple(modules))
 
 
-def _adapt_block(model: nn.Module, block_name: str, norms: dict[str, nn.LayerNorm]) -> list[str]:
-    """Replace the layers of a block, and return the names of its attentions and MLPs."""
+def adapt_block(model: nn.Module, block_name: str, norms: dict[str, nn.LayerNorm]) -> list[str]:
+    """Replace the layers of a block in place, and return the names of its attentions and MLPs.
+
+    Args:
+        model: model with the block.
+        block_name: name of the block, a timm Block or a variant of it.
+        norms: LayerNorms by the name of their reader; those of the block are added.
+
+    Raises:
+        AdfqError: for an attention that computes its own way.
+    """
     block = model.get_submodule(block_name)
     modules = []
     for relative, module in list(block.named_modules()):
@@ -127,6 +136,15 @@ def _norm_before(model: nn.Module, name: str) -> nn.Module | None:
     parent = model.get_submodule(parent_name)
     norm: nn.Module | None = getattr(parent, _NORM_BEFORE.get((type(parent).__name__, child), ""), None)
     return norm
+
+
+# Blocks that compute attention and MLP from one projection, or differential attention.
+_OWN_ATTENTION = ("vit_*_xp_*", "vit_dlittle_*", "vit_dpwee_*", "vit_dwee_*", "vit_pwee_*")
+
+
+def model_names() -> list[str]:
+    """Return timm's names of the models that `adapt` takes."""
+    return timm_names("vision_transformer", "deit", refused=_OWN_ATTENTION)
 
 
 def describe(model: VisionTransformer, family: str) -> Architecture:

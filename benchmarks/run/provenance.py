@@ -18,7 +18,7 @@ import torchvision
 from torch import nn
 
 import adfq
-from adfq import adapters
+from adfq.adapters import family_of, find_adapter
 from adfq.method import FULL_PRECISION
 from adfq.registry import find_method
 from benchmarks.cell import Cell
@@ -64,7 +64,7 @@ def code_digest(cell: Cell, model: nn.Module) -> str:
     """
     roots = ["benchmarks.run.measuring", find_task(cell.task).load.__module__]
     if cell.method != FULL_PRECISION:
-        roots += [find_method(cell.method).__module__, adapters._adapter(adapters._family(model)).__name__]
+        roots += [find_method(cell.method).__module__, find_adapter(family_of(model)).__name__]
     return digest_sources(tuple(roots))
 
 

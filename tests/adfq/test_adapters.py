@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -14,8 +15,8 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
-from adfq import AdfqError
-from adfq.adapters import adapt
+from adfq import AdfqError, adapters
+from adfq.adapters import adapt, timm_swin, timm_vit
 
 MakeModel = Callable[..., nn.Module]
 MakeImages = Callable[..., Tensor]
@@ -249,16 +250,16 @@ def test_norms_of_a_swin(make_swin: MakeModel) -> None:
 
 def test_a_norm_that_something_else_reads_is_no_pair(make_vit: MakeModel) -> None:
     gated = adapt(make_vit(**VITS["gated attention"]))
-    assert set(gated.norms) == {"blocks.0.mlp.fc1", "blocks.1.mlp.fc1"}
+    assert set(gated.input_norms) == {"blocks.0.mlp.fc1", "blocks.1.mlp.fc1"}
 
 
 def test_post_norm_blocks_have_no_pairs(make_vit: MakeModel) -> None:
-    assert adapt(make_vit(**VITS["post-norm"])).norms == {}
+    assert adapt(make_vit(**VITS["post-norm"])).input_norms == {}
 
 
 def test_a_norm_that_is_no_layernorm_is_no_pair(make_vit: MakeModel, make_swin: MakeModel) -> None:
-    assert adapt(make_vit(norm_layer=RmsNorm)).norms == {}
-    assert adapt(make_swin(norm_layer=RmsNorm)).norms == {}
+    assert adapt(make_vit(norm_layer=RmsNorm)).input_norms == {}
+    assert adapt(make_swin(norm_layer=RmsNorm)).input_norms == {}
 
 
 @every_model
@@ -287,7 +288,7 @@ def test_scales_can_be_exchanged_within_each_pair(
 )
 def test_a_model_of_another_family(make_other: Callable[[], nn.Module]) -> None:
     model = make_other()
-    with pytest.raises(AdfqError, match=rf"cannot quantize a {type(model).__name__};.*VisionTransformer.*SwinTransf"):
+    with pytest.raises(AdfqError, match=rf"cannot quantize a {type(model).__name__};.*SwinTrans.*VisionTransformer"):
         adapt(model)
 
 
@@ -335,3 +336,38 @@ def test_convolutional_mlps_are_quantized_or_reported(make_vit: MakeModel) -> No
     network = adapt(make_vit(mlp_layer=lambda **kwargs: Mlp(**kwargs, use_conv=True)))
     assert [layer.role for _, layer in network.weight_layers()].count("fc1") == 2
     assert network.unsupported == ()
+
+
+# --- names ----------------------------------------------------------------------------------------------------------
+
+
+def test_names_of_timm_leave_out_what_is_refused() -> None:
+    names = [name for module in (timm_vit, timm_swin) for name in module.model_names()]
+    assert {"vit_small_patch16_224", "deit_tiny_distilled_patch16_224", "swin_tiny_patch4_window7_224"} <= set(names)
+    assert "vit_base_patch16_xp_224" not in names
+    for refused in ("vit_pwee_patch16_reg1_gap_256", "vit_dlittle_patch16_reg1_gap_256"):
+        assert refused not in names
+        with pytest.raises(AdfqError, match="cannot quantize"), torch.device("meta"):
+            adapt(timm.create_model(refused, depth=1))
+
+
+@pytest.mark.slow
+def test_every_name_of_timm_is_adapted_or_left_out() -> None:
+    names = {name for module in (timm_vit, timm_swin) for name in module.model_names()}
+    for module in ("vision_transformer", "deit", "swin_transformer"):
+        for name in timm.list_models(module=module):
+            with torch.device("meta"):
+                model = timm.create_model(name, **({} if module == "swin_transformer" else {"depth": 1}))
+                try:
+                    adapt(model)
+                except AdfqError:
+                    assert name not in names, name
+                else:
+                    assert name in names, name
+
+
+def test_an_adapter_whose_framework_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    point = importlib.metadata.EntryPoint("a.Model", "not_installed_framework", adapters.ENTRY_POINT_GROUP)
+    monkeypatch.setattr(adapters, "entry_points", lambda **_: [point])
+    with pytest.raises(AdfqError, match=r"adapter for a\.Model cannot be imported: No module named"):
+        adapters.find_adapter("a.Model")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import timm
 from timm.models import load_checkpoint
 
+from adfq.adapters import families, find_adapter
 from adfq.errors import AdfqError
 from benchmarks.bundled.classifiers import CLASSIFIERS
 from benchmarks.run.console import warn
@@ -18,13 +19,12 @@ from benchmarks.tasks.shared import one_line, unknown_model, unreadable_checkpoi
 if TYPE_CHECKING:
     from benchmarks.cell import Cell
 
-#: Modules of timm whose models have an adapter.
-TIMM_MODULES = ("vision_transformer", "deit", "swin_transformer")
-
 
 def classifier_names() -> list[str]:
-    """Return the names of classifiers: bundled ones, then timm's that can be quantized."""
-    return [*CLASSIFIERS, *(name for module in TIMM_MODULES for name in timm.list_models(module=module))]
+    """Return the names of classifiers: bundled ones, then timm's that an installed adapter takes."""
+    adapters = (find_adapter(family) for family in families() if family.startswith("timm."))
+    modules = {id(adapter): adapter for adapter in adapters}.values()
+    return [*CLASSIFIERS, *(name for adapter in modules for name in getattr(adapter, "model_names", list)())]
 
 
 def resolve_bundled(cell: Cell) -> Cell:
