@@ -9,6 +9,8 @@ from pathlib import Path
 
 import yaml
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -17,6 +19,34 @@ else:
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+# Style, types and the site: checked with the versions of constraints.txt alone.
+UNBOUNDED = {
+    "latex2mathml",
+    "mkdocs-material",
+    "mkdocstrings",
+    "mypy",
+    "pandas-stubs",
+    "ruff",
+    "types-psutil",
+    "types-tqdm",
+}
+
+
+def _dependencies(*groups: str) -> list[Requirement]:
+    extras = PROJECT["project"]["optional-dependencies"]
+    wanted = {"dependencies": PROJECT["project"]["dependencies"]} | extras
+    return [Requirement(line) for group in groups or wanted for line in wanted[group]]
+
+
+def _pins(file: str) -> dict[str, set[Version]]:
+    lines = [line for line in (ROOT / file).read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    pins: dict[str, set[Version]] = {}
+    for pin in map(Requirement, lines):
+        assert re.fullmatch(r"==[^,*]+", str(pin.specifier)), pin
+        pins.setdefault(canonicalize_name(pin.name), set()).add(Version(str(pin.specifier)[2:]))
+    return pins
 
 
 def test_every_package_is_listed() -> None:
@@ -42,12 +72,19 @@ def test_committed_results_are_not_installed() -> None:
 
 
 def test_every_dependency_is_pinned() -> None:
-    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
-    pins = [Requirement(line) for line in lines]
-    assert all(re.fullmatch(r"==[^,*]+", str(pin.specifier)) for pin in pins)
-    extras = PROJECT["project"]["optional-dependencies"].values()
-    wanted = [*PROJECT["project"]["dependencies"], *(line for extra in extras for line in extra)]
-    assert {Requirement(line).name.lower() for line in wanted} <= {pin.name.lower() for pin in pins}
+    pins = _pins("constraints.txt")
+    assert {canonicalize_name(dependency.name) for dependency in _dependencies()} <= pins.keys()
+
+
+def test_every_lower_bound_is_tested() -> None:
+    core, pins = _dependencies("dependencies"), _pins("constraints-lowest.txt")
+    for dependency in _dependencies():
+        bounds = [part.version for part in dependency.specifier if part.operator == ">="]
+        assert len(bounds) == 1 or dependency.name in UNBOUNDED, f"{dependency} has no lower bound"
+        # An extra may ask for more than the core; its bound is then run in an environment of its own.
+        raised = dependency not in core and dependency.name in {other.name for other in core}
+        if bounds and not raised:
+            assert {Version(bounds[0])} == pins[canonicalize_name(dependency.name)], dependency
 
 
 def test_methods_are_registered_and_load() -> None:

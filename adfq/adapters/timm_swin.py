@@ -64,7 +64,7 @@ def describe(model: SwinTransformer, family: str) -> Architecture:
         "depths": tuple(stage.depth for stage in model.layers),
         "num_heads": tuple(block.attn.num_heads for block in stages),
         "head_dim": tuple(len(block.attn.qkv.weight) // 3 // block.attn.num_heads for block in stages),
-        "window_size": _unless_alike([tuple(block.window_size) for block in stages]),
+        "window_size": _windows(stages),
         "mlp_ratio": tuple(block.mlp_ratio for block in stages),
         "qkv_bias": stages[0].attn.qkv.bias is not None,
         "always_partition": stages[0].always_partition,
@@ -85,6 +85,13 @@ def create(architecture: Architecture) -> nn.Module:
     return create_timm(architecture, SwinTransformer)
 
 
-def _unless_alike(values: list[Any]) -> Any:
-    # Not every version of timm takes a window for each stage.
-    return values[0] if len(set(values)) == 1 else tuple(values)
+def _windows(stages: list[Any]) -> Any:
+    """Return one window for all stages where timm makes theirs of it, since timm takes several only from 1.0.31 on."""
+    windows = [tuple(block.window_size) for block in stages]
+    largest = tuple(map(max, zip(*windows, strict=True)))
+    for block, window in zip(stages, windows, strict=True):
+        # timm cuts a window to the stage's resolution, unless it always partitions.
+        cut = tuple(map(min, largest, to_2tuple(block.input_resolution)))
+        if window != (largest if block.always_partition else cut):
+            return tuple(windows)
+    return largest
