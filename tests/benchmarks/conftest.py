@@ -104,6 +104,7 @@ from baselines.base_ptq import BasePTQ
 
 @dataclass(frozen=True)
 class Slow(BasePTQ):
+    label = "slow"
     def apply(self, network, run, bits):
         log = Path(os.environ["FAULT_LOG"])
         with open(log, "a") as file:
@@ -114,6 +115,7 @@ class Slow(BasePTQ):
 
 @dataclass(frozen=True)
 class Killed(BasePTQ):
+    label = "killed"
     times: int = 1
     log: str = ""
 
@@ -126,6 +128,7 @@ class Killed(BasePTQ):
 
 @dataclass(frozen=True)
 class Broken(BasePTQ):
+    label = "broken"
     def apply(self, network, run, bits):
         raise MemoryError
 """

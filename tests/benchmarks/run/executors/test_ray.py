@@ -79,7 +79,7 @@ def test_a_table_on_a_cluster_goes_on_where_it_stopped(
 ) -> None:
     cluster.add_node(num_cpus=1)
     table = ["table", "1", "--models", "bundled_vit", "--methods", "base_ptq", "--seeds", "0", "--limit", "4"]
-    small = [*table, "--bits", "W4A4", "--calibration-size", "2", "--out", str(tmp_path / "runs")]
+    small = [*table, "--bits", "W4A4", "--calibration-size", "2", "--store", str(tmp_path / "runs")]
     assert main([*small, "--executor", "ray", "--address", cluster.address]) == 0
     text = capsys.readouterr().out
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs" / "records").iterdir()}
@@ -97,7 +97,7 @@ def test_after_ctrl_c_the_same_command_goes_on(
     log, store = tmp_path / "log", tmp_path / "runs"
     # What stands last is measured first.
     table = ["table", "1", "--models", "bundled_vit", "--methods", "slow", "base_ptq", "--seeds", "0", "--limit", "4"]
-    command = [*table, "--bits", "W4A4", "--calibration-size", "2", "--out", str(store)]
+    command = [*table, "--bits", "W4A4", "--calibration-size", "2", "--store", str(store)]
     command += ["--executor", "ray", "--address", cluster.address]
 
     def press() -> None:
@@ -143,7 +143,7 @@ def test_a_gpu_has_its_share_of_the_cores(cluster: Any) -> None:
 
 
 def test_mistakes_are_one_line(assert_refused: Callable[[Sequence[str], str], None], tmp_path: Path) -> None:
-    table = ["table", "1", "--methods", "base_ptq", "--out", str(tmp_path)]
+    table = ["table", "1", "--methods", "base_ptq", "--store", str(tmp_path)]
     assert_refused([*table, "--address", "127.0.0.1:1"], "add --executor ray")
     assert_refused([*table, "--executor", "ray", "--jobs", "2"], "leave --jobs out")
     assert_refused(
