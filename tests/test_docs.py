@@ -64,6 +64,7 @@ _LONG = re.compile(
 )
 
 _optimize_units = adfq_vit.optimize_units
+_choose_part = plan.choose_part
 
 
 @dataclass(frozen=True)
@@ -280,6 +281,13 @@ class _Runner:
         fewer = {"--limit": "1", "--jobs": "0", "--images": "1", "--repeats": "1"}
         if "--quantized" not in arguments:
             fewer["--calibration-size"] = "1"
+        if arguments[0] == "report":
+            fewer.pop("--jobs")  # nothing is measured
+        if "results/bundled" in arguments and arguments[0] == "figure":
+            fewer = {}
+            self.monkeypatch.setattr(plan, "choose_part", _choose_part)
+            if not Path("results").exists():
+                Path("results").symlink_to(ROOT / "results")
         if "--executor" in arguments:
             pytest.importorskip("ray")
             fewer.pop("--jobs")
@@ -307,10 +315,10 @@ class _Runner:
 
     def _prepare(self, arguments: Sequence[str]) -> None:
         """Measures what a command reads that reads records."""
-        reads = {"results": "runs", "regress": "results/bundled"}.get(arguments[0])
+        reads = {"results": "runs", "report": "runs", "regress": "results/bundled"}.get(arguments[0])
         if reads is not None and not Path(reads).exists():
             small = ["--limit", "1", "--jobs", "0", "--calibration-size", "1"]
-            assert cli.main(["table", "1", *small, "--out", reads]) == 0
+            assert cli.main(["table", "1", *small, "--store", reads]) == 0
 
     def tox(self, arguments: Sequence[str]) -> None:
         """What an environment of tox runs, where that is adfq; the other one is that of the tests."""

@@ -55,7 +55,7 @@ def test_it_is_listed_once_it_is_installed(installed: Path, tmp_path: Path) -> N
 @pytest.mark.usefixtures("at_hand")
 @pytest.mark.parametrize("choice", [["--methods", "base_ptq", NAME], ["--methods", "base_ptq", "--also", NAME]])
 def test_it_stands_in_table_1(choice: Sequence[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["table", "1", *choice, "--models", "bundled_vit", *SMALL, "--limit", "20", "--out", str(tmp_path)]
+    command = ["table", "1", *choice, "--models", "bundled_vit", *SMALL, "--limit", "20", "--store", str(tmp_path)]
     assert main(command) == 0
     assert _methods(capsys.readouterr().out) == ["Full precision", "Base PTQ", NAME]
 
@@ -72,7 +72,7 @@ def test_it_stands_in_every_other_table(
     models = {"2": ["--models", "bundled_mask_rcnn"]}.get(table, [])
     first = {"4": "none"}.get(table, "base_ptq")
     command = ["table", table, "--methods", first, "--also", NAME, *models, *SMALL, "--limit", "2"]
-    assert main([*command, "--out", str(tmp_path)]) == 0
+    assert main([*command, "--store", str(tmp_path)]) == 0
     methods = _methods(capsys.readouterr().out)
     assert methods[0] == "Full precision"
     assert methods[-1] == NAME

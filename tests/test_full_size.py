@@ -139,7 +139,7 @@ def test_the_full_profile_reads_imagenets_layout_and_local_weights(
     torch.save({"model": timm.create_model(name).state_dict()}, tmp_path / f"{name}.pth")
     command = ["table", "1", "--profile", "full", "--data", f"folder:{imagenet}", "--checkpoints", str(tmp_path)]
     small = ["--models", key, "--methods", "base_ptq", "repq_vit", "--bits", "W4A4", "--limit", "4"]
-    assert main([*command, *small, "--calibration-size", "2", "--out", str(tmp_path)]) == 0
+    assert main([*command, *small, "--calibration-size", "2", "--store", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert "Measured on 4 images" in text
     assert "‡ Does not count" in text  # random weights are not the published model

@@ -17,7 +17,6 @@ pytest.importorskip("pycocotools")
 from benchmarks.bundled.sams import create_bundled_sam
 from benchmarks.cell import Cell
 from benchmarks.cli.main import main
-from benchmarks.report import spec
 from benchmarks.run.executors.local import InProcess
 from benchmarks.run.scheduler import run_cells
 from benchmarks.run.store import ResultStore
@@ -26,7 +25,7 @@ RUN = ["run", "segmentation", "--model", "bundled_sam", "--data", "bundled", "--
 TABLE = """
 title = "Zero-shot segmentation"
 task = "segmentation"
-metrics = { mean_iou = "mean IoU", mask_ap = "mask AP" }
+metrics = ["mean_iou", "mask_ap"]
 methods = ["base_ptq"]
 
 [profiles.bundled]
@@ -100,7 +99,7 @@ def test_options_of_the_task_belong_to_the_cell(
         configs.append(json.loads(capsys.readouterr().out)["config"])
     assert configs[0] == configs[1]
     given = [config.get("task_arguments") for config in configs[1:]]
-    assert given == [None, [["encoder_only", True], ["prompts", "points"]], [["prompts", str(file)]]]
+    assert given == [None, [["encoder_only", True], ["prompts", "points"]], [["prompts", file.name]]]
 
 
 def test_a_cell_without_options_of_its_task_is_the_one_it_was() -> None:
@@ -116,18 +115,16 @@ def test_cells_that_ask_differently_do_not_share_what_they_ask(weights: Path, tm
         for arguments in ((), (("prompts", "points"),))
     ]
     executor = InProcess(torch.device("cpu"))
-    both = run_cells(cells, ResultStore(tmp_path / "both"), executor)
-    (alone,) = run_cells(cells[1:], ResultStore(tmp_path / "alone"), executor)
-    assert both[0]["metrics"] != both[1]["metrics"] == alone["metrics"]
+    both = dict(run_cells(cells, ResultStore(tmp_path / "both"), executor))
+    alone = dict(run_cells(cells[1:], ResultStore(tmp_path / "alone"), executor))
+    assert both[cells[0]]["metrics"] != both[cells[1]]["metrics"] == alone[cells[1]]["metrics"]
 
 
-def test_a_table_asks_by_boxes(
-    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(spec, "_TABLES", tmp_path)
-    (tmp_path / "9.toml").write_text(TABLE)
-    out = ["--out", str(tmp_path / "runs"), "--checkpoints", str(weights.parent), "--limit", "1", "--jobs", "0"]
-    assert main(["table", "9", *out]) == 0
+def test_a_table_asks_by_boxes(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = tmp_path / "9.toml"
+    table.write_text(TABLE)
+    out = ["--store", str(tmp_path / "runs"), "--checkpoints", str(weights.parent), "--limit", "1", "--jobs", "0"]
+    assert main(["table", str(table), *out]) == 0
     text = capsys.readouterr().out
     assert "Bundled SAM, mean IoU" in text
     assert "Bundled SAM, mask AP" in text

@@ -71,7 +71,7 @@ def test_medians_are_multiples_of_full_precision(monkeypatch: pytest.MonkeyPatch
     assert found["full_precision"]["forward"] == 2
     values = found["methods"]["base_ptq"]
     assert (values["calibration"], values["forward"]) == (3.5, 2.5)
-    assert "| Base " in render(found, lambda _: "Base")
+    assert "| Base PTQ " in render(found)
 
 
 def test_an_iteration_is_what_more_iterations_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
