@@ -48,14 +48,17 @@ class _Ignored:
 
 
 # mmengine's training checkpoints keep the history of their losses, in numpy's arrays. Not even numpy's own functions
-# are called for it.
-_HISTORY = (
-    "mmengine.logging.history_buffer.HistoryBuffer",
-    "builtins.getattr",
-    "numpy.dtype",
-    "numpy.ndarray",
-    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
-)
+# are called for it: each is a class of that name (torch 2.5 takes no names beside the classes).
+_HISTORY: list[Any] = [
+    type(name, (_Ignored,), {"__module__": module})
+    for module, name in (
+        ("mmengine.logging.history_buffer", "HistoryBuffer"),
+        ("builtins", "getattr"),
+        ("numpy", "dtype"),
+        ("numpy", "ndarray"),
+        *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
+    )
+]
 
 
 def detector_names() -> list[str]:
@@ -190,7 +193,7 @@ def read_weights(file: str) -> dict[str, Tensor]:
         if file.endswith(".safetensors"):
             content = load_file(file)
         else:
-            with torch.serialization.safe_globals([(_Ignored, name) for name in _HISTORY]):
+            with torch.serialization.safe_globals(_HISTORY):
                 content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise anything
         raise unreadable_checkpoint(file, error, f"cannot read checkpoint {file}") from None
