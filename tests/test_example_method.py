@@ -20,7 +20,7 @@ from benchmarks.tasks import coco
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "pow2_channels"
-NAME = "pow2_channels"
+NAME, LABEL = "pow2_channels", "Pow2-Channels"
 SMALL = ["--bits", "W4A4", "--seeds", "0", "--calibration-size", "2", "--jobs", "0"]
 
 
@@ -46,7 +46,7 @@ def test_it_takes_at_most_sixty_lines_of_python() -> None:
 
 def test_it_is_listed_once_it_is_installed(installed: Path, tmp_path: Path) -> None:
     path = os.pathsep.join([str(installed), str(ROOT)])
-    command = [sys.executable, "-m", "benchmarks.cli", "list", "methods"]
+    command = [sys.executable, "-m", "benchmarks.cli.main", "list", "methods"]
     environment = {**os.environ, "PYTHONPATH": path}
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert NAME in done.stdout.split()
@@ -57,7 +57,7 @@ def test_it_is_listed_once_it_is_installed(installed: Path, tmp_path: Path) -> N
 def test_it_stands_in_table_1(choice: Sequence[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["table", "1", *choice, "--models", "bundled_vit", *SMALL, "--limit", "20", "--store", str(tmp_path)]
     assert main(command) == 0
-    assert _methods(capsys.readouterr().out) == ["Full precision", "Base PTQ", NAME]
+    assert _methods(capsys.readouterr().out) == ["Full precision", "Base PTQ", LABEL]
 
 
 @pytest.mark.usefixtures("at_hand")
@@ -75,7 +75,7 @@ def test_it_stands_in_every_other_table(
     assert main([*command, "--store", str(tmp_path)]) == 0
     methods = _methods(capsys.readouterr().out)
     assert methods[0] == "Full precision"
-    assert methods[-1] == NAME
+    assert methods[-1] == LABEL
     assert len(methods) == 3
 
 
