@@ -79,6 +79,6 @@ def measure_model(cell: Cell, subject: Subject, model: nn.Module, device: torch.
     return {
         "metrics": metrics,
         "timing": {"evaluation": evaluation.seconds, "loading": loading.seconds},
-        "cost": {"evaluation_memory": peak.megabytes, **measure_cost(model, images, device, subject.forward)},
+        "cost": {"evaluation_memory": peak.megabytes, **measure_cost(model, images, device, subject.infer)},
         "report": {} if quantization is None else quantization.report,
     }

@@ -151,7 +151,7 @@ class _Run:
 
     def _keep_memory(self, found: dict[str, list[float]], model: nn.Module) -> None:
         with torch.inference_mode(), peak_memory(self.device) as peak:
-            self.subject.forward(model, self.images)
+            self.subject.infer(model, self.images)
         if peak.megabytes is not None:
             found["forward_memory"].append(peak.megabytes)
 
@@ -167,14 +167,14 @@ class _Run:
             found["iteration"].append(self._iteration(cell))
 
     def _forward(self, model: nn.Module) -> float:
-        forward = partial(self.subject.forward, model, self.images)
+        forward = partial(self.subject.infer, model, self.images)
         with torch.inference_mode():
             return statistics.median(time_of(forward, self.device) for _ in range(_PASSES))
 
     def _train(self) -> None:
         model: nn.Module = self.subject.model
         model.requires_grad_(True)
-        self.subject.forward(model, self.images).square().mean().backward()
+        self.subject.infer(model, self.images).square().mean().backward()
         model.zero_grad()
 
     def _iteration(self, cell: Cell) -> float:

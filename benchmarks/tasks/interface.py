@@ -44,7 +44,7 @@ class Subject(Protocol):
     def evaluation_images(self, count: int) -> Tensor:
         """Return the first images of the evaluation split, preprocessed: B×C×H×W with B at most `count`."""
 
-    def forward(self, model: nn.Module, images: Tensor) -> Any:
+    def infer(self, model: nn.Module, images: Tensor) -> Any:
         """Run the part of a model that is timed.
 
         Args:

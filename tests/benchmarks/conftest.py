@@ -70,7 +70,7 @@ class CountingSubject:
     def evaluation_images(self, count: int) -> Tensor:
         return self.calibration_images(2, 0)
 
-    def forward(self, model: nn.Module, images: Tensor) -> Any:
+    def infer(self, model: nn.Module, images: Tensor) -> Any:
         return model(images)
 
     def evaluate(

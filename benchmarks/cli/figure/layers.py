@@ -133,7 +133,7 @@ def _draw_outliers(options: argparse.Namespace) -> None:
 
     def forward(model: nn.Module, images: Any) -> None:
         for batch in images.split(cell.batch_size):
-            subject.forward(model, batch)
+            subject.infer(model, batch)
 
     images = subject.evaluation_images(options.images).to(device)
     outliers.draw_outliers(outliers.collect_outliers(model, images, forward), options.file)

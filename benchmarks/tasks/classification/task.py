@@ -81,7 +81,7 @@ class Classification:
         available = len(self.validation)
         return torch.stack([self.validation[index][0] for index in range(min(count, available))])
 
-    def forward(self, model: nn.Module, images: Tensor) -> Tensor:
+    def infer(self, model: nn.Module, images: Tensor) -> Tensor:
         """Return logits, B×classes.
 
         Args:

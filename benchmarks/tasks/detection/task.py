@@ -110,7 +110,7 @@ class Detection:
         """Return the first evaluation images, padded to the size of the largest: B×3×H×W with B at most `count`."""
         return self._read(self.validation, range(min(count, len(self.validation.images))), "reading images")
 
-    def forward(self, model: nn.Module, images: Tensor) -> Any:
+    def infer(self, model: nn.Module, images: Tensor) -> Any:
         """Run backbone and neck.
 
         Args:

@@ -132,7 +132,7 @@ class Segmentation:
         """Return the first evaluation images, scaled, normalized and padded to B×3×S×S with B at most `count`."""
         return self._read(self.validation, range(min(count, len(self.validation.images))), "reading images")
 
-    def forward(self, model: nn.Module, images: Tensor) -> Any:
+    def infer(self, model: nn.Module, images: Tensor) -> Any:
         """Run the image encoder, which takes nearly all of the time.
 
         Args:

@@ -277,7 +277,7 @@ def test_non_finite_features_name_the_layer(subject: Detection) -> None:
 
 
 def test_forward_gives_what_the_neck_gives(subject: Detection) -> None:
-    levels = subject.forward(subject.model.eval(), subject.evaluation_images(2))
+    levels = subject.infer(subject.model.eval(), subject.evaluation_images(2))
     assert [tuple(level.shape) for level in levels] == [(2, 64, size, size) for size in (24, 12, 6, 3)]
 
 

@@ -1,0 +1,7 @@
+"""The ``adfq`` command as ``python -m benchmarks.cli``."""
+
+import sys
+
+from benchmarks.cli.main import main
+
+sys.exit(main())
