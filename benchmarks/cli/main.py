@@ -53,7 +53,3 @@ def _parser() -> argparse.ArgumentParser:
         command.add(commands)
     commands.metavar = "|".join(commands.choices)
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

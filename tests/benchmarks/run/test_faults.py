@@ -23,7 +23,7 @@ def start(fault_methods: Path, tmp_path: Path) -> Callable[..., subprocess.Popen
     """Starts `adfq table 1` on tmp_path/runs, where methods that take their time, or die, have a name."""
 
     def start(*arguments: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "benchmarks.cli.main", *TABLE, "--calibration-size", "2", *arguments]
+        command = [sys.executable, "-m", "benchmarks.cli", *TABLE, "--calibration-size", "2", *arguments]
         path = os.pathsep.join([str(fault_methods), str(Path.cwd()), os.environ.get("PYTHONPATH", "")])
         environment = {**os.environ, "PYTHONPATH": path, "FAULT_LOG": str(tmp_path / "log")}
         return subprocess.Popen(
