@@ -236,6 +236,7 @@ class Selection:
     Attributes:
         profile: the tables' profile: ``bundled``, ``full`` for the paper's data and models, or another one of theirs.
         data: the task's data spec; None for the profile's own.
+        data_name: name of the data set in records; None for that of its folder (`benchmarks.cell.data_set_name`).
         checkpoints: a folder of weights named after models, or None.
         models: keys or names of the columns; None for all.
         methods: methods, or keys of rows; None for all rows. Full precision is always there.
@@ -251,6 +252,7 @@ class Selection:
 
     profile: str = BUNDLED
     data: str | None = None
+    data_name: str | None = None
     checkpoints: str | Path | None = None
     models: Sequence[str] | None = None
     methods: Sequence[str] | None = None
@@ -320,6 +322,7 @@ def make_plan(names: Sequence[str | Path] = (), selection: Selection | None = No
             raise AdfqError(f"the {table.profile} profile needs --data, {task.data} for example")
         entries = table.entries(
             data=data,
+            data_name=selection.data_name,
             pretrained=table.data != BUNDLED,
             checkpoint=_checkpoint_finder(selection.checkpoints, check_files),
             limit=selection.limit,

@@ -6,7 +6,7 @@ import shlex
 from typing import Any
 
 from adfq.method import FULL_PRECISION
-from benchmarks.cell import Arguments, Cell
+from benchmarks.cell import Arguments, Cell, data_set_name
 from benchmarks.cli.options import pair
 from benchmarks.tasks import find_task
 
@@ -22,6 +22,8 @@ def command_line(cell: Cell) -> str:
     if cell.pretrained:
         words.append("--pretrained")
     words += ["--data", location.data]
+    if cell.data != data_set_name(location.data):
+        words += ["--data-name", cell.data]
     arguments = [(name, location.file(name, value)) for name, value in cell.task_arguments]
     for name, value in (*arguments, *cell.preprocessing):
         words.append(f"--{name.replace('_', '-')}")

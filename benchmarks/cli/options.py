@@ -28,6 +28,7 @@ def add_table(parser: argparse.ArgumentParser) -> None:
         "--profile", default=BUNDLED, help="bundled (default), full (the paper's data and models), or another one"
     )
     parser.add_argument("--data", metavar="SPEC", help="data of the full profile, as for 'adfq run'")
+    _add_data_name(parser)
     parser.add_argument("--checkpoints", type=Path, metavar="DIR", help="files MODEL.safetensors, .pth, .bin or .npz")
     parser.add_argument("--models", nargs="+", metavar="MODEL", help="columns, by key or name (default: all)")
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="methods, or rows by their key (default: all)")
@@ -47,8 +48,15 @@ def add_experiment(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("task", choices=task_names())
     add_model(parser)
     parser.add_argument("--data", required=True, metavar="SPEC", help=DATA_HELP)
+    _add_data_name(parser)
     add_prompts(parser)
     add_method(parser)
+
+
+def _add_data_name(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data-name", metavar="NAME", help="name of the data set in records (default: that of its folder)"
+    )
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -153,6 +161,7 @@ def cell_fields(options: argparse.Namespace) -> dict[str, Any]:
     task = find_task(options.task)
     given["model"] = options.config or options.model
     given["batch_size"] = given["batch_size"] or task.batch_size
+    given["data_name"] = getattr(options, "data_name", None)
     given["task_arguments"] = task_arguments(task, _task_options(options))
     names = ("input_size", "mean", "std", "crop_pct", "interpolation")
     given["preprocessing"] = [(name, getattr(options, name)) for name in names if getattr(options, name) is not None]

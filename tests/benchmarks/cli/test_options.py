@@ -60,6 +60,7 @@ def test_every_cell_of_every_table(
         {"preprocessing": (("crop_pct", 0.9), ("input_size", [3, 28, 28]), ("mean", (0.5, 0.1)), ("std", (1.0, 2.0)))},
         {"preprocessing": (("interpolation", "bilinear"),), "batch_size": 1, "seed": 3, "bits": "W3/A8"},
         {"task": "detection", "model": "configs/mine.py", "batch_size": 1},
+        {"data": "folder:/data/2012", "data_name": "imagenet"},
         {
             "task": "detection",
             "model": "mask_rcnn_swin_tiny",
