@@ -41,7 +41,7 @@ def test_every_environment_is_one_of_tox() -> None:
     tox = ConfigParser()
     tox.read(ROOT / "tox.ini")
     wanted = [name for command in commands() for name in re.findall(r"tox run -e (\S+)", command)]
-    assert sorted(wanted) == ["regress", "tests"]
+    assert sorted(wanted) == ["lowest", "regress", "tests"]
     assert {f"testenv:{name}" for name in wanted} <= set(tox.sections())
 
 
@@ -55,6 +55,15 @@ def test_every_supported_python_is_tested() -> None:
     versions = re.findall(r"Python :: (3\.\d+)", "\n".join(project["classifiers"]))
     assert WORKFLOWS["tests"]["jobs"]["tests"]["strategy"]["matrix"]["python"] == versions
     assert project["requires-python"] == f">={versions[0]}"
+
+
+def test_the_lowest_versions_are_tested_with_the_lowest_python() -> None:
+    steps = WORKFLOWS["tests"]["jobs"]["lowest"]["steps"]
+    (python,) = [step["with"]["python-version"] for step in steps if "with" in step]
+    tox = ConfigParser()
+    tox.read(ROOT / "tox.ini")
+    assert tox["testenv:lowest"]["base_python"] == f"python{python}"
+    assert python == WORKFLOWS["tests"]["jobs"]["tests"]["strategy"]["matrix"]["python"][0]
 
 
 def test_the_site_is_built_with_the_extra_s_packages() -> None:
