@@ -243,7 +243,7 @@ def test_optimization_of_a_detector(detectors: Mapping[str, nn.Module], tmp_path
     detector, images = detectors["mask_rcnn"], draw()
     quantized = adfq.quantize(detector, "adfq_vit", 3, 3, images, resume=tmp_path, **options)
     results = quantized.quantization.report["modules"]
-    assert list(results) == list(adapt(copy.deepcopy(detector)).modules)
+    assert list(results) == list(adapt(copy.deepcopy(detector)).units)
     assert sum(result["after"] < result["before"] for result in results.values()) > len(results) / 2
     matmuls = [module for module in quantized.modules() if isinstance(module, QuantMatMul)]
     assert all(matmul.left_quantizer.is_calibrated for matmul in matmuls)

@@ -140,7 +140,7 @@ def test_optimization_lowers_every_modules_error(model: nn.Module, make_images: 
     optimized = optimize(model, images, iterations=80)
     modules = report(optimized)
     assert next(iter(modules)) == "patch_embed"
-    assert set(modules) == set(adapt(copy.deepcopy(model)).modules)
+    assert set(modules) == set(adapt(copy.deepcopy(model)).units)
     assert all(module["after"] < module["before"] for module in modules.values() if module["kept"])
     assert sum(module["kept"] for module in modules.values()) >= len(modules) - 1
     calibrated = adfq.quantize(model, "adfq_vit", 3, 3, images, iterations=0)

@@ -254,7 +254,7 @@ def test_optimization_of_image_encoder_and_mask_decoder(sam: nn.Module, tmp_path
     options: dict[str, Any] = {"iterations": 20, "optimize_batch_size": 2, "rounding_learning_rate": 4e-2}
     quantized = adfq.quantize(sam, "adfq_vit", 3, 3, draw(4), resume=tmp_path, **options)
     results = quantized.quantization.report["modules"]
-    assert list(results) == list(adapt(copy.deepcopy(sam)).modules)
+    assert list(results) == list(adapt(copy.deepcopy(sam)).units)
     assert sum(result["after"] < result["before"] for result in results.values()) > len(results) / 2
     again = adfq.quantize(sam, "adfq_vit", 3, 3, draw(4), resume=tmp_path, **options)
     with torch.no_grad():

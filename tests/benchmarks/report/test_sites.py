@@ -103,7 +103,7 @@ def test_layers_that_are_left_out_come_last_with_the_reason(make_vit: MakeModel,
     assert set(before["weight"]) == set(before["input"]) == {"full precision"}
     assert summarize_sites(before) == "0 of 10 layers' weights quantized, 0.0 % of their values"
 
-    network = replace(adapt(copy.deepcopy(model)), kept=("prompts",))
+    network = replace(adapt(copy.deepcopy(model)), excluded=("prompts.*",))
     with pytest.warns(UserWarning, match="no rule"):
         model = quantize(model, "base_ptq", 4, 4, make_images())
     frame = tabulate_sites(model, network)

@@ -360,8 +360,8 @@ def test_the_encoder_alone(load: Callable[..., Segmentation], root: Path) -> Non
     assert whole.model is whole.sam
     assert evaluate(whole) == evaluate(alone)
     images = whole.evaluation_images(1)
-    assert torch.equal(whole.forward(whole.model, images), alone.forward(alone.model, images))
-    assert whole.forward(whole.model, images).shape == (1, 64, 12, 12)
+    assert torch.equal(whole.infer(whole.model, images), alone.infer(alone.model, images))
+    assert whole.infer(whole.model, images).shape == (1, 64, 12, 12)
     changed, given = copy.deepcopy(whole.model), alone.model
     with torch.no_grad():
         changed.image_encoder.blocks[0].mlp.lin2.bias += 3  # type: ignore[union-attr,index,operator]
