@@ -77,11 +77,19 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pretrained", action="store_true", default=None, help="download timm's weights where there is no checkpoint"
     )
-    parser.add_argument("--input-size", type=int, nargs=3, metavar=("C", "H", "W"))
-    parser.add_argument("--mean", type=_floats, metavar="M,M,M")
-    parser.add_argument("--std", type=_floats, metavar="S,S,S")
-    parser.add_argument("--crop-pct", type=float)
-    parser.add_argument("--interpolation", choices=["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"])
+    parser.add_argument(
+        "--input-size", type=int, nargs=3, metavar=("C", "H", "W"), help="channels and pixels (default: the model's)"
+    )
+    parser.add_argument("--mean", type=_floats, metavar="M,M,M", help="mean a channel (default: the model's)")
+    parser.add_argument(
+        "--std", type=_floats, metavar="S,S,S", help="standard deviation a channel (default: the model's)"
+    )
+    parser.add_argument("--crop-pct", type=float, help="share of the shorter side that is kept (default: the model's)")
+    parser.add_argument(
+        "--interpolation",
+        choices=["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"],
+        help="filter for resizing (default: the model's)",
+    )
 
 
 def add_method(parser: argparse.ArgumentParser) -> None:
@@ -90,7 +98,15 @@ def add_method(parser: argparse.ArgumentParser) -> None:
         "--encoder-only", action="store_true", default=None, help="quantize the image encoder alone (segmentation)"
     )
     parser.add_argument("--method", help="method of 'adfq list methods'")
-    parser.add_argument("--method-arg", dest="method_arguments", type=pair, nargs="+", action="extend", metavar="K=V")
+    parser.add_argument(
+        "--method-arg",
+        dest="method_arguments",
+        type=pair,
+        nargs="+",
+        action="extend",
+        metavar="K=V",
+        help="options of the method, on its page in docs/methods",
+    )
     parser.add_argument("--bits", help="weights and activations, 2 to 8 each (default: W4A4)")
     add_seed(parser)
 
