@@ -32,5 +32,6 @@ def _print_tables(options: argparse.Namespace) -> int:
         text = results.render(options.format)
         write_text(out / f"{results.table.slug}.{STYLES[options.format]}", text)
         tqdm.write(f"{gap}{text}", file=sys.stdout, end="")  # past the bar of the tables to come
+        sys.stdout.flush()  # a pipe would hold the table back until the next one
         gap, failed = "\n", failed or results.count("failed") > 0
     return int(failed)
