@@ -46,7 +46,7 @@ def test_it_takes_at_most_sixty_lines_of_python() -> None:
 
 def test_it_is_listed_once_it_is_installed(installed: Path, tmp_path: Path) -> None:
     path = os.pathsep.join([str(installed), str(ROOT)])
-    command = [sys.executable, "-m", "benchmarks.cli.main", "list", "methods"]
+    command = [sys.executable, "-m", "benchmarks.cli", "list", "methods"]
     environment = {**os.environ, "PYTHONPATH": path}
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert NAME in done.stdout.split()
