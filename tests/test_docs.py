@@ -226,7 +226,7 @@ def _parsers() -> dict[str, argparse.ArgumentParser]:
 
 
 def _options(parser: argparse.ArgumentParser) -> set[str]:
-    """Of a command and all below it."""
+    """Return the options of a command and all below it."""
     found = set(parser._option_string_actions)
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -321,7 +321,7 @@ class _Runner:
             assert cli.main(["table", "1", *small, "--store", reads]) == 0
 
     def tox(self, arguments: Sequence[str]) -> None:
-        """What an environment of tox runs, where that is adfq; the other one is that of the tests."""
+        """Run the commands of an environment of tox that are adfq's; the tests' environment has others."""
         tox = configparser.ConfigParser(interpolation=None)
         tox.read(ROOT / "tox.ini")
         assert arguments[:2] == ["run", "-e"], f"tox {arguments}"

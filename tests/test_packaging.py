@@ -1,4 +1,4 @@
-"""What is installed is what the repository holds."""
+"""The installed package holds the files of the repository."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What runs on GitHub is what the repository has."""
+"""GitHub's workflows run the repository's own commands."""
 
 from __future__ import annotations
 

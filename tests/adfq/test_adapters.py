@@ -266,7 +266,7 @@ def test_a_norm_that_is_no_layernorm_is_no_pair(make_vit: MakeModel, make_swin: 
 def test_scales_can_be_exchanged_within_each_pair(
     which: tuple[str, str], make: Callable[[tuple[str, str]], nn.Module], make_images: MakeImages
 ) -> None:
-    """Which holds only if the linear layer reads the norm's output and nothing else does."""
+    """The exchange works only if the linear layer is the one reader of the norm's output."""
     model, images = make(which), images_for(which, make_images)
     with torch.no_grad():
         expected = model(images)

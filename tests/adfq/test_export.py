@@ -112,7 +112,7 @@ def test_kernels_that_saturate_are_not_used(
 
 
 def test_ranges_without_zero_and_operands_in_full_precision(make_vit: MakeModel, tmp_path: Path) -> None:
-    """What does not come up in models of two blocks, in one of one."""
+    """Cases that models of two blocks do not have, in a model of one."""
     images = torch.randn(8, 3, 32, 32)
     model = make_vit(depth=1)
     with torch.no_grad():

@@ -80,7 +80,7 @@ def draw(count: int = 2, filled: int = SIZE) -> Tensor:
 
 
 def ask(sam: Any, image: Tensor) -> list[Tensor]:
-    """What segment_anything's own forward pass gives for a box, and for a point."""
+    """Return the outputs of segment_anything's own forward pass for a box, and for a point."""
     record = {"image": image, "original_size": (SIZE, SIZE)}
     by_box = sam([{**record, "boxes": torch.tensor([[4.0, 8.0, 40.0, 50.0]])}], multimask_output=False)
     point = {"point_coords": torch.tensor([[[20.0, 30.0]]]), "point_labels": torch.ones(1, 1)}

@@ -1,4 +1,4 @@
-"""What has been measured can be listed, shown and taken elsewhere."""
+"""Measured records can be listed, shown and taken elsewhere."""
 
 from __future__ import annotations
 
