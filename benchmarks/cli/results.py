@@ -12,10 +12,8 @@ import pandas as pd
 
 from adfq.errors import AdfqError
 from benchmarks.cli.options import Commands
-from benchmarks.run.merge import merge_stores
 from benchmarks.run.store import ResultStore
 from benchmarks.tasks import find_task, task_names
-from benchmarks.tasks.shared import check_place
 
 _WRITERS: Mapping[str, Callable[..., Any]] = {".csv": pd.DataFrame.to_csv, ".parquet": pd.DataFrame.to_parquet}
 
@@ -60,6 +58,8 @@ def _show(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
+    from benchmarks.tasks.shared import check_place  # torch takes its time
+
     writer = _WRITERS.get(options.file.suffix.lower())
     if writer is None:
         raise AdfqError(f"cannot export to {options.file}: exports are {' or '.join(_WRITERS)}")
@@ -74,6 +74,8 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _merge(options: argparse.Namespace) -> None:
+    from benchmarks.run.merge import merge_stores
+
     for folder in options.stores:
         _open(folder)  # before the store is created
     merged = merge_stores(options.stores, ResultStore(options.store))

@@ -107,8 +107,9 @@ def summarize(table: Table, frame: pd.DataFrame) -> pd.DataFrame:
     (of all seeds: failed, n/a, missing or measured, the first that any has), and ``best``: whether the mean is better
     than each other one at that bit-width and model by more than the spread, which is √(s₁² + s₂²) of the two.
     """
-    groups = frame.groupby(["row", "bits", "model"], sort=False, as_index=False)
-    shared: dict[str, Any] = {name: (name, "first") for name in ("label", "method")} | {"status": ("status", _worst)}
+    ranked = frame.assign(status=frame["status"].map(_STATUSES.index))
+    groups = ranked.groupby(["row", "bits", "model"], sort=False, as_index=False)
+    shared: dict[str, Any] = {name: (name, "first") for name in ("label", "method")} | {"status": ("status", "min")}
     shared |= {key: (key, "mean") for key in COSTS if key in frame}
     parts = []
     for metric in table.metrics:
@@ -118,6 +119,7 @@ def summarize(table: Table, frame: pd.DataFrame) -> pd.DataFrame:
                 aggregates[name] = (column, how)
         parts.append(groups.agg(**aggregates, **shared).assign(metric=metric))
     summary = pd.concat(parts, ignore_index=True)
+    summary["status"] = summary["status"].map(_STATUSES.__getitem__)
     summary["best"] = False
     quantized = summary[summary["method"] != FULL_PRECISION].dropna(subset="mean")
     for (key, _, _), group in quantized.groupby(["metric", "bits", "model"]):
@@ -128,10 +130,6 @@ def summarize(table: Table, frame: pd.DataFrame) -> pd.DataFrame:
         ahead = [quality.gain(mean, best[1]) > math.hypot(best[2], std) for _, mean, std in others]
         summary.loc[best[0], "best"] = bool(ahead) and all(ahead)
     return summary
-
-
-def _worst(statuses: pd.Series[Any]) -> str:
-    return next(status for status in _STATUSES if (statuses == status).any())
 
 
 def _wide(

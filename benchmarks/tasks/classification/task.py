@@ -16,8 +16,7 @@ from tqdm import tqdm
 from adfq.errors import AdfqError, NonFiniteError
 from benchmarks.bundled import BUNDLED
 from benchmarks.tasks.classification.data import CheckedDataset, open_split
-from benchmarks.tasks.classification.models import classifier_names, create_classifier, resolve_bundled
-from benchmarks.tasks.interface import Task
+from benchmarks.tasks.classification.models import create_classifier, resolve_bundled
 from benchmarks.tasks.shared import (
     Stopwatch,
     choose_images,
@@ -143,11 +142,6 @@ class Classification:
         return {"top1": hits1 / count, "top5": hits5 / count, "images": count}
 
 
-def describe_classification(metrics: Mapping[str, float]) -> str:
-    """Return the metrics as one phrase."""
-    return f"top-1 {metrics['top1']:.2f} %, top-5 {metrics['top5']:.2f} % on {metrics['images']} images"
-
-
 def load_classification(cell: Cell) -> Classification:
     """Load a cell's model and data.
 
@@ -204,14 +198,3 @@ def _data_config(cell: Cell, model: Any) -> dict[str, Any]:
     if not len(config["mean"]) == len(config["std"]) == channels:
         raise AdfqError(f"the model's mean and std do not fit {channels} channels; give them")
     return config
-
-
-TASK = Task(
-    load_classification,
-    attach_classification,
-    classifier_names,
-    describe_classification,
-    main_metrics=("top1",),
-    data="folder:/path/to/imagenet",
-    batch_size=100,
-)

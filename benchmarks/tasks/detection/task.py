@@ -29,8 +29,7 @@ from benchmarks.tasks.coco import (
     find_root,
     read_image,
 )
-from benchmarks.tasks.detection.models import detector_names, load_detector, mmdetection
-from benchmarks.tasks.interface import Task
+from benchmarks.tasks.detection.models import load_detector, mmdetection
 from benchmarks.tasks.shared import (
     Stopwatch,
     choose_images,
@@ -251,14 +250,6 @@ class Detection:
             return CheckedImages(_build_dataset(self.model.cfg, ann_file=str(file), folder=split.folder))
 
 
-def describe_detection(metrics: Mapping[str, float]) -> str:
-    """Return the metrics as one phrase."""
-    found = ", ".join(f"{kind} AP {metrics[f'{kind}_ap']:.2f}" for kind in KINDS.values() if f"{kind}_ap" in metrics)
-    errors = [value for name, value in metrics.items() if name.startswith("feature_error_")]
-    off = f"; backbone features off by {', '.join(f'{100 * error:.1f} %' for error in errors)}" if any(errors) else ""
-    return f"{found} on {metrics['images']} images{off}"
-
-
 def load_detection(cell: Cell, results: str | None = None) -> Detection:
     """Load a cell's model and data.
 
@@ -325,16 +316,3 @@ def _check_supported(cell: Cell) -> None:
         raise AdfqError("a detector and its preprocessing come from its config alone; there are no arguments for them")
     if cell.pretrained:
         raise AdfqError("weights of detectors are not downloaded; give --checkpoint FILE, of a table --checkpoints DIR")
-
-
-TASK = Task(
-    load_detection,
-    None,
-    detector_names,
-    describe_detection,
-    main_metrics=("box_ap", "mask_ap"),
-    data="/path/to/coco",
-    batch_size=1,
-    options=("config", "results"),
-    libraries=("mmdet", "mmengine", "mmcv"),
-)

@@ -15,10 +15,8 @@ from numpy.typing import NDArray
 
 from adfq.errors import AdfqError
 from benchmarks.tasks.masks import is_number
+from benchmarks.tasks.segmentation import BOXES, POINTS
 from benchmarks.tasks.shared import one_line
-
-#: Prompts from the ground truth; any other name is that of a file.
-BOXES, POINTS = "boxes", "points"
 
 _FIELDS = ("image_id", "category_id", "bbox", "score")
 

@@ -25,13 +25,11 @@ from benchmarks.tasks.coco import (
     digest_splits,
     find_root,
 )
-from benchmarks.tasks.interface import Task
 from benchmarks.tasks.masks import cocotools, is_number, read_rle
+from benchmarks.tasks.segmentation import ARGUMENTS, BOXES, POINTS, SIZES
 from benchmarks.tasks.segmentation.images import ScaledImages, Scene, read_pixels, scale, segment
-from benchmarks.tasks.segmentation.models import load_sam, sam_names
+from benchmarks.tasks.segmentation.models import load_sam
 from benchmarks.tasks.segmentation.prompts import (
-    BOXES,
-    POINTS,
     Prompts,
     box_prompts,
     clip_box,
@@ -50,12 +48,6 @@ from benchmarks.tasks.shared import (
 
 if TYPE_CHECKING:
     from benchmarks.cell import Cell
-
-#: Names that a cell's `task_arguments` may have, with their defaults.
-ARGUMENTS: Mapping[str, Any] = {"prompts": BOXES, "encoder_only": False}
-
-#: COCO's sizes of objects, and the area in pixels that each begins at.
-SIZES: Mapping[str, float] = {"small": 0, "medium": 32**2, "large": 96**2}
 
 
 @dataclass(frozen=True)
@@ -323,15 +315,6 @@ def _write_results(found: Sequence[Mapping[str, Any]], file: Path) -> None:
         raise AdfqError(f"cannot write {file}: {error.strerror}") from None
 
 
-def describe_segmentation(metrics: Mapping[str, float]) -> str:
-    """Return the metrics as one phrase."""
-    named = [f"{name} {metrics[f'mean_iou_{name}']:.2f}" for name in SIZES if f"mean_iou_{name}" in metrics]
-    return (
-        f"mean IoU {metrics['mean_iou']:.2f} % ({', '.join(named)}), mask AP {metrics['mask_ap']:.2f}, "
-        f"{metrics['instances']} instances in {metrics['images']} images"
-    )
-
-
 def load_segmentation(cell: Cell, results: str | None = None) -> Segmentation:
     """Load a cell's model and data.
 
@@ -383,17 +366,3 @@ def _check_supported(cell: Cell) -> None:
     unknown = [name for name, _ in cell.task_arguments if name not in ARGUMENTS]
     if unknown:
         raise AdfqError(f"segmentation has no argument {unknown[0]!r}; it has {', '.join(ARGUMENTS)}")
-
-
-TASK = Task(
-    load_segmentation,
-    None,
-    sam_names,
-    describe_segmentation,
-    main_metrics=("mean_iou", "mask_ap"),
-    data="/path/to/coco",
-    batch_size=1,
-    options=("results",),
-    arguments=ARGUMENTS,
-    libraries=("segment_anything",),
-)

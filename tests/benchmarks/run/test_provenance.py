@@ -75,9 +75,9 @@ def test_the_code_of_a_cell_is_that_of_its_method_adapter_and_task(
         (Cell.create(task="segmentation", method="full_precision", **fields), make_vit()),
     ):
         assert provenance.code_digest(cell, model) == "digest"
-    runner, classification = "benchmarks.run.measuring", "benchmarks.tasks.classification.task"
+    runner, classification = "benchmarks.run.measuring", "benchmarks.tasks.classification"
     assert chosen == [
         (runner, classification, "baselines.base_ptq", "adfq.adapters.timm_vit"),
         (runner, classification, "baselines.repq_vit", "adfq.adapters.timm_swin"),
-        (runner, "benchmarks.tasks.segmentation.task"),
+        (runner, "benchmarks.tasks.segmentation"),
     ]

@@ -18,7 +18,7 @@ from benchmarks.run.sources import digest_sources, find_source, import_closure
 
 ROOT = Path(__file__).resolve().parents[3]
 
-TASK = "benchmarks.tasks.classification.task"
+TASK = "benchmarks.tasks.classification"
 VIT_CELL = ("benchmarks.run.measuring", TASK, "baselines.base_ptq", "adfq.adapters.timm_vit")
 SWIN_CELL = ("benchmarks.run.measuring", TASK, "baselines.base_ptq", "adfq.adapters.timm_swin")
 REPQ_CELL = ("benchmarks.run.measuring", TASK, "baselines.repq_vit", "adfq.adapters.timm_vit")
