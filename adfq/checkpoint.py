@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
+from numbers import Real
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,12 +21,14 @@ from torch import Tensor, nn
 from adfq.adapters import Architecture, adapt, create, qualified_name
 from adfq.api import Quantization
 from adfq.bits import Bits
+from adfq.differences import first_difference
 from adfq.errors import AdfqError
 from adfq.files import replacing
 from adfq.layers import QuantWeightLayer
+from adfq.packing import pack, unpack
 from adfq.quantizers import Quantizer
 from adfq.registry import find_method
-from adfq.sites import operators_of, sites_of
+from adfq.sites import Network, sites_of
 
 FORMAT = 1
 
@@ -46,6 +49,9 @@ _FIELDS = {
     "quantizers": dict,
     "versions": dict,
 }
+# Entries of `pretrained_cfg`: lists are told from tuples, and types that JSON does not have are left out.
+_TUPLE, _OTHER = "tuple", object()
+
 _DTYPES = {str(dtype): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 
 
@@ -110,45 +116,11 @@ def packed_size(model: nn.Module) -> int:
     """
     size = 0
     dtype = _dtype(model)
-    codes = {f"{name}.weight": _codes(layer, dtype) for name, layer in _weight_layers(model)}
+    codes = {f"{name}.weight": _codes(layer, dtype) for name, layer in Network(model).weight_layers()}
     for name, tensor in model.state_dict().items():
         packed = codes.get(name)
         size += (tensor if packed is None else packed).nbytes
     return size
-
-
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """Return codes packed without gaps, lowest bit first.
-
-    Args:
-        codes: uint8, each below 2^bits; any shape, n of them.
-        bits: bits a code, 1 to 8.
-
-    Returns:
-        Bytes, uint8, ⌈n·bits/8⌉ of them; unused bits of the last one are 0.
-    """
-    stream = _to_bits(codes.flatten(), bits)
-    return _from_bits(nn.functional.pad(stream, (0, -len(stream) % 8)), 8)
-
-
-def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
-    """Return the first `count` codes that `pack` has packed: uint8, `count`.
-
-    Args:
-        packed: uint8, from `pack`.
-        bits: bits a code, 1 to 8.
-        count: number of codes.
-    """
-    return _from_bits(_to_bits(packed, 8)[: count * bits], bits)
-
-
-def _to_bits(values: Tensor, bits: int) -> Tensor:
-    return ((values[:, None] >> torch.arange(bits, dtype=torch.uint8, device=values.device)) & 1).flatten()
-
-
-def _from_bits(stream: Tensor, bits: int) -> Tensor:
-    places = torch.arange(bits, dtype=torch.uint8, device=stream.device)
-    return (stream.view(-1, bits) << places).sum(1, dtype=torch.uint8)
 
 
 def _write(model: nn.Module, quantization: Quantization, notes: Mapping[str, Any]) -> bytes:
@@ -156,7 +128,7 @@ def _write(model: nn.Module, quantization: Quantization, notes: Mapping[str, Any
 
     dtype = _dtype(model)
     tensors: dict[str, Tensor] = model.state_dict()
-    for name, layer in _weight_layers(model):
+    for name, layer in Network(model).weight_layers():
         codes = _codes(layer, dtype)
         if codes is not None:
             del tensors[f"{name}.weight"]
@@ -171,6 +143,7 @@ def _write(model: nn.Module, quantization: Quantization, notes: Mapping[str, Any
         "calibration_size": quantization.calibration_size,
         "notes": notes,
         "architecture": asdict(quantization.architecture),
+        "pretrained_cfg": _plain(getattr(model, "pretrained_cfg", None)),
         "dtype": str(dtype),
         "quantizers": {
             site.name: _specify(site.name, quantizer)
@@ -188,6 +161,31 @@ def _write(model: nn.Module, quantization: Quantization, notes: Mapping[str, Any
     content = to_bytes(copies, {_HEADER: text})
     digest = hashlib.sha256(content).hexdigest()
     return _exchange_digest(content, _NO_DIGEST, digest)
+
+
+def _plain(value: Any) -> Any:
+    """Return the part of timm's description of weights and preprocessing that JSON can hold; its tuples are marked."""
+    if isinstance(value, Mapping):
+        return {str(key): found for key, entry in value.items() if (found := _plain(entry)) is not _OTHER}
+    if isinstance(value, (list, tuple)):
+        entries = [_plain(entry) for entry in value]
+        if _OTHER in entries:
+            return _OTHER
+        return {_TUPLE: entries} if isinstance(value, tuple) else entries
+    if isinstance(value, Real) and not isinstance(value, (bool, int)):
+        return float(value)  # numpy's too
+    return value if value is None or isinstance(value, (bool, int, str)) else _OTHER
+
+
+def _unmark(value: Any) -> Any:
+    """Return a value as it was before `_plain`."""
+    if isinstance(value, list):
+        return [_unmark(entry) for entry in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {_TUPLE} and isinstance(value[_TUPLE], list):
+        return tuple(map(_unmark, value[_TUPLE]))
+    return {key: _unmark(entry) for key, entry in value.items()}
 
 
 def _exchange_digest(content: bytes, old: str, new: str) -> bytes:
@@ -221,33 +219,22 @@ def _specify(site: str, quantizer: nn.Module) -> dict[str, Any]:
 
 
 def _check_rebuilds(model: nn.Module, architecture: Architecture, content: bytes) -> None:
-    """Raise AdfqError, with the difference, unless the written model gives the logits of the one at hand."""
+    """Raise AdfqError, with the difference, unless the written model is the one at hand and gives its logits."""
     problem = "this model's architecture cannot be rebuilt from its description"
     try:
         rebuilt = _rebuild(content)
     except AdfqError as error:
         raise AdfqError(f"{problem}: {error}") from None
     original = copy.deepcopy(model).eval()
+    # Modules first: quantization hides many a difference from the logits of one image.
+    if difference := first_difference(original, rebuilt):
+        raise AdfqError(f"{problem}: {difference}")
     parameter = next(original.parameters())
     image = torch.randn(1, *architecture.input_size, generator=torch.Generator().manual_seed(0))
     image = image.to(parameter.device, parameter.dtype)
     with torch.no_grad():
         if not _identical(original(image), rebuilt.to(parameter.device)(image)):
-            raise AdfqError(f"{problem}: {_difference(original, rebuilt)}")
-
-
-def _difference(original: nn.Module, rebuilt: nn.Module) -> str:
-    """Describe the first layer that differs, for an error message."""
-    others = dict(rebuilt.named_modules())
-    inactive = (nn.Identity, nn.Dropout)
-    for name, module in original.named_modules():
-        other = others.get(name)
-        if other is None or isinstance(module, inactive) or isinstance(other, inactive):
-            continue
-        if (type(module).__name__, module.extra_repr()) != (type(other).__name__, other.extra_repr()):
-            found, wanted = (f"{type(m).__name__}({m.extra_repr()})" for m in (other, module))
-            return f"{name or 'the model'} becomes {found} in place of {wanted}"
-    return "the logits differ"
+            raise AdfqError(f"{problem}: the logits differ")
 
 
 def _rebuild(content: bytes) -> nn.Module:
@@ -261,6 +248,9 @@ def _rebuild(content: bytes) -> nn.Module:
     model.to(_DTYPES[header["dtype"]])  # masks and other tensors that are not in the file too
     _attach(model, header["quantizers"], method)
     _load_tensors(model, tensors)
+    if isinstance(header.get("pretrained_cfg"), dict):  # files of version 0.1 have none
+        restored: Any = model
+        restored.pretrained_cfg = restored.default_cfg = _unmark(header["pretrained_cfg"])  # timm's two names of it
     numbers = header["seed"], header["calibration_size"]
     cast(Any, model).quantization = Quantization(
         method, bits, header["options"], *numbers, architecture, header["notes"]
@@ -333,7 +323,7 @@ def _attach(model: nn.Module, specified: Mapping[str, Any], method: str) -> None
 
 
 def _load_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    layers = dict(_weight_layers(model))
+    layers = dict(Network(model).weight_layers())
     codes = {name: tensors.pop(f"{name}.codes") for name in layers if f"{name}.codes" in tensors}
     for name, layer in layers.items():
         if layer.bias is None and f"{name}.bias" in tensors:  # a method has given it one
@@ -381,10 +371,6 @@ def _set_weight(name: str, layer: QuantWeightLayer, packed: Tensor) -> None:
     if weight is None or weight.shape != shape:
         raise AdfqError(f"{name}.codes cannot be decoded by its quantizer")
     layer.weight = nn.Parameter(weight.to(layer.weight.dtype), requires_grad=False)
-
-
-def _weight_layers(model: nn.Module) -> Iterator[tuple[str, QuantWeightLayer]]:
-    return ((name, layer) for name, layer in operators_of(model) if isinstance(layer, QuantWeightLayer))
 
 
 def _subclasses(cls: type[Any]) -> Iterator[type[Any]]:

@@ -12,6 +12,7 @@ import importlib
 import logging
 import math
 import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ from adfq.sites import Network
 INPUT, OUTPUT = "images", "logits"
 
 _BITS = 8
+_ESCAPES = re.compile(r"\x1b\[[0-9;]*m")  # a terminal's colours
 _LARGEST = 2**31 - 1  # bytes: protobuf's limit, and ONNX files are written in it
 
 _GRIDS = "it has two steps in one tensor, and an integer product has one for each operand"
@@ -91,13 +93,17 @@ def export_onnx(model: nn.Module, file: str | os.PathLike[str]) -> Exported:
         Names of the integer and the floating-point products.
 
     Raises:
-        AdfqError: for a model that is not from `adfq.quantize`, cannot be traced or is larger than 2 GB; for quantizers
-            without a form in ONNX and activations of other than 8 bits, with the name of the first site; without the
-            extra ``onnx``; for a file that cannot be written.
+        AdfqError: for a model that is not from `adfq.quantize`, is no classifier, cannot be traced or is larger than 2
+            GB; for quantizers without a form in ONNX and activations of other than 8 bits, with the name of the first
+            site; without the extra ``onnx``; for a file that cannot be written.
     """
     quantization = getattr(model, "quantization", None)
     if not isinstance(quantization, Quantization):
         raise AdfqError("only a model that adfq.quantize has quantized can be exported")
+    if min(quantization.architecture.input_size) < 1:  # those of detectors and of Segment Anything
+        raise AdfqError(
+            f"a {type(model).__name__} cannot be exported: only classifiers can, which have one size of images"
+        )
     _check_exportable(model)
     check_installed()
     model = copy.deepcopy(model).cpu().float().eval()
@@ -143,7 +149,9 @@ def trace(model: nn.Module, input_size: tuple[int, int, int]) -> Any:
                 verbose=False,
             )
     except Exception as error:  # whatever a model's code raises on tensors without values
-        raise AdfqError(f"cannot trace this {type(model).__name__}: {str(error).splitlines()[0]}") from None
+        # torch's own message, coloured, only says which of its steps failed.
+        reason = next((line for line in str(error.__cause__ or error).splitlines() if line.strip()), repr(error))
+        raise AdfqError(f"cannot trace this {type(model).__name__}: {_ESCAPES.sub('', reason)}") from None
     graph = program.model.graph
     # Metadata names the lines of Python that all comes from, in more bytes than the weights of a small model.
     values = [*graph.inputs, *graph.initializers.values(), *(value for node in graph for value in node.outputs)]

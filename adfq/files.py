@@ -25,6 +25,8 @@ def replacing(file: str | os.PathLike[str]) -> Iterator[Path]:
     # A file beside the target can take its place in one step.
     temporary = path.parent / f"{path.name}.{secrets.token_hex(4)}.part"
     try:
+        if path.is_dir():
+            raise AdfqError(f"cannot write {file}: it is a directory")
         temporary.touch(exist_ok=False)
         yield temporary
         with temporary.open("rb+") as stream:

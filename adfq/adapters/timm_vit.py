@@ -166,6 +166,7 @@ def describe(model: VisionTransformer, family: str) -> Architecture:
         "final_norm": is_present(model.norm) or is_present(model.fc_norm),
         "pool_include_prefix": model.pool_include_prefix,
         "dynamic_img_size": model.dynamic_img_size,
+        "dynamic_img_pad": model.patch_embed.dynamic_img_pad,
     }
     modules = list(model.blocks.modules())
     for attention in (module for module in modules if isinstance(module, Attention)):

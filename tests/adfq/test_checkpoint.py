@@ -9,22 +9,21 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from packaging.version import Version
 from safetensors import safe_open
 from safetensors.torch import save as to_bytes
 from safetensors.torch import save_file
+from timm.data import resolve_model_data_config
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import ParallelThingsBlock, VisionTransformer
 from torch import Tensor, nn
 
 import adfq
 from adfq.bits import Bits
-from adfq.checkpoint import pack, unpack
 from adfq.errors import AdfqError
 from adfq.quantizers import Quantizer, UniformQuantizer
 
@@ -154,6 +153,7 @@ def test_four_bits_take_four_bits(make_vit: MakeModel, make_images: MakeImages, 
         {"qkv_bias": False, "qk_norm": True, "scale_attn_norm": True, "scale_mlp_norm": True},
         {"proj_bias": False, "pre_norm": True, "init_values": 1e-5, "pos_embed": "none"},
         {"num_classes": 0},
+        {"dynamic_img_size": True, "dynamic_img_pad": True},
         {"cls": VisionTransformerDistilled},
     ],
     ids=str,
@@ -244,21 +244,6 @@ def test_random_numbers_go_on_as_if_nothing_had_been_loaded(saved: Path) -> None
     torch.manual_seed(5)
     adfq.load(saved)
     assert torch.equal(torch.rand(1), expected)
-
-
-@given(st.integers(2, 8), st.integers(0, 100), st.integers(0, 2**32))
-@settings(max_examples=100, deadline=None)
-def test_packing_is_tight_and_reversible(bits: int, count: int, seed: int) -> None:
-    codes = torch.randint(2**bits, (count,), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-    packed = pack(codes, bits)
-    assert packed.dtype == torch.uint8
-    assert len(packed) == (count * bits + 7) // 8
-    assert torch.equal(unpack(packed, bits, count), codes)
-
-
-def test_packing_is_lowest_bit_first() -> None:
-    assert pack(torch.tensor([0x3, 0xA], dtype=torch.uint8), 4).tolist() == [0xA3]
-    assert pack(torch.tensor([1, 2, 7], dtype=torch.uint8), 3).tolist() == [0b11_010_001, 0b1]
 
 
 class Halver(Quantizer):
@@ -358,6 +343,50 @@ def test_an_architecture_that_is_not_told_from_the_model_is_refused(
     with pytest.raises(AdfqError, match=f"cannot be rebuilt from its description: .*{message}"):
         adfq.save(quantized, tmp_path / "model")
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"what was there"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_another_gelu_is_refused_though_it_hardly_moves_the_logits(
+    method: str, quick: Mapping[str, dict[str, Any]], make_vit: MakeModel, make_images: MakeImages, tmp_path: Path
+) -> None:
+    model = make_vit(act_layer=lambda: nn.GELU(approximate="tanh"))
+    quantized = adfq.quantize(model, method, calibration=make_images(2), **quick[method])
+    with pytest.raises(AdfqError, match=r"mlp\.act becomes GELU\(.*'none'\) in place of GELU\(.*'tanh'\)"):
+        adfq.save(quantized, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_padding_to_whole_patches_is_kept(make_vit: MakeModel, make_images: MakeImages, tmp_path: Path) -> None:
+    model = make_vit(dynamic_img_size=True, dynamic_img_pad=True)
+    quantized = adfq.quantize(model, "base_ptq", calibration=make_images())
+    adfq.save(quantized, tmp_path / "model")
+    other = torch.randn(2, 3, 27, 35)
+    assert torch.equal(logits(adfq.load(tmp_path / "model"), other), logits(quantized, other))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"mean": (0.1, 0.2, 0.3), "std": [0.5, 0.25, 0.125], "interpolation": "nearest", "input_size": (3, 48, 48)},
+        {"crop_pct": 0.5, "crop_mode": "squash", "mean": tuple(np.float32([0.1, 0.2, 0.3])), "notes": object()},
+        {"crop_pct": None, "interpolation": ""},
+    ],
+    ids=("values", "more values", "no values"),
+)
+@pytest.mark.parametrize("named", [True, False])
+def test_preprocessing_is_kept(
+    named: bool, changed: dict[str, Any], make_vit: MakeModel, make_images: MakeImages, tmp_path: Path
+) -> None:
+    arguments = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 10}
+    model: Any = timm.create_model("vit_tiny_patch16_224", **arguments) if named else make_vit()
+    model.pretrained_cfg = {**getattr(model, "pretrained_cfg", {}), **changed}
+    adfq.save(adfq.quantize(model, "base_ptq", calibration=make_images()), tmp_path / "model")
+    assert resolve_model_data_config(adfq.load(tmp_path / "model")) == resolve_model_data_config(model)
+
+
+def test_a_file_without_preprocessing_is_still_read(saved: Path) -> None:
+    forge(saved, lambda header, _: header.pop("pretrained_cfg"))
+    assert not hasattr(adfq.load(saved), "pretrained_cfg")
 
 
 class Custom(VisionTransformer):

@@ -270,8 +270,10 @@ def test_another_backbone() -> None:
         adfq.quantize(detector, "base_ptq", calibration=draw())
 
 
-def test_a_detector_cannot_be_saved_yet(swin: nn.Module, tmp_path: Path) -> None:
-    quantized = adfq.quantize(swin, "base_ptq", calibration=draw())
+def test_a_detector_cannot_be_saved_or_exported_yet(swin: nn.Module, tmp_path: Path) -> None:
+    quantized = adfq.quantize(swin, "base_ptq", 8, 8, calibration=draw())
     with pytest.raises(AdfqError, match="MMDetection cannot be built from a file yet"):
         adfq.save(quantized, tmp_path / "swin.safetensors")
+    with pytest.raises(AdfqError, match=r"a SwinTransformer cannot be exported: only classifiers"):
+        adfq.export_onnx(quantized, tmp_path / "swin.onnx")
     assert not list(tmp_path.iterdir())

@@ -268,10 +268,13 @@ def test_a_sam_with_another_encoder(vit_sam: Any) -> None:
         adapt(vit_sam)
 
 
-def test_a_sam_cannot_be_saved_yet(vit_sam: nn.Module, tmp_path: Path) -> None:
+def test_a_sam_cannot_be_saved_or_exported_yet(vit_sam: nn.Module, tmp_path: Path) -> None:
     quantized = adfq.quantize(vit_sam, "base_ptq", 8, 8, draw())
     with pytest.raises(AdfqError, match="Segment Anything"):
         adfq.save(quantized, tmp_path / "sam.safetensors")
+    with pytest.raises(AdfqError, match="a Sam cannot be exported: only classifiers"):
+        adfq.export_onnx(quantized, tmp_path / "sam.onnx")
+    assert not list(tmp_path.iterdir())
 
 
 # --- MobileSAM's own layout ------------------------------------------------------------------------------------------
