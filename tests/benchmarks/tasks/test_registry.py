@@ -44,7 +44,8 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
 def test_tasks_and_commands_are_found_without_the_libraries_that_compute() -> None:
     code = (
         "import sys, benchmarks.cli.main, benchmarks.tasks as t; names = t.task_names(); "
-        "[t.find_task(name) for name in names]; print(*names, *{'torch', 'timm', 'mmdet', 'matplotlib'} & set(sys.modules))"
+        "[t.find_task(name) for name in names]; "
+        "print(*names, *{'torch', 'timm', 'mmdet', 'matplotlib'} & set(sys.modules))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     assert out.split() == ["classification", "detection", "segmentation"]
