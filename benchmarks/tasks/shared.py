@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from traceback import clear_frames
 from typing import Any
@@ -192,49 +192,6 @@ def unknown_model(name: str, known: Sequence[str]) -> AdfqError:
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f"close to it are {', '.join(close)}; " if close else ""
     return AdfqError(f"unknown model {name!r}; {hint}'adfq list models' lists all")
-
-
-def unreadable_checkpoint(file: str, error: Exception, problem: str) -> AdfqError:
-    """Return an error for a checkpoint that could not be loaded.
-
-    Args:
-        file: path of the checkpoint.
-        error: error of the attempt, which tells of code in the file.
-        problem: message for any other error.
-    """
-    if "weights_only" in str(error):
-        return AdfqError(f"{file} is not a file of weights alone, and code in it is never run")
-    return AdfqError(f"{problem}: {one_line(error)}")
-
-
-def misfit(state: Mapping[str, Tensor], own: Mapping[str, Tensor], harmless: tuple[str, ...]) -> str:
-    """Return the reason why weights do not fit a model; empty if they do.
-
-    Args:
-        state: weights by name.
-        own: the model's state dict.
-        harmless: endings of names that either side may have alone.
-    """
-    missing = [key for key in own if key not in state and not key.endswith(harmless)]
-    unexpected = [key for key in state if key not in own and not key.endswith(harmless)]
-    shared = [key for key in own if key in state]
-    others = [key for key in shared if state[key].shape != own[key].shape]
-    problems = []
-    if missing:
-        problems.append(f"{len(missing)} weights are missing ({missing[0]} for one)")
-    if unexpected:
-        problems.append(f"{len(unexpected)} are not the model's ({unexpected[0]} for one)")
-    if others:
-        key = others[0]
-        shapes = f"{key} is {_shape(state[key])} and should be {_shape(own[key])}"
-        problems.append(f"{len(others)} have other shapes ({shapes})")
-    if not problems:
-        problems += [f"{key} is not finite" for key in shared if not torch.isfinite(state[key]).all()][:1]
-    return ", ".join(problems)
-
-
-def _shape(tensor: Tensor) -> str:
-    return "×".join(map(str, tensor.shape)) or "a number"
 
 
 def check_place(file: Path) -> None:

@@ -362,13 +362,14 @@ def official_tiny_vit(state: Mapping[str, Tensor], images: Tensor, heads: tuple[
 
 @torch.no_grad()
 def test_tiny_vit_in_the_official_layout(tmp_path: Path) -> None:
-    from benchmarks.tasks.segmentation.models import read_weights
+    from benchmarks.tasks.checkpoints import load_weights
+    from benchmarks.tasks.segmentation.models import convert_layout
 
     sam = make_sam("tiny_vit").eval()
     state = official_state(sam)
     extra = {"image_encoder.norm_head.weight": torch.ones(24), "image_encoder.head.weight": torch.ones(10, 24)}
     torch.save({**state, **extra}, tmp_path / "mobile_sam.pt")
-    assert sam.load_state_dict(read_weights(str(tmp_path / "mobile_sam.pt")), strict=True)
+    load_weights(sam, str(tmp_path / "mobile_sam.pt"), "mobile_sam", convert_layout)
     prefix = "image_encoder."
     encoder = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     expected = official_tiny_vit(encoder, draw(), heads=(2, 2, 2, 3), windows=3)

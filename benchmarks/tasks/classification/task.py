@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.data import create_transform, resolve_data_config
+from timm.data import create_transform
 from timm.utils import accuracy
 from torch import Tensor, nn
 from torch.utils.data import Subset
@@ -17,6 +17,7 @@ from adfq.errors import AdfqError, NonFiniteError
 from benchmarks.bundled import BUNDLED
 from benchmarks.tasks.classification.data import CheckedDataset, open_split
 from benchmarks.tasks.classification.models import create_classifier, resolve_bundled
+from benchmarks.tasks.classification.preprocessing import MODES, resolve_preprocessing
 from benchmarks.tasks.shared import (
     Stopwatch,
     choose_images,
@@ -29,8 +30,6 @@ from benchmarks.tasks.shared import (
 
 if TYPE_CHECKING:
     from benchmarks.cell import Cell
-
-_MODES = {1: "L", 3: "RGB"}
 
 
 @dataclass(frozen=True)
@@ -170,11 +169,11 @@ def attach_classification(cell: Cell, model: nn.Module) -> Classification:
 
 def _open_data(cell: Cell, model: Any, calibrated: bool) -> Classification:
     try:
-        config = _data_config(cell, model)
+        config = resolve_preprocessing(cell, model)
         transform = create_transform(**config, is_training=False)
     except (AttributeError, KeyError, TypeError):  # a saved model's notes may be anybody's
         raise AdfqError(f"{cell.location.checkpoint or cell.model}: its preprocessing is not timm's") from None
-    mode = _MODES[config["input_size"][0]]
+    mode = MODES[config["input_size"][0]]
 
     def open_checked(split: str) -> CheckedDataset:
         return CheckedDataset(open_split(cell.location.data, split, model.num_classes), mode, transform)
@@ -183,18 +182,3 @@ def _open_data(cell: Cell, model: Any, calibrated: bool) -> Classification:
     # Scenes are drawn once and kept, which only works within one process.
     workers = 0 if cell.location.data == BUNDLED else count_workers()
     return Classification(model.eval(), digest_weights(model), config, train, open_checked("validation"), workers)
-
-
-def _data_config(cell: Cell, model: Any) -> dict[str, Any]:
-    arguments = dict(cell.model_arguments)
-    known = {key: arguments[key] for key in ("in_chans", "img_size") if key in arguments}
-    try:
-        config: dict[str, Any] = resolve_data_config({**known, **dict(cell.preprocessing)}, model=model)
-    except AssertionError:
-        raise AdfqError("mean and std need one value, or one for each input channel") from None
-    channels = config["input_size"][0]
-    if channels not in _MODES:
-        raise AdfqError(f"images have 1 or 3 channels, the model has {channels}")
-    if not len(config["mean"]) == len(config["std"]) == channels:
-        raise AdfqError(f"the model's mean and std do not fit {channels} channels; give them")
-    return config

@@ -12,15 +12,14 @@ from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from typing import Any
 
-import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from adfq.adapters.mmcv_ops import provide_mmcv_ops
 from adfq.errors import AdfqError
 from benchmarks.bundled.detectors import CONFIG_FOLDER, DETECTORS
 from benchmarks.run.console import warn
-from benchmarks.tasks.shared import misfit, one_line, unknown_model, unreadable_checkpoint
+from benchmarks.tasks.checkpoints import check_present, load_weights
+from benchmarks.tasks.shared import one_line, unknown_model
 
 #: Config files by model name: MMDetection's own, and further ones.
 CONFIGS: Mapping[str, str] = {
@@ -29,36 +28,6 @@ CONFIGS: Mapping[str, str] = {
     "cascade_mask_rcnn_swin_tiny": str(CONFIG_FOLDER / "cascade_mask_rcnn_swin_tiny.py"),
     "cascade_mask_rcnn_swin_small": str(CONFIG_FOLDER / "cascade_mask_rcnn_swin_small.py"),
 }
-
-# Buffers that follow from the model or only count: files have them or not.
-_HARMLESS = ("num_batches_tracked", "relative_position_index", "attn_mask")
-
-
-class _Ignored:
-    """Stand-in for the contents of a training checkpoint beside weights; it takes any arguments and does nothing."""
-
-    def __new__(cls, *_: Any, **__: Any) -> _Ignored:
-        return super().__new__(cls)
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-# mmengine's training checkpoints keep the history of their losses, in numpy's arrays. Not even numpy's own functions
-# are called for it: each is a class of that name (torch 2.5 takes no names beside the classes).
-_HISTORY: list[Any] = [
-    type(name, (_Ignored,), {"__module__": module})
-    for module, name in (
-        ("mmengine.logging.history_buffer", "HistoryBuffer"),
-        ("builtins", "getattr"),
-        ("numpy", "dtype"),
-        ("numpy", "ndarray"),
-        *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
-    )
-]
 
 
 def detector_names() -> list[str]:
@@ -135,9 +104,9 @@ def load_detector(name: str, checkpoint: str | None = None) -> nn.Module:
 
     Args:
         name: model or config, see `open_config`.
-        checkpoint: file with weights in the layout of MMDetection 3 or of the Swin authors' MMDetection 2: safetensors,
-            or a PyTorch file, whose code is not run. None, the default, takes the bundled weights of a bundled model
-            and random ones for others.
+        checkpoint: file of `benchmarks.tasks.checkpoints.read_weights` in the layout of MMDetection 3 or of the Swin
+            authors' MMDetection 2. None, the default, takes the bundled weights of a bundled model and random ones for
+            others.
 
     Returns:
         The model in evaluation mode, with its config as attribute `cfg`.
@@ -148,8 +117,7 @@ def load_detector(name: str, checkpoint: str | None = None) -> nn.Module:
     config = open_config(name)
     if checkpoint is None and name in DETECTORS:
         checkpoint = str(DETECTORS[name].checkpoint)
-    if checkpoint and not os.path.isfile(checkpoint):
-        raise AdfqError(f"there is no checkpoint {checkpoint}")
+    check_present(checkpoint)
     if "model" not in config:
         raise AdfqError(f"{name} is not the config of a detector: it has no 'model'")
     try:
@@ -159,7 +127,7 @@ def load_detector(name: str, checkpoint: str | None = None) -> nn.Module:
     _check_backbone(name, model)
     model.cfg = config
     if checkpoint:
-        _load_weights(model, checkpoint, name)
+        load_weights(model, checkpoint, name, convert_layout)
     else:
         warn(f"{name} has random weights (there is no checkpoint)")
     detector: nn.Module = model.eval()
@@ -179,48 +147,18 @@ def convert_backbone(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix("backbone."): tensor for name, tensor in converted.items()}
 
 
-def read_weights(file: str) -> dict[str, Tensor]:
-    """Read a checkpoint's weights under MMDetection 3's names.
+def convert_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a detector's weights under MMDetection 3's names.
 
     Args:
-        file: safetensors or PyTorch file.
-
-    Raises:
-        AdfqError: for a file that cannot be read, holds code, or holds no weights.
+        state: weights by name, in that layout or in that of the Swin authors' MMDetection 2.
     """
-    content: Any
-    try:
-        if file.endswith(".safetensors"):
-            content = load_file(file)
-        else:
-            with torch.serialization.safe_globals(_HISTORY):
-                content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can raise anything
-        raise unreadable_checkpoint(file, error, f"cannot read checkpoint {file}") from None
-    state = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise AdfqError(f"{file} holds no weights of a model")
-    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     if not any(name.startswith("backbone.layers.") for name in state):
         return state
     backbone = {name for name in state if name.startswith("backbone.")}
     converted = convert_backbone({name.removeprefix("backbone."): state[name] for name in backbone})
     rest = {name: tensor for name, tensor in state.items() if name not in backbone}
     return rest | {f"backbone.{name}": tensor for name, tensor in converted.items()}
-
-
-def _load_weights(model: nn.Module, file: str, name: str) -> None:
-    state, own = read_weights(file), model.state_dict()
-    problem = misfit(state, own, _HARMLESS)
-    shared = [key for key in own if key in state]
-    # With other indices the model would read its tables of position biases in another order than in training.
-    indices = [] if problem else [key for key in shared if key.endswith("relative_position_index")]
-    problem = problem or ", ".join(
-        f"{key} is another" for key in indices if not torch.equal(state[key].to(own[key]), own[key])
-    )
-    if problem:
-        raise AdfqError(f"checkpoint {file} does not fit {name}: {problem}")
-    model.load_state_dict({key: state[key] for key in shared}, strict=False)
 
 
 def _check_backbone(name: str, model: nn.Module) -> None:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from adfq.errors import AdfqError
 from benchmarks.run.console import warn
-from benchmarks.tasks.shared import misfit, unknown_model, unreadable_checkpoint
+from benchmarks.tasks.checkpoints import check_present, load_weights
+from benchmarks.tasks.shared import unknown_model
 
 if TYPE_CHECKING:
     from segment_anything.modeling import Sam
@@ -64,8 +62,8 @@ def load_sam(name: str, checkpoint: str | None = None) -> nn.Module:
 
     Args:
         name: one of `sam_names()`.
-        checkpoint: file with weights in the official layout: safetensors, or a PyTorch file, whose code is not run.
-            None, the default, takes the bundled weights of the bundled model and random ones for others.
+        checkpoint: file of `benchmarks.tasks.checkpoints.read_weights` in the official layout. None, the default, takes
+            the bundled weights of the bundled model and random ones for others.
 
     Returns:
         segment_anything's Sam in evaluation mode.
@@ -75,8 +73,7 @@ def load_sam(name: str, checkpoint: str | None = None) -> nn.Module:
     """
     if name not in _MODELS:
         raise unknown_model(name, sam_names())
-    if checkpoint and not os.path.isfile(checkpoint):
-        raise AdfqError(f"there is no checkpoint {checkpoint}")
+    check_present(checkpoint)
     try:
         sam: nn.Module = _MODELS[name]().eval()
     except ImportError as error:
@@ -86,7 +83,7 @@ def load_sam(name: str, checkpoint: str | None = None) -> nn.Module:
 
         checkpoint = str(CHECKPOINT)
     if checkpoint:
-        _load_weights(sam, checkpoint, name)
+        load_weights(sam, checkpoint, name, convert_layout)
     else:
         warn(f"{name} has random weights (there is no checkpoint)")
     return sam
@@ -114,36 +111,15 @@ def convert_tiny_vit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return converted
 
 
-def read_weights(file: str) -> dict[str, Tensor]:
-    """Read a checkpoint's weights under the names of this project's models.
+def convert_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a model's weights under the names of this project's models.
 
     Args:
-        file: safetensors or PyTorch file.
-
-    Raises:
-        AdfqError: for a file that cannot be read, holds code, or holds no weights.
+        state: weights by name, in that layout or in MobileSAM's.
     """
-    try:
-        content = (
-            load_file(file)
-            if file.endswith(".safetensors")
-            else torch.load(file, map_location="cpu", weights_only=True)
-        )
-    except Exception as error:  # a damaged file can raise anything
-        raise unreadable_checkpoint(file, error, f"cannot read checkpoint {file}") from None
-    if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
-        raise AdfqError(f"{file} holds no weights of a model")
     prefix = "image_encoder."
-    encoder = {name.removeprefix(prefix): tensor for name, tensor in content.items() if name.startswith(prefix)}
+    encoder = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     if not any(name.startswith("layers.") for name in encoder):
-        return content
-    rest = {name: tensor for name, tensor in content.items() if not name.startswith(prefix)}
+        return state
+    rest = {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
     return rest | {f"{prefix}{name}": tensor for name, tensor in convert_tiny_vit(encoder).items()}
-
-
-def _load_weights(model: nn.Module, file: str, name: str) -> None:
-    state, own = read_weights(file), model.state_dict()
-    problem = misfit(state, own, harmless=("num_batches_tracked", "attention_bias_idxs"))
-    if problem:
-        raise AdfqError(f"checkpoint {file} does not fit {name}: {problem}")
-    model.load_state_dict({key: state[key] for key in own if key in state}, strict=False)
