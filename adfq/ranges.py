@@ -136,8 +136,15 @@ def percentile_range(values: Tensor, levels: int) -> Range:
     values = thin_out(values)
     uppers = quantiles(values, PERCENTILES, upper=True)
     lowers = quantiles(values, tuple(1 - p for p in PERCENTILES), upper=False)
+    empty = (lowers == 0) & (uppers == 0)
+    if empty[-1].any():  # nearly empty rows: the extremes serve
+        lowest, highest = torch.aminmax(values, dim=1)
+        lowers[-1] = torch.where(empty[-1], lowest, lowers[-1])
+        uppers[-1] = torch.where(empty[-1], highest, uppers[-1])
+        empty[-1] = False
     candidates = [_from_bounds(lower, upper, levels) for lower, upper in zip(lowers, uppers, strict=True)]
     errors = mean_errors(values, [partial(_quantize_rows, *candidate, levels) for candidate in candidates])
+    errors.masked_fill_(empty, torch.inf)  # the scale of an empty range comes from no data
     best = errors.argmin(0, keepdim=True)
     scales, zero_points = (torch.stack(parts).gather(0, best)[0] for parts in zip(*candidates, strict=True))
     return scales, zero_points

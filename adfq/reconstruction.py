@@ -27,7 +27,7 @@ from adfq.calibration import calibrating, progress_bar
 from adfq.errors import AdfqError
 from adfq.layers import QuantConv2d, QuantWeightLayer
 from adfq.method import Method, Run
-from adfq.quantizers import LogQuantizer, UniformQuantizer
+from adfq.quantizers import LogQuantizer, Quantizer, UniformQuantizer
 from adfq.quantizers.adaround import AdaRound
 from adfq.sites import Network
 
@@ -342,7 +342,8 @@ class _Reconstruction:
             alphas = [rounding.alpha for _, rounding in self.roundings]
             optimizers.append(torch.optim.Adam(alphas, options.rounding_learning_rate, fused=True))
         if steps:
-            rates = [min(options.step_learning_rate, _MAX_RATE * step.mean().item()) for step in steps]
+            means = [_mean_step(quantizer) for quantizer in self.quantizers.values()]
+            rates = [min(options.step_learning_rate, _MAX_RATE * mean) for mean in means]
             groups = [{"params": [step], "lr": rate} for step, rate in zip(steps, rates, strict=True)]
             optimizers.append(torch.optim.Adam(groups, fused=True))
         if not optimizers:
@@ -466,6 +467,13 @@ class _Reconstruction:
         for name, layer in self.layers.items():
             learned = state.get(name)
             layer.learned_weight = None if learned is None else learned.to(layer.weight.device)
+
+
+def _mean_step(quantizer: Quantizer) -> float:
+    """Return the mean step size of the groups with a range, or of all without any."""
+    ranged = quantizer.has_range
+    steps = quantizer.scale if ranged.all() or not ranged.any() else quantizer.scale[ranged]
+    return steps.mean().item()
 
 
 def _by_key(arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> Iterator[tuple[int | str, Any]]:

@@ -30,6 +30,7 @@ _COARSE = (16, 8)
 _FINE = (64, 32)
 _SHORTLIST = 8
 
+_ROUNDING = 1e-6  # a spread below this share of the values is that of rounding
 _LOSS_SCALE = 256.0  # scores do not depend on it; in half precision, small gradients would vanish without it
 
 
@@ -127,7 +128,7 @@ def _fisher_loss(outputs: Tensor | list[Tensor]) -> Tensor:
 
     For logits (B×classes) it is the cross-entropy against a label drawn from the prediction. Several outputs, as a
     detector has, count as means of Gaussians, each with the variance of its tensor: the loss is the distance to a value
-    drawn from these.
+    drawn from these. An output whose values are all equal has no variance, and is left out.
     """
     if isinstance(outputs, Tensor):
         if outputs.dim() != 2:
@@ -141,8 +142,12 @@ def _fisher_loss(outputs: Tensor | list[Tensor]) -> Tensor:
     losses = []
     for output in outputs:
         _check_finite("outputs", output)
-        spread = output.detach().float().std(correction=0).clamp(min=1e-6)
-        losses.append((output.float() / spread * torch.randn_like(output, dtype=torch.float32)).sum())
+        values = output.detach().float()
+        spread, drawn = values.std(correction=0), torch.randn_like(values)
+        if spread > _ROUNDING * values.abs().amax():
+            losses.append((output.float() / spread * drawn).sum())
+    if not losses:
+        raise NotApplicableError("a gradient needs outputs that vary; all values of each output are equal")
     return torch.stack(losses).sum()
 
 

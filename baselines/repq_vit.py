@@ -61,7 +61,8 @@ class RepQViT(Method):
 def reparameterize(norm: nn.LayerNorm, layer: QuantWeightLayer, padding: Tensor | None = None) -> None:
     """Move the differences between channel scales from the quantizer into LayerNorm and weight (equations 8 to 13).
 
-    The two compute the same function in full precision as before.
+    The two compute the same function in full precision as before. A channel without a range, which is 0 on all
+    calibration images, takes no part in the means and is left as it is.
 
     Args:
         norm: the LayerNorm before the layer; it has no other reader.
@@ -71,8 +72,7 @@ def reparameterize(norm: nn.LayerNorm, layer: QuantWeightLayer, padding: Tensor 
     """
     quantizer = layer.input_quantizer
     assert isinstance(quantizer, UniformQuantizer)
-    scale, zero_point = quantizer.scale.flatten(), quantizer.zero_point.flatten()
-    mean_scale, mean_zero_point = scale.mean(), zero_point.mean()
+    scale, zero_point, mean_scale, mean_zero_point = _scales_with_means(quantizer)
     ratio = scale / mean_scale
     offset = mean_zero_point * mean_scale - zero_point * scale / ratio
 
@@ -87,3 +87,19 @@ def reparameterize(norm: nn.LayerNorm, layer: QuantWeightLayer, padding: Tensor 
     per_tensor = UniformQuantizer(quantizer.bits, "tensor", quantizer.range)
     per_tensor.scale, per_tensor.zero_point = mean_scale, mean_zero_point
     layer.input_quantizer = per_tensor.to(scale.device)
+
+
+def _scales_with_means(quantizer: UniformQuantizer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return scale and zero point of each channel, and the means of both.
+
+    Channels without a range get the mean scale, and a zero point with which the mean grid represents 0.
+    """
+    scale, zero_point = quantizer.scale.flatten(), quantizer.zero_point.flatten()
+    live = quantizer.has_range.flatten() & (scale >= torch.finfo(scale.dtype).tiny)
+    if live.all() or not live.any():
+        return scale, zero_point, scale.mean(), zero_point.mean()
+    mean_scale, mean_zero_point = scale[live].mean(), zero_point[live].mean()
+    outside = mean_zero_point.clamp(0, quantizer.levels - 1) - mean_zero_point
+    for_zero = mean_zero_point + outside.sign() * outside.abs().ceil()  # whole steps off the mean
+    scale, zero_point = torch.where(live, scale, mean_scale), torch.where(live, zero_point, for_zero)
+    return scale, zero_point, mean_scale, mean_zero_point

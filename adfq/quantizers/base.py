@@ -104,6 +104,14 @@ class Quantizer(nn.Module, ABC):
         """True once the buffers are set."""
         return self.scale.numel() > 0
 
+    @property
+    def has_range(self) -> Tensor:
+        """Mask of the scales that come from data: bool, the shape of `scale`.
+
+        The others are placeholders of groups without a value other than 0. A statistic over scales leaves them out.
+        """
+        return torch.ones_like(self.scale, dtype=torch.bool)
+
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> Self:
         """Set the buffers from a tensor of typical inputs, and return the quantizer.
@@ -133,6 +141,8 @@ class Quantizer(nn.Module, ABC):
         """
         if not self.is_calibrated:
             raise RuntimeError(f"{type(self).__name__} is used before it is calibrated")
+        if not x.numel():  # which has no minimum
+            return x
         return self._quantize(x.float()).to(x.dtype)
 
     @abstractmethod

@@ -64,6 +64,12 @@ class UniformQuantizer(Quantizer):
         self.granularity = granularity
         self.range = range
         self.register_buffer("zero_point", torch.empty(0))
+        self._placeholder: Tensor | None = None
+
+    @property
+    def has_range(self) -> Tensor:
+        """Mask of the scales that come from data: bool, the shape of `scale`."""
+        return super().has_range if self._placeholder is None else ~self._placeholder.to(self.scale.device)
 
     def _find_range(self, x: Tensor) -> None:
         kept = self._kept_dimensions(x)
@@ -72,6 +78,10 @@ class UniformQuantizer(Quantizer):
         scale, zero_point = RANGES[self.range](groups, self.levels)
         shape = [size if dimension in kept else 1 for dimension, size in enumerate(x.shape)] if kept else []
         self.scale, self.zero_point = scale.reshape(shape), zero_point.reshape(shape)
+        placeholder = scale == 1
+        if placeholder.any():
+            placeholder &= groups.abs().amax(1) < torch.finfo(groups.dtype).tiny * self.levels
+        self._placeholder = placeholder.reshape(shape)
 
     def _kept_dimensions(self, x: Tensor) -> list[int]:
         if self.granularity != "tensor" and x.dim() < (3 if self.granularity == "patch" else 2):

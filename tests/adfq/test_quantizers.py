@@ -622,3 +622,24 @@ def test_large_tensors_are_quantized_in_parts_to_the_same_bits(
         monkeypatch.setattr(adfq.ranges, "_PART", size)
         assert torch.equal(quantizer(x), whole)
         assert torch.equal(quantizer(x.transpose(0, 1).contiguous().transpose(0, 1)), whole)
+
+
+@pytest.mark.parametrize(
+    "quantizer",
+    [
+        UniformQuantizer(4),
+        LogQuantizer(4),
+        ShiftLogQuantizer(4),
+        ShiftLogQuantizer(4, shift="static"),
+        TwinGeluQuantizer(4),
+        TwinSoftmaxQuantizer(4),
+        PerPatchOutlierQuantizer(4, 5.0),
+        RunTimePatchOutlierQuantizer(4, 5.0),
+    ],
+    ids=lambda quantizer: quantizer.describe(),
+)
+@pytest.mark.parametrize("gradient", [True, False])
+def test_an_empty_batch_stays_empty(quantizer: Quantizer, gradient: bool) -> None:
+    quantizer.calibrate(torch.rand(2, 3, 4))
+    with torch.set_grad_enabled(gradient):
+        assert quantizer(torch.zeros(0, 3, 4)).shape == (0, 3, 4)

@@ -201,6 +201,19 @@ def test_a_dead_channel_does_not_disturb_the_others(search: str) -> None:
         assert both[1] == one[0]
 
 
+@given(exponent=st.integers(-20, 20), count=st.integers(1, 3), seed=st.integers(0, 1000))
+@settings(max_examples=10, deadline=None, derandomize=True)
+def test_percentiles_of_nearly_empty_rows_give_way_to_the_extremes(exponent: int, count: int, seed: int) -> None:
+    """A range is that of the values in any unit; a placeholder of 1 would be right in one unit only."""
+    values = torch.zeros(1, 400_000)
+    random = torch.Generator().manual_seed(seed)
+    values[0, torch.randperm(400_000, generator=random)[:count]] = torch.randn(count, generator=random)
+    scale, zero_point = percentile_range(values, 16)
+    scaled, same = percentile_range(values * 2.0**exponent, 16)
+    assert (scaled, same) == (scale * 2.0**exponent, zero_point)
+    assert scale <= (values.max() - values.min()) / 15
+
+
 @pytest.mark.parametrize("search", RANGES)
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_one_sided_data_spends_no_code_on_the_other_side(search: str, bits: int) -> None:

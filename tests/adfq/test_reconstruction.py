@@ -19,7 +19,7 @@ from adfq.adfq_vit import ADFQViT
 from adfq.bits import Bits
 from adfq.layers import QuantWeightLayer
 from adfq.method import Run
-from adfq.quantizers import LogQuantizer, Quantizer, UniformQuantizer
+from adfq.quantizers import LogQuantizer, PerPatchOutlierQuantizer, Quantizer, UniformQuantizer
 from adfq.quantizers.adaround import AdaRound
 from adfq.reconstruction import OptimizerOptions
 from adfq.sites import Network
@@ -458,3 +458,12 @@ def test_modules_outside_the_forward_pass_are_left_alone(make_vit: Any, make_ima
 def test_cuda_optimizes_too(model: nn.Module, make_images: Any) -> None:
     optimized = optimize(model.cuda(), make_images(8), iterations=40)
     assert sum(module["kept"] for module in report(optimized).values()) >= len(report(optimized)) - 1
+
+
+def test_a_dead_position_does_not_raise_the_learning_rate_of_steps() -> None:
+    x = 0.01 * torch.randn(2, 3, 4)
+    live = PerPatchOutlierQuantizer(4, 5.0).calibrate(x)
+    x = torch.cat([x, torch.zeros(2, 1, 4)], 1)
+    assert reconstruction._mean_step(PerPatchOutlierQuantizer(4, 5.0).calibrate(x)) == pytest.approx(
+        live.scale.mean().item()
+    )

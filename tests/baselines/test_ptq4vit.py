@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adfq import AdfqError, quantize
+from adfq import AdfqError, NotApplicableError, quantize
 from adfq.adapters import adapt
 from adfq.bits import Bits
 from adfq.layers import QuantConv2d, QuantLinear, QuantMatMul, QuantWeightLayer
@@ -455,3 +455,14 @@ def test_deit_tiny_at_full_size(randomize: Callable[[nn.Module], nn.Module]) -> 
     expected = model(images[:4])
     logits = quantize(model, "ptq4vit", 8, 8, images)(images[:4])
     assert (logits - expected).norm() <= 0.3 * expected.norm()
+
+
+def test_an_output_without_spread_has_no_gradient() -> None:
+    """Its placeholder of a variance would outweigh all other outputs a million times."""
+    varied, constant = torch.randn(2, 5, requires_grad=True), torch.full((2, 3), 0.3, requires_grad=True)
+    loss = method._fisher_loss([varied, constant])
+    gradients = torch.autograd.grad(loss, [varied, constant], allow_unused=True)
+    assert gradients[0] is not None
+    assert gradients[1] is None
+    with pytest.raises(NotApplicableError, match="outputs that vary"):
+        method._fisher_loss([constant])

@@ -119,6 +119,49 @@ def test_the_reparameterized_quantizer_does_the_per_channel_ones_work() -> None:
     assert error < 0.2 * (plain - expected).norm()
 
 
+@pytest.mark.parametrize("dead", [4, 24])
+@torch.no_grad()
+def test_dead_channels_of_a_norm_leave_the_error_where_it_was(
+    dead: int, make_vit: MakeModel, make_images: MakeImages
+) -> None:
+    model, images = make_vit(), make_images(16)
+    chosen = torch.randperm(48)[:dead]
+    for block in model.get_submodule("blocks"):
+        for norm in (block.norm1, block.norm2):
+            norm.weight[chosen], norm.bias[chosen] = 0, 0
+
+    def error(method: str) -> float:
+        expected = model(images)
+        return float((quantize(model, method, 6, 6, images)(images) - expected).norm() / expected.norm())
+
+    assert error("repq_vit") < 1.3 * error("base_ptq")  # placeholders in the mean make it up to six times as large
+
+
+@pytest.mark.parametrize("shift", [0.0, 50.0, -50.0])
+@torch.no_grad()
+def test_a_dead_channel_takes_no_part_in_the_means(shift: float) -> None:
+    """A shift drives the mean zero point off the grid, which must hold the dead channel's 0 all the same."""
+    norm, x = nn.LayerNorm(12), torch.randn(200, 12)
+    norm.weight.copy_(0.05 * torch.randn(12).exp())
+    norm.bias.fill_(shift)
+    norm.weight[3:5], norm.bias[3:5] = 0, 0
+    layer = QuantLinear(nn.Linear(12, 7), "qkv")
+    layer.input_quantizer = per_channel = UniformQuantizer(4, "channel").calibrate(norm(x))
+    live = torch.ones(12, dtype=torch.bool)
+    live[3:5] = False
+    assert torch.equal(per_channel.has_range.flatten(), live)
+    before, expected = layer.weight.clone(), nn.functional.linear(norm(x), layer.weight, layer.bias)
+    reparameterize(norm, layer)
+    assert isinstance(layer.input_quantizer, UniformQuantizer)
+    assert torch.equal(layer.input_quantizer.scale, per_channel.scale.flatten()[live].mean())
+    assert torch.equal(layer.weight[:, ~live], before[:, ~live])  # a scale of 1 would be 60 times the others'
+    dead = norm(x)[:, ~live]
+    torch.testing.assert_close(layer.input_quantizer(dead), dead, rtol=1e-4, atol=1e-4)
+    layer.input_quantizer = nn.Identity()
+    tolerance = 1e-5 * (1 + abs(shift))
+    torch.testing.assert_close(layer(norm(x)), expected, rtol=tolerance, atol=tolerance)
+
+
 @every_model
 def test_post_layernorm_quantizers_become_per_tensor(
     which: str, make: Callable[[str], tuple[nn.Module, Tensor]]
