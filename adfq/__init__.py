@@ -7,7 +7,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from adfq.api import Quantization, quantize
+    from adfq.api import Quantization, quantize, requantize
     from adfq.checkpoint import load, save
     from adfq.errors import AdfqError, NonFiniteError, NotApplicableError
     from adfq.export import export_onnx
@@ -26,11 +26,12 @@ __all__ = [
     "load",
     "methods",
     "quantize",
+    "requantize",
     "save",
 ]
 
 _MODULES = {
-    "api": ("Quantization", "quantize"),
+    "api": ("Quantization", "quantize", "requantize"),
     "checkpoint": ("load", "save"),
     "errors": ("AdfqError", "NonFiniteError", "NotApplicableError"),
     "export": ("export_onnx",),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +18,7 @@ from adfq.calibration import gather_batches
 from adfq.errors import AdfqError, NotApplicableError
 from adfq.method import Bits, FullPrecision, Method, Run
 from adfq.registry import create_method, method_name
+from adfq.sites import Network
 
 
 @dataclass(frozen=True)
@@ -86,29 +87,70 @@ def quantize(
         raise AdfqError(f"method must be a name or an adfq.method.Method, got {type(method).__name__}")
     elif options:
         raise AdfqError(f"give {next(iter(options))} to {type(method).__name__}(…), not to quantize")
-    model = _copy(model)
-    model.eval()  # some models return None here
-    if isinstance(method, FullPrecision):
-        return model
     bits = Bits(weight_bits, activation_bits)
-    run = Run(gather_batches(calibration), None if resume is None else Path(resume))
-    architecture = describe(model)
-    network = adapt(model)
-    if network.unsupported:
-        names = ", ".join(network.unsupported)
-        warnings.warn(f"no rule for these layers, left in full precision: {names}", stacklevel=2)
-    if reason := method.supports(network):
-        raise NotApplicableError(reason)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        method.apply(network, run, bits)
-    for _, layer in network.weight_layers():
-        layer.freeze()
+    with ordinary_modes():
+        model = _copy(model)
+        model.eval()  # some models return None here
+        if isinstance(method, FullPrecision):
+            return model
+        run = Run(gather_batches(calibration), None if resume is None else Path(resume))
+        architecture = describe(model)
+        network = adapt(model)
+        if network.unsupported:
+            names = ", ".join(network.unsupported)
+            warnings.warn(f"no rule for these layers, left in full precision: {names}", stacklevel=2)
+        if reason := method.supports(network):
+            raise NotApplicableError(reason)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            method.apply(network, run, bits)
+        for _, layer in network.weight_layers():
+            layer.freeze()
     cast(Any, network.model).quantization = Quantization(
         method_name(method), bits, asdict(cast(Any, method)), seed, len(run.images), architecture, report=run.report
     )
     network.model.eval()
     return network.model
+
+
+def requantize(model: nn.Module) -> nn.Module:
+    """Round weights that were trained after quantization to the grids that they were quantized to, in place.
+
+    Args:
+        model: model from `quantize` or `adfq.load`.
+
+    Returns:
+        The model.
+
+    Raises:
+        AdfqError: for a model that is not quantized.
+    """
+    if not isinstance(getattr(model, "quantization", None), Quantization):
+        raise AdfqError("only a model that adfq.quantize has quantized can be quantized anew")
+    with ordinary_modes():
+        for _, layer in Network(model).weight_layers():
+            layer.frozen = False
+            layer.freeze()
+    return model
+
+
+@contextmanager
+def ordinary_modes() -> Iterator[None]:
+    """Switch modes of the caller off inside the block that change results, or tensors that are made in it.
+
+    These are inference mode, no_grad, autocast, and another default dtype or device than float32 and the CPU.
+    """
+    dtype = torch.get_default_dtype()
+    with ExitStack() as modes:
+        modes.enter_context(torch.inference_mode(False))
+        modes.enter_context(torch.enable_grad())
+        for device in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
+            modes.enter_context(torch.autocast(device, enabled=False))
+        if torch.get_default_device() != torch.device("cpu"):
+            modes.enter_context(torch.device("cpu"))
+        modes.callback(torch.set_default_dtype, dtype)
+        torch.set_default_dtype(torch.float32)
+        yield
 
 
 def _copy(model: nn.Module) -> nn.Module:

@@ -28,7 +28,7 @@ from adfq.layers import QuantWeightLayer
 from adfq.packing import pack, unpack
 from adfq.quantizers import Quantizer
 from adfq.registry import find_method
-from adfq.sites import Network, sites_of
+from adfq.sites import Network, check_weights, sites_of
 
 FORMAT = 1
 
@@ -70,11 +70,13 @@ def save(model: nn.Module, file: str | os.PathLike[str], notes: Mapping[str, Any
 
     Raises:
         AdfqError: for a model that is not from `adfq.quantize`, one whose architecture cannot be told from itself,
-            notes of other types, and a file that cannot be written.
+            notes of other types, weights that were trained after quantization (`adfq.requantize`), and a file that
+            cannot be written.
     """
     quantization = getattr(model, "quantization", None)
     if not isinstance(quantization, Quantization):
         raise AdfqError("only a model that adfq.quantize has quantized can be saved")
+    check_weights(model)
     content = _write(model, quantization, quantization.notes if notes is None else notes)
     with replacing(file) as temporary:
         temporary.write_bytes(content)
@@ -112,8 +114,9 @@ def packed_size(model: nn.Module) -> int:
         model: model from `adfq.quantize` or `load`.
 
     Raises:
-        AdfqError: for a model of a dtype that `save` does not take.
+        AdfqError: for a model of a dtype that `save` does not take, and weights that were trained after quantization.
     """
+    check_weights(model)
     size = 0
     dtype = _dtype(model)
     codes = {f"{name}.weight": _codes(layer, dtype) for name, layer in Network(model).weight_layers()}

@@ -35,7 +35,7 @@ from adfq.quantizers import (
     TwinSoftmaxQuantizer,
     UniformQuantizer,
 )
-from adfq.sites import Network
+from adfq.sites import Network, check_weights
 
 INPUT, OUTPUT = "images", "logits"
 
@@ -94,8 +94,9 @@ def export_onnx(model: nn.Module, file: str | os.PathLike[str]) -> Exported:
 
     Raises:
         AdfqError: for a model that is not from `adfq.quantize`, is no classifier, cannot be traced or is larger than 2
-            GB; for quantizers without a form in ONNX and activations of other than 8 bits, with the name of the first
-            site; without the extra ``onnx``; for a file that cannot be written.
+            GB; for weights that were trained after quantization (`adfq.requantize`); for quantizers without a form in
+            ONNX and activations of other than 8 bits, with the name of the first site; without the extra ``onnx``; for
+            a file that cannot be written.
     """
     quantization = getattr(model, "quantization", None)
     if not isinstance(quantization, Quantization):
@@ -104,6 +105,7 @@ def export_onnx(model: nn.Module, file: str | os.PathLike[str]) -> Exported:
         raise AdfqError(
             f"a {type(model).__name__} cannot be exported: only classifiers can, which have one size of images"
         )
+    check_weights(model)
     _check_exportable(model)
     check_installed()
     model = copy.deepcopy(model).cpu().float().eval()

@@ -78,6 +78,23 @@ class QuantWeightLayer(nn.Module, ABC):
             self.weight, self.learned_weight = nn.Parameter(quantized, requires_grad=False), None
         self.frozen = True
 
+    @torch.no_grad()
+    def is_on_grid(self) -> bool:
+        """Return False if the weight has left its quantizer's grid since `freeze`, as training makes it.
+
+        A weight that was cast is on the grid of its dtype. A quantizer without codes has no grid to tell.
+        """
+        quantizer = self.weight_quantizer
+        if not self.frozen or not isinstance(quantizer, Quantizer):
+            return True
+        try:
+            values = quantizer.decode(quantizer.encode(self.weight))
+        except NotImplementedError:
+            return True
+        limits = torch.finfo(self.weight.dtype if self.weight.dtype.itemsize < 4 else torch.float32)
+        tolerance = limits.eps * (values.abs() + limits.tiny)
+        return bool(((self.weight - values).abs() <= tolerance).all())
+
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output for the quantized input and weight.
 

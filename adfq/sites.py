@@ -141,6 +141,20 @@ def sites_of(model: nn.Module, within: str = "") -> Iterator[Site]:
                 yield Site(f"{name}.{attribute}", operator, attribute, operator.role)
 
 
+def check_weights(model: nn.Module) -> None:
+    """Raise AdfqError, with the layer's name, if weights were changed after quantization and left their grids.
+
+    Args:
+        model: model from `adfq.quantize` or `adfq.load`.
+    """
+    for name, layer in operators_of(model):
+        if isinstance(layer, QuantWeightLayer) and not layer.is_on_grid():
+            raise AdfqError(
+                f"{name}.weight was changed after quantization (trained?) and is off its grid; "
+                "adfq.requantize(model) rounds it to that again"
+            )
+
+
 @dataclass(frozen=True)
 class Network:
     """The findings of an adapter: a model with explicit quantizable operators, and how they belong together.

@@ -141,7 +141,7 @@ class Quantizer(nn.Module, ABC):
         """
         if not self.is_calibrated:
             raise RuntimeError(f"{type(self).__name__} is used before it is calibrated")
-        if not x.numel():  # which has no minimum
+        if not x.numel():  # it has no minimum
             return x
         return self._quantize(x.float()).to(x.dtype)
 

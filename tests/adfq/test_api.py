@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,15 @@ import torch
 from torch import Tensor, nn
 from torchvision.datasets import FashionMNIST
 
-from adfq import AdfqError, methods, quantize, registry
+from adfq import AdfqError, export_onnx, methods, quantize, registry, requantize, save
 from adfq.adapters import adapt
 from adfq.adfq_vit import ADFQViT
 from adfq.bits import Bits
+from adfq.checkpoint import packed_size
 from adfq.layers import QuantWeightLayer
 from adfq.method import Method, Run
 from adfq.quantizers import LogQuantizer, PerPatchOutlierQuantizer, Quantizer, ShiftLogQuantizer, UniformQuantizer
-from adfq.sites import Network, Recipe, sites_of
+from adfq.sites import Network, Recipe, check_weights, sites_of
 
 MakeModel = Callable[..., nn.Module]
 MakeImages = Callable[..., Tensor]
@@ -528,3 +531,95 @@ def test_a_trained_model_keeps_its_accuracy(method: str, quick: Quick, real_data
     assert accuracy(quantize(model, method, 8, 8, calibration, **quick[method])) > full - 0.015
     assert accuracy(quantize(model, method, 4, 4, calibration, **quick[method])) > full - 0.05
     assert accuracy(quantize(model, method, 2, 2, calibration, **quick[method])) < full - 0.15
+
+
+# --- the caller's modes ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+MODES: dict[str, Callable[[], Any]] = {
+    "inference": torch.inference_mode,
+    "no_grad": torch.no_grad,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "default dtype": lambda: default_dtype(torch.float64),
+    "default device": lambda: torch.device("meta"),
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("ptq4vit", {"rounds": 1}), ("adfq_vit", {"iterations": 2, "optimize_batch_size": 2})],
+)
+def test_the_callers_modes_change_nothing(
+    method: str, options: dict[str, Any], make_vit: MakeModel, make_images: MakeImages
+) -> None:
+    model, images = make_vit(depth=1), make_images(2)
+    expected = quantize(model, method, 4, 4, images, **options).state_dict()
+    for mode, entered in MODES.items():
+        with entered():
+            found = quantize(model, method, 4, 4, images, **options)
+        for name, tensor in found.state_dict().items():
+            assert not tensor.is_inference(), (mode, name)
+            assert torch.equal(tensor, expected[name]), (mode, name)
+        found(images.clone().requires_grad_()).sum().backward()
+
+
+def test_a_model_and_images_made_in_inference_mode(make_vit: MakeModel, make_images: MakeImages) -> None:
+    with torch.inference_mode():
+        model, images = make_vit(depth=1), make_images(4)
+        found = quantize(model, "adfq_vit", 4, 4, images, iterations=1)
+    found(make_images(2).requires_grad_()).sum().backward()
+    assert not any(tensor.is_inference() for tensor in found.state_dict().values())
+
+
+@pytest.mark.parametrize("method", [*QUANTIZING, "ptq4vit"])
+def test_an_empty_batch_gives_an_empty_output(
+    method: str, make_vit: MakeModel, make_images: MakeImages, quick: Mapping[str, dict[str, Any]]
+) -> None:
+    quantized = quantize(make_vit(depth=1), method, 4, 4, make_images(2), **quick[method])
+    assert quantized(make_images(0)).shape == (0, 10)
+
+
+# --- weights that change after quantization -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [*QUANTIZING, "ptq4vit"])
+@pytest.mark.parametrize("bits", [2, 8])
+def test_trained_weights_are_told_from_quantized_ones(
+    method: str, bits: int, make_vit: MakeModel, make_images: MakeImages, quick: Mapping[str, dict[str, Any]]
+) -> None:
+    quantized = quantize(make_vit(depth=1), method, bits, bits, make_images(2), **quick[method])
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        check_weights(copy.deepcopy(quantized).to(dtype))
+    check_weights(quantized)
+    layer = quantized.get_submodule("blocks.0.attn.qkv")
+    before = layer.weight.clone()
+    layer.weight.requires_grad_(True)
+    torch.optim.SGD([layer.weight], 1e-6).step(lambda: quantized(make_images(2)).square().sum().backward())
+    assert not torch.equal(layer.weight, before)
+    with pytest.raises(AdfqError, match=r"blocks\.0\.attn\.qkv\.weight was changed after quantization"):
+        check_weights(quantized)
+    assert torch.equal(requantize(quantized).get_parameter("blocks.0.attn.qkv.weight"), before)  # the steps were small
+    check_weights(quantized)
+
+
+def test_nothing_is_written_of_trained_weights(make_vit: MakeModel, make_images: MakeImages, tmp_path: Path) -> None:
+    quantized = quantize(make_vit(depth=1), "base_ptq", 8, 8, make_images(2))
+    quantized.get_parameter("head.weight").data.mul_(1.01)
+    for write in (save, export_onnx):
+        with pytest.raises(AdfqError, match=r"head\.weight was changed after quantization"):
+            write(quantized, tmp_path / "file")
+    with pytest.raises(AdfqError, match=r"head\.weight was changed after quantization"):
+        packed_size(quantized)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(AdfqError, match="only a model that"):
+        requantize(make_vit())
