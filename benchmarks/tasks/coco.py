@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from io import StringIO
 from pathlib import Path
@@ -15,13 +15,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
-from torch.utils.data import Dataset
 
 from adfq.errors import AdfqError
 from benchmarks.bundled import BUNDLED
 from benchmarks.bundled.detectors import COUNTS
-from benchmarks.tasks.masks import cocotools
+from benchmarks.run.console import warn
+from benchmarks.tasks.annotations import check_id, check_objects, count_left_out
+from benchmarks.tasks.images import check_size, read_image
+from benchmarks.tasks.masks import cocotools, is_number
 from benchmarks.tasks.shared import check_place, digest_file, one_line
 
 #: Kinds of detections by the names of COCO's tools.
@@ -33,10 +34,6 @@ _AVERAGES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 # Most detections of an image that count: the first number for AP, the last for the other averages. These are
 # MMDetection's; COCO's own are smaller.
 _MOST_FOUND = (100, 300, 1000)
-
-_IMAGE = ("id", "file_name", "height", "width")
-_CATEGORY = ("id", "name")
-_ANNOTATION = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
 
 
 @dataclass(frozen=True)
@@ -54,8 +51,9 @@ class CocoSplit:
     folder: Path
     classes: Sequence[str] | None
     masks: bool
+    _truths: dict[int | None, dict[str, Any]] = field(default_factory=dict, repr=False, compare=False)
 
-    @cached_property
+    @property
     def images(self) -> list[dict[str, Any]]:
         """COCO's entries of the images.
 
@@ -63,14 +61,26 @@ class CocoSplit:
             AdfqError: for annotations that are missing or not COCO's, other categories than the model's, and missing
                 images.
         """
+        return self._listed[0]
+
+    @property
+    def categories(self) -> list[dict[str, Any]]:
+        """COCO's entries of the categories.
+
+        Raises:
+            AdfqError: as `images`.
+        """
+        return self._listed[1]
+
+    @cached_property
+    def _listed(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         content = self._read()
-        images: list[dict[str, Any]] = content["images"]
         present = set(os.listdir(self.folder)) if self.folder.is_dir() else set()
-        names = [image["file_name"] for image in images]
+        names = [image["file_name"] for image in content["images"]]
         missing = [name for name in names if name not in present and not (self.folder / name).is_file()]
         if missing:
             raise AdfqError(f"{self.file} names {_some(missing)}, which {self.folder} does not have")
-        return images
+        return content["images"], content["categories"]
 
     @cached_property
     def digest(self) -> str | None:
@@ -89,55 +99,98 @@ class CocoSplit:
         content = {"images": images, "annotations": [], "categories": categories}
         file.write_text(json.dumps(content), encoding="utf-8")
 
-    def read_truth(self, limit: int | None) -> dict[str, Any]:
-        """Return the ground truth of the first images: ``images``, ``annotations`` and ``categories``.
+    def check(self, limit: int | None) -> None:
+        """Check the ground truth of the first images and, by their headers, their sizes.
 
         Args:
             limit: largest number of images; None for all.
 
         Raises:
-            AdfqError: if there are no images or no objects.
+            AdfqError: as `read_truth`, and for an image that cannot be read or has another size than its entry.
         """
+        for image in self.read_truth(limit)["images"]:
+            check_size(self.folder / image["file_name"], (image["width"], image["height"]), self.file)
+
+    def read_pixels(self, image: Mapping[str, Any]) -> NDArray[np.uint8]:
+        """Read an image as H×W×3, red, green, blue.
+
+        Args:
+            image: COCO's entry of the image.
+
+        Raises:
+            AdfqError: for an image that cannot be read, or has another size than its entry.
+        """
+        return read_image(self.folder / image["file_name"], (image["width"], image["height"]), self.file)
+
+    def read_truth(self, limit: int | None) -> dict[str, Any]:
+        """Return the ground truth of the first images: ``images``, ``annotations`` and ``categories``.
+
+        Annotations follow the rule of `benchmarks.tasks.annotations`. A warning counts those that are left out.
+
+        Args:
+            limit: largest number of images; None for all.
+
+        Raises:
+            AdfqError: if there are no images or no objects, and for an annotation that is refused.
+        """
+        if limit not in self._truths:
+            self._truths[limit] = self._read_truth(limit)
+        return self._truths[limit]
+
+    def _read_truth(self, limit: int | None) -> dict[str, Any]:
         content = self._read()
         images = content["images"][:limit]
         if not images:
             raise AdfqError("there are no images to evaluate on")
-        ids = {image["id"] for image in images}
-        annotations = [annotation for annotation in content["annotations"] if annotation["image_id"] in ids]
+        by_id = {image["id"]: image for image in images}
+        listed, categories = ([entry["id"] for entry in content[kind]] for kind in ("images", "categories"))
+        annotations, left_out = check_objects(content["annotations"], by_id, listed, categories, self.masks, self.file)
         if all(annotation["iscrowd"] for annotation in annotations):
-            raise AdfqError(f"{self.file}: there is nothing to be found in its first {len(images)} images")
+            missing = f" ({count_left_out(left_out, left_out.total(), 'annotations')})" if left_out else ""
+            raise AdfqError(f"{self.file}: there is nothing to be found in its first {len(images)} images{missing}")
+        if left_out:
+            total = len(annotations) + sum(left_out.values())
+            warn(f"{self.file}: {count_left_out(left_out, total, 'annotations')}")
         return {"images": images, "annotations": annotations, "categories": content["categories"]}
 
     def _read(self) -> dict[str, Any]:
+        """Read the file; images and categories are checked, annotations are not."""
         try:
             content = json.loads(self.file.read_bytes())
         except FileNotFoundError:
             raise AdfqError(f"there is no {self.file}, with COCO's annotations of {self.folder}") from None
         except (OSError, ValueError, RecursionError) as error:
             raise AdfqError(f"cannot read {self.file}: {one_line(error)}") from None
-        self._check_entries(content, "images", _IMAGE)
-        self._check_entries(content, "annotations", (*_ANNOTATION, *(["segmentation"] if self.masks else [])))
-        self._check_entries(content, "categories", _CATEGORY)
+        lists = {kind: self._find_list(content, kind) for kind in ("images", "annotations", "categories")}
+        lists["images"] = [self._check_image(image) for image in lists["images"]]
+        lists["categories"] = [self._check_entry(entry, "categories", ("id", "name")) for entry in lists["categories"]]
+        for kind in ("images", "categories"):
+            if len({entry["id"] for entry in lists[kind]}) < len(lists[kind]):
+                raise AdfqError(f"{self.file}: {kind} share an id")
         if self.classes is not None:
-            self._check_categories([category["name"] for category in content["categories"]], self.classes)
-        if len({image["id"] for image in content["images"]}) < len(content["images"]):
-            raise AdfqError(f"{self.file}: images share an id")
-        for image in content["images"]:
-            if not all(isinstance(image[side], int) and image[side] > 0 for side in ("height", "width")):
-                raise AdfqError(f"{self.file}: image {image['id']} has no height and width in pixels")
-        checked: dict[str, Any] = content
-        return checked
+            self._check_categories([category["name"] for category in lists["categories"]], self.classes)
+        return lists
 
-    def _check_entries(self, content: Any, kind: str, fields: Iterable[str]) -> None:
+    def _find_list(self, content: Any, kind: str) -> list[Any]:
         entries = content.get(kind) if isinstance(content, dict) else None
         if not isinstance(entries, list):
             raise AdfqError(f"{self.file} is not a file of COCO's annotations: it has no list {kind!r}")
-        for entry in entries:
-            for field in fields:
-                if not isinstance(entry, dict) or field not in entry:
-                    raise AdfqError(
-                        f"{self.file} is not a file of COCO's annotations: one of its {kind} has no {field!r}"
-                    )
+        return entries
+
+    def _check_entry(self, entry: Any, kind: str, fields: Iterable[str]) -> dict[str, Any]:
+        for name in fields:
+            if not isinstance(entry, dict) or name not in entry:
+                raise AdfqError(f"{self.file} is not a file of COCO's annotations: one of its {kind} has no {name!r}")
+        return {**entry, "id": check_id(entry["id"], f"{self.file}: an id of its {kind},")}
+
+    def _check_image(self, entry: Any) -> dict[str, Any]:
+        image = self._check_entry(entry, "images", ("id", "file_name", "height", "width"))
+        if not isinstance(image["file_name"], str):
+            raise AdfqError(f"{self.file}: image {image['id']} has no text as its file_name")
+        sides = {side: image[side] for side in ("height", "width")}
+        if not all(is_number(value) and value > 0 and value == int(value) for value in sides.values()):
+            raise AdfqError(f"{self.file}: image {image['id']} has no height and width in pixels")
+        return {**image, **{side: int(value) for side, value in sides.items()}}
 
     def _check_categories(self, found: Sequence[str], classes: Sequence[str]) -> None:
         lacking = [name for name in classes if name not in found]
@@ -159,36 +212,6 @@ def digest_splits(train: CocoSplit, validation: CocoSplit) -> dict[str, Any]:
         validation: split to evaluate on.
     """
     return {"images": len(validation.images), "validation": validation.digest, "train": train.digest}
-
-
-class CheckedImages(Dataset[dict[str, Any]]):
-    """MMDetection's data set with one-line errors for unreadable images.
-
-    Args:
-        dataset: a CocoDataset.
-    """
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        path = self.dataset.get_data_info(index)["img_path"]
-        try:
-            with Image.open(path) as image:
-                # OpenCV would fill up with grey what a damaged file lacks. At an eighth of its size a JPEG is read
-                # in no time.
-                image.draft("L", (1, 1))
-                image.load()
-        except Exception as error:  # readers of many formats
-            raise AdfqError(f"cannot read {path}: {one_line(error)}") from None
-        try:
-            sample: dict[str, Any] = self.dataset[index]
-        except Exception as error:  # whatever its steps raise
-            raise AdfqError(f"{path}: the config's pipeline fails: {one_line(error)}") from None
-        return sample
 
 
 def find_root(spec: str) -> Path:
@@ -223,22 +246,6 @@ def _draw_scenes(counts: tuple[tuple[str, int], ...]) -> TemporaryDirectory[str]
     return directory
 
 
-def read_image(path: Path) -> NDArray[np.uint8]:
-    """Read an image: H×W×3, red, green, blue.
-
-    Args:
-        path: path of the image.
-
-    Raises:
-        AdfqError: for a file that cannot be read.
-    """
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except Exception as error:  # readers of many formats
-        raise AdfqError(f"cannot read {path}: {one_line(error)}") from None
-
-
 def average_precisions(kind: str, truth: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Return COCO's average precisions in percent, unrounded.
 
@@ -253,11 +260,10 @@ def average_precisions(kind: str, truth: Mapping[str, Any], found: Sequence[Mapp
     coco, evaluating = cocotools("coco"), cocotools("cocoeval")
     if kind == "segm":  # by its mask an object is small or large, which boxes would overrule
         found = [{key: value for key, value in item.items() if key != "bbox"} for item in found]
+    truth, found = _number_ids(truth, found)
     with redirect_stdout(StringIO()):
         expected = coco.COCO()
-        # An object with the id 0 could not be found.
-        annotations = [{**annotation, "id": number} for number, annotation in enumerate(truth["annotations"], 1)]
-        expected.dataset = {**truth, "annotations": annotations}
+        expected.dataset = truth
         expected.createIndex()
         evaluation = evaluating.COCOeval(expected, expected.loadRes(found) if found else coco.COCO(), kind)
         evaluation.params.maxDets = list(_MOST_FOUND)
@@ -266,6 +272,26 @@ def average_precisions(kind: str, truth: Mapping[str, Any], found: Sequence[Mapp
         evaluation.summarize()
     values = zip(_AVERAGES, evaluation.stats, strict=False)
     return {f"{KINDS[kind]}_{name}": 100 * float(value) for name, value in values if value >= 0}
+
+
+def _number_ids(
+    truth: Mapping[str, Any], found: Sequence[Mapping[str, Any]]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return copies with ids that pycocotools can compare; whole numbers stay, texts are numbered in their order."""
+    numbers: dict[str, Mapping[Any, int]] = {}
+    for kind in ("images", "categories"):
+        ids = [entry["id"] for entry in truth[kind]]
+        plain = all(isinstance(item, int) and abs(item) < 2**63 for item in ids)
+        numbers[kind] = {item: item if plain else number for number, item in enumerate(ids, 1)}
+
+    def number(items: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        fields = (("image_id", "images"), ("category_id", "categories"))
+        return [{**item, **{name: numbers[kind][item[name]] for name, kind in fields}} for item in items]
+
+    # An object with the id 0 could not be found.
+    annotations = [{**item, "id": place} for place, item in enumerate(number(truth["annotations"]), 1)]
+    listed = {kind: [{**entry, "id": ids[entry["id"]]} for entry in truth[kind]] for kind, ids in numbers.items()}
+    return {**truth, **listed, "annotations": annotations}, number(found)
 
 
 def check_results(prefix: str, kinds: Iterable[str]) -> None:

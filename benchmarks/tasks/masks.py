@@ -39,28 +39,41 @@ def read_mask(segmentation: Any, height: int, width: int, name: str = "a mask") 
         name: name of the mask in error messages.
 
     Raises:
-        AdfqError: as `read_rle`.
+        AdfqError: as `read_rle`, and for a mask without polygons.
     """
-    mask: NDArray[np.uint8] = cocotools("mask").decode(read_rle(segmentation, height, width, name))
+    rle = read_rle(segmentation, height, width, name)
+    if rle is None:
+        raise AdfqError(f"{name} has no polygons")
+    mask: NDArray[np.uint8] = cocotools("mask").decode(rle)
     return mask.astype(bool)
 
 
-def read_rle(segmentation: Any, height: int, width: int, name: str) -> dict[str, Any]:
+def read_rle(segmentation: Any, height: int, width: int, name: str) -> dict[str, Any] | None:
     """Return a mask as checked run lengths of pycocotools.
 
+    Polygons with fewer than three corners are left out, as MMDetection and Detectron2 do it.
+
     Args:
-        segmentation: mask in one of COCO's forms: polygons, which add up, or run lengths, compressed or not.
+        segmentation: mask in one of COCO's forms: polygons, which add up, a single polygon, or run lengths, compressed
+            or not.
         height: height of the image in pixels.
         width: width of the image in pixels.
         name: name of the mask in error messages.
 
+    Returns:
+        None for null, an empty list, an empty object, and a list without polygons of three corners.
+
     Raises:
         AdfqError: for other forms, and a mask of another size.
     """
+    if segmentation is None or segmentation in ([], {}):
+        return None
     rle: dict[str, Any]
     if isinstance(segmentation, list):
-        _check_polygons(segmentation, height, width, name)
-        rle = cocotools("mask").merge(cocotools("mask").frPyObjects(segmentation, height, width))
+        polygons = _check_polygons(segmentation, height, width, name)
+        if not polygons:
+            return None
+        rle = cocotools("mask").merge(cocotools("mask").frPyObjects(polygons, height, width))
         return rle
     try:
         size, counts = list(segmentation["size"]), segmentation["counts"]
@@ -70,22 +83,25 @@ def read_rle(segmentation: Any, height: int, width: int, name: str) -> dict[str,
     if size != [height, width]:
         raise AdfqError(f"{name} is {_times(size)} pixels, its image {_times([height, width])}")
     # pycocotools does not look: what run lengths leave out it fills with whatever lies in memory.
-    if not all(isinstance(count, int) and count >= 0 for count in counts) or sum(counts) != height * width:
+    if not all(type(count) is int and count >= 0 for count in counts) or sum(counts) != height * width:
         raise AdfqError(f"{name}: its run lengths do not add up to {height * width} pixels")
-    rle = cocotools("mask").frPyObjects({"size": size, "counts": counts}, height, width)
+    rle = cocotools("mask").frPyObjects({"size": [height, width], "counts": counts}, height, width)
     return rle
 
 
-def _check_polygons(polygons: list[Any], height: int, width: int, name: str) -> None:
+def _check_polygons(polygons: list[Any], height: int, width: int, name: str) -> list[list[float]]:
+    """Return the polygons that have three or more corners."""
     side = max(height, width)
+    if all(map(is_number, polygons)):  # a single polygon
+        polygons = [polygons]
     for polygon in polygons:
-        corners = len(polygon) / 2 if isinstance(polygon, list) else 0
-        if corners < 3 or corners % 1 or not all(map(is_number, polygon)):
-            raise AdfqError(f"{name}: a polygon has to be numbers, an x and a y for each of three or more corners")
+        if not isinstance(polygon, list) or len(polygon) % 2 or not all(map(is_number, polygon)):
+            raise AdfqError(f"{name}: a polygon has to be numbers, an x and a y for each corner")
+    kept = [polygon for polygon in polygons if len(polygon) >= 6]
+    for polygon in kept:
         if min(polygon) < -side or max(polygon) > 2 * side:  # pycocotools needs memory for every pixel of an outline
             raise AdfqError(f"{name} reaches far beyond its image")
-    if not polygons:
-        raise AdfqError(f"{name} has no polygons")
+    return kept
 
 
 def _times(size: Sequence[Any]) -> str:

@@ -21,14 +21,13 @@ from adfq.errors import AdfqError, NonFiniteError
 from benchmarks.bundled import BUNDLED
 from benchmarks.tasks.coco import (
     KINDS,
-    CheckedImages,
     CocoSplit,
     average_precisions,
     check_results,
     digest_splits,
     find_root,
-    read_image,
 )
+from benchmarks.tasks.detection.images import CheckedImages
 from benchmarks.tasks.detection.models import load_detector, mmdetection
 from benchmarks.tasks.shared import (
     Stopwatch,
@@ -177,7 +176,7 @@ class Detection:
         for image in truth["images"]:
             both = (truth["annotations"], list(found.values())[-1])
             items = ([item for item in items if item["image_id"] == image["id"]] for items in both)
-            images.append(Found(read_image(self.validation.folder / image["file_name"]), classes, ids, *items))
+            images.append(Found(self.validation.read_pixels(image), classes, ids, *items))
         return images
 
     def _detect(
@@ -197,7 +196,7 @@ class Detection:
         dataset = self._open(self.validation, range(count))
         with TemporaryDirectory() as folder:
             file, prefix = Path(folder, "truth.json"), results or str(Path(folder, "found"))
-            file.write_text(json.dumps(truth), encoding="utf-8")
+            file.write_text(json.dumps({**truth, "annotations": []}), encoding="utf-8")
             with mmdetection():
                 # It writes files; averages it would round to three digits.
                 metric = CocoMetric(ann_file=str(file), outfile_prefix=prefix, format_only=True)
@@ -247,7 +246,7 @@ class Detection:
         with TemporaryDirectory() as folder, mmdetection():
             file = Path(folder, "images.json")
             split.write_images(chosen, file)
-            return CheckedImages(_build_dataset(self.model.cfg, ann_file=str(file), folder=split.folder))
+            return CheckedImages(_build_dataset(self.model.cfg, ann_file=str(file), folder=split.folder), split.file)
 
 
 def load_detection(cell: Cell, results: str | None = None) -> Detection:
@@ -286,6 +285,7 @@ def load_detection(cell: Cell, results: str | None = None) -> Detection:
     validation = split("val2017")
     if not validation.images:
         raise AdfqError(f"{validation.file} has no images")
+    validation.check(cell.limit)  # before the work
     described = {"pipeline": loader.dataset.pipeline, "data_preprocessor": model.cfg.model.data_preprocessor}
     preprocessing = json.loads(json.dumps(described, default=str))
     config = json.dumps({"model": model.cfg.model, **described}, sort_keys=True, default=str)

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from adfq.errors import AdfqError, NonFiniteError
-from benchmarks.tasks.coco import CocoSplit, read_image
+from adfq.errors import NonFiniteError
+from benchmarks.tasks.coco import CocoSplit
 from benchmarks.tasks.masks import cocotools
 from benchmarks.tasks.segmentation.prompts import Prompts
 from benchmarks.tasks.shared import first_non_finite
@@ -66,26 +66,7 @@ class ScaledImages(Dataset[Tensor]):
         return len(self.images)
 
     def __getitem__(self, index: int) -> Tensor:
-        return scale(read_pixels(self.split, self.images[index]), self.side)
-
-
-def read_pixels(split: CocoSplit, image: Mapping[str, Any]) -> NDArray[np.uint8]:
-    """Read an image as H×W×3, red, green, blue.
-
-    Args:
-        split: the image's split.
-        image: COCO's entry of the image.
-
-    Raises:
-        AdfqError: for an image that cannot be read, or has another size than its entry.
-    """
-    file = split.folder / image["file_name"]
-    pixels = read_image(file)
-    height, width = pixels.shape[:2]
-    if (height, width) != (image["height"], image["width"]):
-        stated = f"{image['width']}×{image['height']}"
-        raise AdfqError(f"{file} has {width}×{height} pixels, and {stated} in {split.file}")
-    return pixels
+        return scale(self.split.read_pixels(self.images[index]), self.side)
 
 
 def scale(pixels: NDArray[np.uint8], side: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adfq.errors import AdfqError
+from benchmarks.run.console import warn
+from benchmarks.tasks.annotations import Ids, clip_box, count_left_out, shown
 from benchmarks.tasks.masks import is_number
 from benchmarks.tasks.segmentation import BOXES, POINTS
 from benchmarks.tasks.shared import one_line
@@ -92,39 +94,21 @@ def innermost_point(mask: NDArray[np.bool_]) -> tuple[int, int]:
     return left + x - 1, top + y - 1
 
 
-def clip_box(box: Any, image: Mapping[str, Any], file: str | Path) -> tuple[float, float, float, float]:
-    """Return the part of a box within an image, x0, y0, x1, y1 in pixels.
-
-    Args:
-        box: x, y, width, height in pixels, from a file and not yet checked.
-        image: COCO's entry with ``id``, ``width`` and ``height``.
-        file: file that the box is from, for error messages.
-
-    Raises:
-        AdfqError: unless the box is four numbers, not empty and partly within the image.
-    """
-    name = f"{file}: the box {_shown(box)} in image {image['id']}"
-    if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
-        raise AdfqError(f"{name} is not x, y, width and height")
-    x, y, width, height = box
-    if width <= 0 or height <= 0:
-        raise AdfqError(f"{name} is empty")
-    x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + width, image["width"]), min(y + height, image["height"])
-    if x1 <= x0 or y1 <= y0:
-        raise AdfqError(f"{name} lies outside it, which is {image['width']}×{image['height']} pixels")
-    return x0, y0, x1, y1
-
-
-def read_prompts(file: str, truth: Mapping[str, Any]) -> dict[Hashable, Prompts]:
+def read_prompts(
+    file: str, images: Sequence[Mapping[str, Any]], categories: Sequence[Mapping[str, Any]]
+) -> dict[Hashable, Prompts]:
     """Read the boxes of a detector from a file of results in COCO's format, by the image's id.
+
+    An empty box and one outside its image are left out, which a warning says.
 
     Args:
         file: path to read.
-        truth: ground truth with ``images`` and ``categories``, which the file may name.
+        images: entries of the images that the file may name.
+        categories: entries of the categories that the file may name.
 
     Raises:
-        AdfqError: for a file that is missing or no list of results, images or categories that are not in `truth`, and
-            boxes that `clip_box` refuses.
+        AdfqError: for a file that is missing or no list of results, other images and categories, and boxes that
+            `clip_box` refuses.
     """
     try:
         found = json.loads(Path(file).read_bytes())
@@ -134,23 +118,28 @@ def read_prompts(file: str, truth: Mapping[str, Any]) -> dict[Hashable, Prompts]
         raise AdfqError(f"cannot read prompts {file}: {one_line(error)}") from None
     if not isinstance(found, list):
         raise AdfqError(f"{file} has no prompts: it is not a list of COCO's results")
-    images = {image["id"]: image for image in truth["images"]}
-    categories = {category["id"] for category in truth["categories"]}
+    by_id, known = {image["id"]: image for image in images}, Ids(category["id"] for category in categories)
+    places = (("image_id", Ids(by_id), "in image"), ("category_id", known, "of category"))
     chosen = defaultdict(list)
+    left_out: Counter[str] = Counter()
     for item in found:
         lacking = [field for field in _FIELDS if not isinstance(item, dict) or field not in item]
         if lacking:
             raise AdfqError(f"{file} has no prompts: one of its results has no {lacking[0]!r}")
-        for field, known, place in (("image_id", images, "in image"), ("category_id", categories, "of category")):
-            if not isinstance(item[field], Hashable) or item[field] not in known:
-                raise AdfqError(f"{file} has a box {place} {_shown(item[field])}, which the data do not have")
+        image, category = (ids.find(item, field, f"{file}: a box") for field, ids, _ in places)
+        for (field, _, place), value in zip(places, (image, category), strict=True):
+            if value is None:
+                raise AdfqError(f"{file} has a box {place} {shown(item[field])}, which the data do not have")
         if not is_number(item["score"]):
-            raise AdfqError(f"{file}: the score {_shown(item['score'])} in image {item['image_id']} is not a number")
-        box = clip_box(item["bbox"], images[item["image_id"]], file)
-        chosen[item["image_id"]].append((box, item["category_id"], float(item["score"])))
+            raise AdfqError(f"{file}: the score {shown(item['score'])} in image {image} is not a number")
+        box = clip_box(item["bbox"], by_id[image], file)
+        if box is None:
+            left_out["empty or outside their image"] += 1
+        else:
+            chosen[image].append((box, category, float(item["score"])))
+    if left_out:
+        said = f"{file}: {count_left_out(left_out, len(found), 'boxes')}"
+        if not chosen:
+            raise AdfqError(said)
+        warn(said)
     return {image: box_prompts(*zip(*boxes, strict=True)) for image, boxes in chosen.items()}
-
-
-def _shown(value: Any) -> str:
-    """Return a value from JSON in one line of at most 80 characters."""
-    return json.dumps(value)[:80]

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from adfq.errors import AdfqError
 from benchmarks.bundled import BUNDLED
+from benchmarks.tasks.annotations import clip_box
 from benchmarks.tasks.coco import (
     CocoSplit,
     average_precisions,
@@ -25,14 +26,13 @@ from benchmarks.tasks.coco import (
     digest_splits,
     find_root,
 )
-from benchmarks.tasks.masks import cocotools, is_number, read_rle
+from benchmarks.tasks.masks import cocotools
 from benchmarks.tasks.segmentation import ARGUMENTS, BOXES, POINTS, SIZES
-from benchmarks.tasks.segmentation.images import ScaledImages, Scene, read_pixels, scale, segment
+from benchmarks.tasks.segmentation.images import ScaledImages, Scene, scale, segment
 from benchmarks.tasks.segmentation.models import load_sam
 from benchmarks.tasks.segmentation.prompts import (
     Prompts,
     box_prompts,
-    clip_box,
     point_prompts,
     read_prompts,
 )
@@ -142,9 +142,8 @@ class Segmentation:
         Raises:
             AdfqError: unless `evaluate` could use them.
         """
-        for scene in self._scenes(self._read_truth(limit)):
-            if self.prompts == BOXES:
-                self._ask(scene)
+        self._read_truth(limit)
+        self.validation.check(limit)
 
     @torch.inference_mode()
     def evaluate(
@@ -228,7 +227,7 @@ class Segmentation:
             prompts = self._ask(scene)
             if not len(prompts):
                 continue
-            pixels = read_pixels(self.validation, scene.image)
+            pixels = self.validation.read_pixels(scene.image)
             image = scale(pixels, self.preprocessing["size"])
             masks, scores = zip(*segment(predictor, image, pixels.shape[:2], prompts), strict=True)
             truth = scene.masks if self.detected is None else None
@@ -246,20 +245,12 @@ class Segmentation:
         return truth
 
     def _scenes(self, truth: Mapping[str, Any]) -> Iterator[Scene]:
-        """Yield image by image, with checked masks."""
+        """Yield image by image."""
         annotations = defaultdict(list)
         for annotation in truth["annotations"]:
             annotations[annotation["image_id"]].append(annotation)
         for image in truth["images"]:
-            yield Scene(image, [self._check_mask(annotation, image) for annotation in annotations[image["id"]]])
-
-    def _check_mask(self, annotation: Mapping[str, Any], image: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return the annotation with its mask as run lengths."""
-        name = f"{self.validation.file}: annotation {annotation['id']}"
-        if not is_number(annotation["area"]):
-            raise AdfqError(f"{name} has no number as its area")
-        mask = read_rle(annotation["segmentation"], image["height"], image["width"], f"{name}: its mask")
-        return {**annotation, "segmentation": mask}
+            yield Scene(image, annotations[image["id"]])
 
     def _ask(self, scene: Scene) -> Prompts:
         """Return a scene's prompts; those of the ground truth are one for each instance."""
@@ -268,8 +259,9 @@ class Segmentation:
         categories = [instance["category_id"] for instance in scene.instances]
         if self.prompts == POINTS:
             return point_prompts(scene.masks, categories)
-        boxes = [clip_box(instance["bbox"], scene.image, self.validation.file) for instance in scene.instances]
-        return box_prompts(boxes, categories)
+        name = str(self.validation.file)
+        boxes = (clip_box(instance["bbox"], scene.image, name) for instance in scene.instances)
+        return box_prompts([box for box in boxes if box], categories)  # none is empty, as `check_objects` leaves them
 
     def _compare(self, found: list[Any], truth: list[Any]) -> list[float]:
         """Return the IoU of each object."""
@@ -341,7 +333,7 @@ def load_segmentation(cell: Cell, results: str | None = None) -> Segmentation:
     prompts = cell.location.file("prompts", arguments["prompts"])
     if not validation.images:
         raise AdfqError(f"{validation.file} has no images")
-    detected = None if prompts in (BOXES, POINTS) else read_prompts(prompts, validation.read_truth(None))
+    detected = None if prompts in (BOXES, POINTS) else read_prompts(prompts, validation.images, validation.categories)
     sam: Any = load_sam(cell.model, cell.location.checkpoint)
     mean, std = (values.flatten().tolist() for values in (sam.pixel_mean, sam.pixel_std))
     preprocessing = {"size": sam.image_encoder.img_size, "mean": mean, "std": std}

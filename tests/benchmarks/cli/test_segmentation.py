@@ -146,7 +146,10 @@ FULL = [*RUN, "full_precision"]
         ([*FULL, "--prompts", "no.json"], "there are no prompts no.json; give boxes, points or a file"),
         ([*FULL, "--prompts", "broken.json"], "cannot read prompts broken.json: "),
         ([*FULL, "--prompts", "other.json"], "other.json has a box in image 99, which the data do not have"),
-        ([*FULL, "--prompts", "outside.json"], "outside.json: the box [97, 0, 5, 5] in image 0 lies outside it"),
+        (
+            [*FULL, "--prompts", "outside.json"],
+            "outside.json: 1 of 1 boxes are left out: 1 empty or outside their image",
+        ),
         ([*FULL, "--prompts", "last.json", "--limit", "1"], "last.json has no box in the first 1 images of "),
         ([*FULL, "--prompts"], "argument --prompts: expected one argument"),
         (["run", "segmentation", "--config", "x.py", *FULL[4:]], "segmentation has no --config"),

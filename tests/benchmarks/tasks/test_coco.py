@@ -33,6 +33,9 @@ def compress(mask: NDArray[np.bool_]) -> dict[str, Any]:
     "segmentation",
     [
         [[2, 1, 7, 1, 7, 4, 2, 4]],
+        [2, 1, 7, 1, 7, 4, 2, 4],
+        [[2, 1, 7, 4], [2, 1, 7, 1, 7, 4, 2, 4], []],
+        {"size": [6.0, 8.0], "counts": RUN_LENGTHS},
         [[2, 1, 4, 1, 4, 4, 2, 4], [4.0, 1.0, 7.0, 1.0, 7.0, 4.0, 4.0, 4.0]],
         {"size": [6, 8], "counts": RUN_LENGTHS},
         compress(SQUARE),
@@ -56,7 +59,9 @@ def test_whatever_stands_for_run_lengths_is_read_or_refused(counts: Any) -> None
 @pytest.mark.parametrize(
     ("segmentation", "message"),
     [
-        (None, "is neither polygons nor run lengths"),
+        ("", "is neither polygons nor run lengths"),
+        (None, "has no polygons"),
+        ([[]], "has no polygons"),
         ({"size": [6, 8]}, "is neither polygons nor run lengths"),
         ({"size": 6, "counts": []}, "is neither polygons nor run lengths"),
         ({"size": [6, 8], "counts": 48}, "is neither polygons nor run lengths"),
@@ -68,12 +73,14 @@ def test_whatever_stands_for_run_lengths_is_read_or_refused(counts: Any) -> None
         ({"size": [6, 8], "counts": [24, 24.0]}, "its run lengths do not add up to 48 pixels"),
         ({"size": [8, 6], "counts": RUN_LENGTHS}, "is 6×8 pixels, its image 8×6"),
         ([], "has no polygons"),
-        ([[1, 2, 3, 4]], "a polygon has to be numbers"),
+        ([[1, 2, 3, 4]], "has no polygons"),
+        ([1, 2, 3, 4], "has no polygons"),
+        ([[1, 2, 3, 4, 5, 6], 7], "a polygon has to be numbers"),
+        ({"size": [6, 8], "counts": [47, True]}, "its run lengths do not add up to 48 pixels"),
         ([[1, 2, 3, 4, 5]], "a polygon has to be numbers"),
         ([[1, 2, 3, 4, 5, 6, 7]], "a polygon has to be numbers"),
         ([[1, 2, 3, 4, 5, float("nan")]], "a polygon has to be numbers"),
         ([[1, 2, 3, 4, 5, "6"]], "a polygon has to be numbers"),
-        ([1, 2, 3, 4, 5, 6], "a polygon has to be numbers"),
         ([[0, 0, 1e9, 0, 1e9, 1e9]], "reaches far beyond its image"),
     ],
 )
@@ -86,3 +93,13 @@ def test_an_object_counts_whatever_its_id() -> None:
     box = {"image_id": 1, "category_id": 1, "bbox": [0, 0, 5, 5], "area": 25, "iscrowd": 0}
     truth = {"images": [{"id": 1}], "annotations": [{**box, "id": 0}], "categories": [{"id": 1, "name": "cat"}]}
     assert average_precisions("bbox", truth, [{**box, "score": 0.5}])["box_ap"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize("ids", [[1, 2, 3], ["a", "b", "c"], [7, "7", 2**70]])
+def test_ids_of_any_kind_count_alike(ids: list[Any]) -> None:
+    box = {"bbox": [0, 0, 5, 5], "area": 25, "iscrowd": 0}
+    objects = [{**box, "image_id": image, "category_id": category} for image in ids for category in ids]
+    truth = {"images": [{"id": item} for item in ids], "annotations": objects}
+    truth["categories"] = [{"id": item, "name": str(item)} for item in ids]
+    found = [{**item, "score": 0.5} for item in objects[:5]]
+    assert average_precisions("bbox", truth, found)["box_ap"] == pytest.approx(100 * (67 + 67 + 34) / 303)

@@ -23,8 +23,9 @@ from adfq import AdfqError
 from benchmarks.bundled.detectors import COUNTS, DETECTORS
 from benchmarks.cell import Cell
 from benchmarks.tasks import coco
+from benchmarks.tasks.detection import describe_detection
 from benchmarks.tasks.detection.models import build_detector, mmdetection, open_config
-from benchmarks.tasks.detection.task import Detection, describe_detection, load_detection
+from benchmarks.tasks.detection.task import Detection, load_detection
 
 pytest.importorskip("mmengine")
 CPU = torch.device("cpu")
@@ -234,6 +235,8 @@ def pixels(file: Path) -> Tensor:
 def test_evaluation_images_are_the_first_and_padded_to_one_size(load: Callable[..., Detection], root: Path) -> None:
     # As wide as the others: half as high, it is padded below, and to whole 32 pixels.
     Image.open(root / "val2017" / "000001.png").crop((0, 0, 96, 40)).save(root / "val2017" / "000001.png")
+    edit(root / "annotations" / "instances_val2017.json", lambda content: content["images"][1].update(height=40))
+    edit(root / "annotations" / "instances_val2017.json", lambda content: content["annotations"].__delitem__(slice(4)))
     subject = load(data=str(root))
     images = subject.evaluation_images(2)
     assert images.shape == (2, 3, 96, 96)
@@ -321,8 +324,8 @@ def _without(kind: str, key: str) -> Callable[[dict[str, Any]], Any]:
         (lambda content: content["categories"].reverse(), "{file} are in another order than the model's classes"),
         (lambda content: content.pop("categories"), "{file} is not a file of COCO's annotations: it has no list 'cat"),
         (_without("images", "file_name"), "{file} is not .* one of its images has no 'file_name'"),
-        (_without("annotations", "area"), "{file} is not .* one of its annotations has no 'area'"),
-        (_without("annotations", "segmentation"), "{file} is not .* has no 'segmentation'"),
+        (_without("annotations", "bbox"), "{file}: annotation [0-9]+: the box null in image 5 is not x, y, width"),
+        (_without("annotations", "image_id"), "{file}: annotation [0-9]+ has no 'image_id'"),
         (lambda content: content["images"].append(content["images"][0]), "{file}: images share an id"),
         (lambda content: content["images"].clear(), "{file} has no images"),
         (
@@ -375,18 +378,20 @@ def test_images_without_objects_cannot_be_measured_on(load: Callable[..., Detect
     subject = load(data=str(root))
     with pytest.raises(AdfqError, match=f"{file}: there is nothing to be found in its first 1 images"):
         subject.evaluate(subject.model, CPU, 1, 1)
+    with pytest.raises(AdfqError, match=f"{file}: there is nothing to be found in its first 1 images"):
+        load(data=str(root), limit=1)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("damage", ["png", "jpeg", "text"])
 def test_a_broken_image_is_named(damage: str, workers: int, load: Callable[..., Detection], root: Path) -> None:
+    subject = replace(load(data=str(root)), workers=workers)
     for split in ("train2017", "val2017"):
         for broken in (root / split).iterdir():
             if damage == "jpeg":  # OpenCV would read it, and fill up with grey
                 Image.open(broken).save(broken, "JPEG")
             content = broken.read_bytes()
             broken.write_bytes(b"no image" if damage == "text" else content[: len(content) // 2])
-    subject = replace(load(data=str(root)), workers=workers)
     with pytest.raises(AdfqError, match=f"^cannot read {root}/train2017/00000.\\.png: ") as caught:
         subject.calibration_images(2, 0)
     assert "\n" not in str(caught.value)

@@ -13,10 +13,11 @@ from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
 from adfq import AdfqError
-from benchmarks.tasks.segmentation.prompts import clip_box, innermost_point, point_prompts, read_prompts
+from benchmarks.tasks.annotations import clip_box
+from benchmarks.tasks.segmentation.prompts import innermost_point, point_prompts, read_prompts
 
-IMAGE = {"id": 3, "width": 20, "height": 10}
-TRUTH = {"images": [IMAGE, {"id": "b", "width": 5, "height": 5}], "categories": [{"id": 1}, {"id": 7}]}
+IMAGE: dict[str, Any] = {"id": 3, "width": 20, "height": 10}
+TRUTH: tuple[list[dict[str, Any]], ...] = ([IMAGE, {"id": "b", "width": 5, "height": 5}], [{"id": 1}, {"id": 7}])
 FOUND = {"image_id": 3, "category_id": 7, "bbox": [1, 2, 3, 4.5], "score": 0.25}
 
 
@@ -64,13 +65,17 @@ def test_boxes_end_where_the_image_does() -> None:
     assert clip_box([19.5, 9.5, 5, 5], IMAGE, "file") == (19.5, 9.5, 20, 10)
 
 
+@pytest.mark.parametrize("box", [[20, 0, 5, 5], [0, -5, 5, 5], [1, 1, 0, 5], [1, 1, 5, 0.0], [1, 1, 1e-30, 1]])
+def test_boxes_without_a_part_in_the_image(box: list[float]) -> None:
+    assert clip_box(box, IMAGE, "file") is None
+
+
 @pytest.mark.parametrize(
     ("box", "problem"),
     [
-        ([20, 0, 5, 5], "lies outside it, which is 20×10 pixels"),
-        ([0, -5, 5, 5], "lies outside it"),
-        ([1, 1, 0, 5], "is empty"),
-        ([1, 1, 5, -2], "is empty"),
+        ([1, 1, -5, 2], "has a negative width"),
+        ([1, 1, 5, -2], "has a negative height"),
+        ([1, 1, 5, True], "is not x, y, width and height"),
         ([1, 1, 5], "is not x, y, width and height"),
         ([1, 1, 5, float("inf")], "is not x, y, width and height"),
         ([1, 1, 5, 10**400], "is not x, y, width and height"),
@@ -85,11 +90,14 @@ def test_boxes_that_are_none(box: Any, problem: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_detectors_boxes(tmp_path: Path) -> None:
+def test_a_detectors_boxes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "found.json"
     more = {"image_id": "b", "category_id": 1, "bbox": [0, 0, 9, 9], "score": 1, "segmentation": None, "id": 5}
-    file.write_text(json.dumps([FOUND, more, {**FOUND, "bbox": [0, 0, 1, 1], "score": 0.5}]))
-    first, second = (read_prompts(str(file), TRUTH)[key] for key in (3, "b"))
+    nothing = [{**FOUND, "bbox": box} for box in ([1, 2, 0, 4.5], [30, 0, 5, 5])]
+    file.write_text(json.dumps([FOUND, more, *nothing, {**FOUND, "bbox": [0, 0, 1, 1], "score": 0.5, "image_id": 3.0}]))
+    read = read_prompts(str(file), *TRUTH)
+    assert capsys.readouterr().err == f"adfq: {file}: 2 of 5 boxes are left out: 2 empty or outside their image\n"
+    first, second = (read[key] for key in (3, "b"))
     assert first.boxes is not None
     assert first.boxes.tolist() == [[1, 2, 4, 6.5], [0, 0, 1, 1]]
     assert first.points is None
@@ -97,7 +105,7 @@ def test_a_detectors_boxes(tmp_path: Path) -> None:
     assert second.boxes is not None
     assert second.boxes.tolist() == [[0, 0, 5, 5]]
     file.write_text("[]")
-    assert read_prompts(str(file), TRUTH) == {}
+    assert read_prompts(str(file), *TRUTH) == {}
 
 
 @pytest.mark.parametrize(
@@ -108,23 +116,24 @@ def test_a_detectors_boxes(tmp_path: Path) -> None:
         ("[3]", "{file} has no prompts: one of its results has no 'image_id'"),
         ('[{"image_id": 3, "category_id": 7, "bbox": [1, 2, 3, 4]}]', "one of its results has no 'score'"),
         ({"image_id": 4}, "{file} has a box in image 4, which the data do not have"),
-        ({"image_id": [4]}, r"{file} has a box in image \[4\], which the data do not have"),
+        ({"image_id": [4]}, r"{file}: a box: its image_id \[4\] is neither a whole number nor a text"),
+        ({"image_id": "3"}, '{file}: a box: its image_id "3" is a text'),
         ({"category_id": 2}, "{file} has a box of category 2, which the data do not have"),
         ({"score": "high"}, '{file}: the score "high" in image 3 is not a number'),
         ({"score": float("nan")}, "{file}: the score NaN in image 3 is not a number"),
-        ({"bbox": [30, 0, 5, 5]}, r"{file}: the box \[30, 0, 5, 5\] in image 3 lies outside it"),
+        ({"bbox": [3, 0, -5, 5]}, r"{file}: the box \[3, 0, -5, 5\] in image 3 has a negative width"),
     ],
 )
 def test_files_that_are_no_prompts(content: Any, message: str, tmp_path: Path) -> None:
     file = tmp_path / "found.json"
     file.write_text(content if isinstance(content, str) else json.dumps([FOUND, {**FOUND, **content}]))
     with pytest.raises(AdfqError, match=message.format(file=file)) as caught:
-        read_prompts(str(file), TRUTH)
+        read_prompts(str(file), *TRUTH)
     assert "\n" not in str(caught.value)
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(AdfqError, match="there are no prompts box; give boxes, points or a file of COCO's results"):
-        read_prompts("box", TRUTH)
+        read_prompts("box", *TRUTH)
     with pytest.raises(AdfqError, match=f"cannot read prompts {tmp_path}: "):
-        read_prompts(str(tmp_path), TRUTH)
+        read_prompts(str(tmp_path), *TRUTH)
