@@ -103,6 +103,8 @@ def load(file: str | os.PathLike[str]) -> nn.Module:
         return _rebuild(Path(file).read_bytes())
     except OSError as error:
         raise AdfqError(f"cannot read {file}: {error.strerror}") from None
+    except RecursionError:
+        raise AdfqError(f"{file}: its header is nested too deeply") from None
     except AdfqError as error:
         raise AdfqError(f"{file}: {error}") from None
 

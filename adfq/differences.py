@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from adfq.adapters import qualified_name
+from adfq.quantizers import Quantizer
 
 # Attributes that decide no output of a model in evaluation mode: nn.Module's own, notes about the model, choices of
 # training and initialization, the past of timm's Swin (_ref_…). fused_attn follows from the machine.
@@ -97,9 +98,14 @@ def _is_inactive(module: nn.Module) -> bool:
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    """Return a module's attributes, and its buffers that are not in the state dict."""
+    """Return a module's attributes, and its buffers that are not in the state dict.
+
+    A quantizer's private ones are notes of its calibration: its arguments and its state decide the output.
+    """
     values = {key: value for key, value in vars(module).items() if key not in _WITHOUT_EFFECT}
-    return values | {key: module._buffers[key] for key in module._non_persistent_buffers_set}
+    values |= {key: module._buffers[key] for key in module._non_persistent_buffers_set}
+    private = isinstance(module, Quantizer)
+    return {key: value for key, value in values.items() if not (private and key.startswith("_"))}
 
 
 def _same(a: Any, b: Any, seen: set[tuple[int, int]]) -> bool:

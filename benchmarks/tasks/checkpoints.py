@@ -181,6 +181,8 @@ def _read(file: str) -> Any:
             with torch.serialization.safe_globals(_BESIDE):
                 content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise anything
+        if "Unsupported operand" in str(error):  # torch takes any other file for code
+            raise AdfqError(f"cannot read checkpoint {file}: it is neither safetensors nor a PyTorch file") from None
         if "weights_only" in str(error):
             raise AdfqError(f"{file} is not a file of weights alone, and code in it is never run") from None
         raise AdfqError(f"cannot read checkpoint {file}: {one_line(error)}") from None

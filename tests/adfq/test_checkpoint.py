@@ -297,12 +297,11 @@ def test_eight_bits_in_bfloat16_come_back_though_they_may_not_be_packed(
     assert_same_model(adfq.load(tmp_path / "model"), quantized, make_images())
 
 
-def test_a_weight_off_its_grid_is_kept_in_floating_point(
-    quantized: nn.Module, make_images: MakeImages, tmp_path: Path
-) -> None:
+def test_a_weight_off_its_grid_is_refused(quantized: nn.Module, tmp_path: Path) -> None:
     quantized.get_parameter("blocks.0.mlp.fc1.weight").mul_(1.01)
-    adfq.save(quantized, tmp_path / "model")
-    assert_same_model(adfq.load(tmp_path / "model"), quantized, make_images())
+    with pytest.raises(AdfqError, match=r"blocks\.0\.mlp\.fc1\.weight was changed after quantization"):
+        adfq.save(quantized, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -503,6 +502,7 @@ CODES = "blocks.0.mlp.fc1.codes"
         (set_field("architecture/arguments/depth", "deep"), "cannot build"),
         (set_field("architecture/arguments/depth", 1), "no place 'blocks.1.attn.qkv.input_quantizer'"),
         (set_field("architecture/arguments/embed_dim", 24), "has shape"),
+        (set_field("pretrained_cfg", {"mean": json.loads("[" * 700 + "]" * 700)}), "nested too deeply"),
         (set_field("quantizers/blocks.0.norm1", {}), "no place 'blocks.0.norm1'"),
         (set_field(SITE, None), "not described"),
         (set_field(f"{SITE}/class", "os.system"), "unknown quantizer 'os.system'"),

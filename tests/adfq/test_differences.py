@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from adfq.differences import first_difference
+from adfq.quantizers import UniformQuantizer
 
 
 def make(**changes: Any) -> Any:
@@ -132,6 +133,13 @@ def test_values_of_attributes(value: Any, same: Any, another: Any, original: Any
     one.value, two.value, three.value = value, same, another
     assert first_difference(one, two) is None
     assert "the model.value becomes" in str(first_difference(one, three))
+
+
+def test_a_quantizers_settings_count_and_notes_of_its_calibration_do_not() -> None:
+    one, two, three = (nn.Sequential(UniformQuantizer(bits)) for bits in (4, 4, 5))
+    one[0].register_buffer("_seen", torch.ones(1), persistent=False)
+    assert first_difference(one, two) is None
+    assert first_difference(one, three) is not None
 
 
 def test_an_attribute_that_leads_back_to_the_model_ends(original: Any) -> None:
