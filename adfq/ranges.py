@@ -17,23 +17,6 @@ PERCENTILES = (0.999, 0.9999, 0.99999)
 Range = tuple[Tensor, Tensor]
 
 
-_MOST_VALUES = 2**23
-
-
-def thin_out(values: Tensor) -> Tensor:
-    """Return every n-th value of each row, so that a search fits in memory.
-
-    The result has at most 2^23 values a row; beyond that, percentiles and mean errors hardly change.
-
-    Args:
-        values: G×n.
-    """
-    stride = -(-values.shape[1] // _MOST_VALUES)
-    # An odd stride does not keep meeting the same columns of an image. Searches pass over the values many times, so
-    # that these lie next to each other.
-    return (values if stride == 1 else values[:, :: stride | 1]).contiguous()
-
-
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, levels: int) -> Tensor:
     """Round `x` to scale·(q - zero_point) with codes q from 0 to levels - 1, without gradient.
 
@@ -133,7 +116,7 @@ def percentile_range(values: Tensor, levels: int) -> Range:
     Returns:
         scale (G) and zero_point (G).
     """
-    values = thin_out(values)
+    values = values.contiguous()  # for several passes
     uppers = quantiles(values, PERCENTILES, upper=True)
     lowers = quantiles(values, tuple(1 - p for p in PERCENTILES), upper=False)
     empty = (lowers == 0) & (uppers == 0)
@@ -210,6 +193,7 @@ _EXPONENT = 2.4
 _BINS = 2048
 _COARSE = 16  # zero points tried first; all of them at 4 bits and below
 _SHORTLIST = 8
+_HISTOGRAM_PART = 2**23  # values at once, which take five times their memory
 
 
 def mse_range(values: Tensor, levels: int) -> Range:
@@ -227,7 +211,7 @@ def mse_range(values: Tensor, levels: int) -> Range:
     Returns:
         scale (G) and zero_point (G).
     """
-    found = [_mse_range_of_row(row, levels) for row in thin_out(values)]
+    found = [_mse_range_of_row(row, levels) for row in values.contiguous()]
     return torch.stack([scale for scale, _ in found]), torch.stack([zero_point for _, zero_point in found])
 
 
@@ -265,9 +249,12 @@ def _histogram(values: Tensor) -> tuple[Tensor, Tensor | None]:
         return values, None
     low, high = torch.aminmax(values)
     # Double precision, since the extent may be 0 or next to it.
-    bins = ((values - low).double() * _BINS / (high - low).double().clamp(min=1e-300)).long().clamp_(max=_BINS - 1)
-    counts = torch.bincount(bins, minlength=_BINS)
-    sums = torch.bincount(bins, weights=values.double(), minlength=_BINS)
+    width = (high - low).double().clamp(min=1e-300)
+    counts, sums = torch.zeros(2, _BINS, dtype=torch.float64, device=values.device)
+    for part in values.split(_HISTOGRAM_PART):
+        bins = ((part - low).double() * _BINS / width).long().clamp_(max=_BINS - 1)
+        counts += torch.bincount(bins, minlength=_BINS)
+        sums += torch.bincount(bins, weights=part.double(), minlength=_BINS)
     filled = counts > 0
     return (sums[filled] / counts[filled]).to(values.dtype), counts[filled].to(values.dtype)
 

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from adfq.calibration import calibrating, progress_bar
 from adfq.errors import AdfqError
-from adfq.layers import QuantConv2d, QuantWeightLayer
+from adfq.layers import QuantConv2d, QuantMatMul, QuantWeightLayer
 from adfq.method import Method, Run
-from adfq.quantizers import LogQuantizer, Quantizer, UniformQuantizer
+from adfq.quantizers import Quantizer, UniformQuantizer
 from adfq.quantizers.adaround import AdaRound
 from adfq.sites import Network
 
@@ -56,8 +56,10 @@ class OptimizerOptions:
             step size; 0 keeps the calibrated ones.
         held_back: share of the images that is not optimized on and decides when to stop and which state is kept.
         autocast: True to run units in bfloat16.
-        released: True for the released code's peculiarities: attention scores are compared by a softmax over heads of
-            probabilities, and logarithmic quantizers pass no gradient to their input.
+        released: True for the released code's peculiarities. Attention scores are compared by a softmax over heads of
+            probabilities, and by KL(quantized ‖ full precision). Activation quantizers pass no gradient to their input.
+            The step sizes of query, key, probabilities and value are not learned. Batches are drawn with replacement.
+            The optimized state is kept, whatever its error.
 
     Raises:
         AdfqError: for a value out of range.
@@ -323,7 +325,7 @@ class _Reconstruction:
         calibrated, before = self.state(), self._error()
         self._optimize(done)
         after = self._error()
-        kept = after < before
+        kept = self.options.released or after < before
         if not kept:
             self.load_state(calibrated)
         return Result(before, after, kept)
@@ -335,14 +337,15 @@ class _Reconstruction:
             for layer in self.layers.values():
                 if isinstance(layer.weight_quantizer, UniformQuantizer):
                     self.roundings.append((layer, AdaRound(layer.weight, layer.weight_quantizer)))
-        steps = [quantizer.scale for quantizer in self.quantizers.values()] if options.step_learning_rate else []
+        learned = self._learned() if options.step_learning_rate else []
+        steps = [quantizer.scale for quantizer in learned]
         smallest = [_MIN_STEP * step for step in steps]
         optimizers: list[torch.optim.Optimizer] = []
         if self.roundings:
             alphas = [rounding.alpha for _, rounding in self.roundings]
             optimizers.append(torch.optim.Adam(alphas, options.rounding_learning_rate, fused=True))
         if steps:
-            means = [_mean_step(quantizer) for quantizer in self.quantizers.values()]
+            means = [_mean_step(quantizer) for quantizer in learned]
             rates = [min(options.step_learning_rate, _MAX_RATE * mean) for mean in means]
             groups = [{"params": [step], "lr": rate} for step, rate in zip(steps, rates, strict=True)]
             optimizers.append(torch.optim.Adam(groups, fused=True))
@@ -376,10 +379,24 @@ class _Reconstruction:
         if best is not None:
             self.load_state(best)
 
+    def _learned(self) -> list[Quantizer]:
+        """Return the activation quantizers whose step sizes are learned."""
+        products = [module for module in self.module.modules() if isinstance(module, QuantMatMul)]
+        operands = [operand for product in products for operand in (product.left_quantizer, product.right_quantizer)]
+        fixed = operands if self.options.released else []
+        return [quantizer for quantizer in self.quantizers.values() if not any(quantizer is other for other in fixed)]
+
+    def _draw(self) -> Tensor:
+        """Return the images of an iteration, by their indices."""
+        count, size = len(self.trained_on), self.options.optimize_batch_size
+        if self.options.released:
+            return self.trained_on[torch.randint(count, (size,))]
+        return self.trained_on[torch.randperm(count)[:size]]
+
     def _loss(self, progress: float) -> Tensor:
         """Return the loss of a random batch, `progress` (0 to 1) through the iterations."""
         options = self.options
-        chosen = self.trained_on[torch.randperm(len(self.trained_on))[: options.optimize_batch_size]]
+        chosen = self._draw()
         mixed = {}
         for key, tensor in _choose(self.inputs, chosen).items():
             quantized = torch.rand_like(tensor) < options.mix_probability
@@ -404,11 +421,12 @@ class _Reconstruction:
     def _divergence(self, scores: Tensor, target: Tensor) -> Tensor:
         """Return KL(full precision ‖ quantized) of attention scores but for a constant.
 
-        It is summed over queries, mean over heads and rows.
+        It is summed over queries, mean over heads and rows. The released code's is KL(quantized ‖ full precision), mean
+        over rows.
         """
         if self.options.released:
             logarithm = (scores.float().softmax(-1) / self.options.temperature).log_softmax(1)
-            return -(target * logarithm).sum() / len(scores)
+            return (logarithm.exp() * (logarithm - target.log())).sum() / len(scores)
         logarithm = (scores.float() / self.options.temperature).log_softmax(-1)
         return -(target * logarithm).sum() / math.prod(scores.shape[:2])
 
@@ -421,13 +439,8 @@ class _Reconstruction:
 
     @contextmanager
     def _differentiable(self, steps: list[Tensor]) -> Iterator[None]:
-        hooks = []
-        if self.options.released:
-            hooks = [
-                quantizer.register_forward_pre_hook(lambda _, inputs: (inputs[0].detach(),))
-                for quantizer in self.quantizers.values()
-                if isinstance(quantizer, LogQuantizer)
-            ]
+        for quantizer in self.quantizers.values():
+            quantizer.straight_through = not self.options.released
         for step in steps:
             step.requires_grad_(True)
         try:
@@ -435,8 +448,8 @@ class _Reconstruction:
         finally:
             for step in steps:
                 step.requires_grad_(False)
-            for hook in hooks:
-                hook.remove()
+            for quantizer in self.quantizers.values():
+                quantizer.straight_through = True
 
     def _round(self) -> None:
         for layer, rounding in self.roundings:

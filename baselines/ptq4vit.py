@@ -299,13 +299,19 @@ def sample_rows(sizes: Tensor, gradient: Tensor, products: int, rows: int) -> tu
 
 
 def _draw(mass: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Draw indices along the last dimension systematically, and return the inverse of their expected numbers too."""
+    """Draw indices along the last dimension, one from each equal share of the mass.
+
+    Draws of different shares are independent: at equal distances they could meet the same token of every image.
+
+    Returns:
+        Indices, and the inverse of their expected numbers.
+    """
     total = mass.shape[-1]
     if total <= count:
         return torch.arange(total, device=mass.device).expand(mass.shape), torch.ones_like(mass)
     share = mass / mass.sum(-1, keepdim=True)
-    offset = torch.rand(*mass.shape[:-1], 1, dtype=mass.dtype, device=mass.device)
-    points = (torch.arange(count, device=mass.device) + offset) / count
+    offsets = torch.rand(*mass.shape[:-1], count, dtype=mass.dtype, device=mass.device)
+    points = (torch.arange(count, device=mass.device) + offsets) / count
     indices = torch.searchsorted(share.cumsum(-1), points).clamp_(max=total - 1)
     return indices, 1 / (count * share.gather(-1, indices))
 

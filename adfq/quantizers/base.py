@@ -39,20 +39,26 @@ def straight_through(x: Tensor, quantized: Tensor, inside: Tensor) -> Tensor:
 
 class _Rescale(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, ratio: Tensor, values: Tensor, inside: Tensor) -> Tensor:
-        ctx.save_for_backward(values.addcmul(ratio, inside, value=-1) if ctx.needs_input_grad[1] else None, inside)
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, ratio: Tensor, values: Tensor, inside: Tensor, through: bool
+    ) -> Tensor:
+        rounding = values.addcmul(ratio, inside, value=-1) if through else values
+        ctx.save_for_backward(rounding if ctx.needs_input_grad[1] else None, inside)
+        ctx.through = through
         ctx.scale_shape = scale.shape
         return values * scale
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         per_step, inside = ctx.saved_tensors
-        to_x = gradients[0] * inside if ctx.needs_input_grad[0] else None
+        to_x = gradients[0] * inside if ctx.needs_input_grad[0] and ctx.through else None
         to_scale = None if per_step is None else (gradients[0] * per_step).sum_to_size(ctx.scale_shape)
-        return to_x, to_scale, None, None, None
+        return to_x, to_scale, None, None, None, None
 
 
-def rescale(x: Tensor, scale: Tensor, ratio: Tensor, values: Tensor, inside: Tensor) -> Tensor:
+def rescale(
+    x: Tensor, scale: Tensor, ratio: Tensor, values: Tensor, inside: Tensor, straight_through: bool = True
+) -> Tensor:
     """Return values·scale with the gradients of learned step size quantization (Esser et al., 2020).
 
     The gradient with respect to `x` is 1 inside the range and 0 outside. The gradient with respect to `scale` is values
@@ -64,8 +70,10 @@ def rescale(x: Tensor, scale: Tensor, ratio: Tensor, values: Tensor, inside: Ten
         ratio: x/scale; the shape of `x`, without gradient.
         values: `ratio` on the grid, in steps; the shape of `x`, without gradient.
         inside: 1.0 inside the range and 0.0 outside; the shape of `x`.
+        straight_through: True, the default, for these gradients. False for those of the rounding itself: none with
+            respect to `x`, and values with respect to `scale`.
     """
-    result: Tensor = _Rescale.apply(x, scale, ratio, values, inside)
+    result: Tensor = _Rescale.apply(x, scale, ratio, values, inside, straight_through)
     return result
 
 
@@ -82,12 +90,14 @@ class Quantizer(nn.Module, ABC):
     Attributes:
         bits: bit-width, 2 to 8.
         scale: float32 step size, shaped to broadcast against the input; empty before calibration.
+        straight_through: True, the default, for gradients that pass through the rounding; see `rescale`.
 
     Raises:
         AdfqError: for another bit-width.
     """
 
     scale: Tensor
+    straight_through: bool = True
 
     def __init__(self, bits: int) -> None:
         super().__init__()

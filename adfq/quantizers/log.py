@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from adfq.errors import AdfqError
 from adfq.quantizers.base import Quantizer, rescale
-from adfq.ranges import PERCENTILES, in_parts, mean_errors, quantiles, thin_out
+from adfq.ranges import PERCENTILES, in_parts, mean_errors, quantiles
 
 #: Levels of each base from one power of two to the next.
 _LEVELS_OF_OCTAVE = {2.0: 1, 2**0.5: 2}
@@ -52,7 +52,7 @@ class LogQuantizer(Quantizer):
         self.scale = self._find_scale(x)
 
     def _find_scale(self, x: Tensor) -> Tensor:
-        x = thin_out(x.reshape(1, -1))
+        x = x.reshape(1, -1)
         candidates = quantiles(x, PERCENTILES, upper=True)[:, 0]
         # Percentiles of nearly empty tensors are 0: the largest value serves, or 1 if that is 0 as well.
         largest = x.max()
@@ -70,7 +70,7 @@ class LogQuantizer(Quantizer):
             ratio = x / self.scale
             values = self._to_levels(ratio * 2)
             inside = ratio.clamp(0, 1).eq_(ratio)
-        return rescale(x, self.scale, ratio, values, inside)
+        return rescale(x, self.scale, ratio, values, inside, self.straight_through)
 
     def _round(self, x: Tensor, scale: Tensor, out: Tensor) -> Tensor:
         return self._to_levels(torch.div(x, scale / 2, out=out)).mul_(scale)

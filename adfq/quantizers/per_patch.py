@@ -116,7 +116,7 @@ class RunTimePatchOutlierQuantizer(OutlierQuantizer):
             ranges = minmax_range(inner.reshape(-1, x.shape[-1]), self.levels)
             covering, zero_point = (values.view(*x.shape[:-1], 1) for values in ranges)
             zero_point = (zero_point / self.scale).round_()
-        return quantize_uniformly(x, covering * self.scale, zero_point, self.levels)
+        return quantize_uniformly(x, covering * self.scale, zero_point, self.levels, self.straight_through)
 
     def describe(self) -> str:
         """Return the kind of quantizer and its parameters as one phrase."""

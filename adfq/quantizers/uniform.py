@@ -14,7 +14,9 @@ from adfq.ranges import RANGES, fake_quantize
 GRANULARITIES = ("tensor", "channel", "row", "patch")
 
 
-def quantize_uniformly(x: Tensor, scale: Tensor, zero_point: Tensor, levels: int) -> Tensor:
+def quantize_uniformly(
+    x: Tensor, scale: Tensor, zero_point: Tensor, levels: int, straight_through: bool = True
+) -> Tensor:
     """Return `fake_quantize` of `x` with the gradients of `rescale`.
 
     Args:
@@ -22,6 +24,7 @@ def quantize_uniformly(x: Tensor, scale: Tensor, zero_point: Tensor, levels: int
         scale: step size; broadcasts against `x`.
         zero_point: code of 0; broadcasts against `x`.
         levels: number of codes, 2^bits.
+        straight_through: see `rescale`.
     """
     if not torch.is_grad_enabled():
         return fake_quantize(x, scale, zero_point, levels)
@@ -30,7 +33,7 @@ def quantize_uniformly(x: Tensor, scale: Tensor, zero_point: Tensor, levels: int
         unlimited = ratio.round().add_(zero_point)
         codes = unlimited.clamp(0, levels - 1)
         inside = unlimited.eq_(codes)
-    return rescale(x, scale, ratio, codes.sub_(zero_point), inside)
+    return rescale(x, scale, ratio, codes.sub_(zero_point), inside, straight_through)
 
 
 class UniformQuantizer(Quantizer):
@@ -96,7 +99,7 @@ class UniformQuantizer(Quantizer):
             raise AdfqError(
                 f"calibrated for {tuple(self.scale.shape[1:-1])} token positions, got {tuple(x.shape[1:-1])}"
             )
-        return quantize_uniformly(x, self.scale, self.zero_point, self.levels)
+        return quantize_uniformly(x, self.scale, self.zero_point, self.levels, self.straight_through)
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:

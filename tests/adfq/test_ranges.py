@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import adfq.ranges
+from adfq.quantizers import LogQuantizer
 from adfq.ranges import (
     PERCENTILES,
     RANGES,
@@ -17,7 +18,6 @@ from adfq.ranges import (
     mse_range,
     percentile_range,
     quantiles,
-    thin_out,
 )
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
@@ -244,15 +244,27 @@ def test_fake_quantize_leaves_its_argument_alone() -> None:
     assert torch.equal(x, before)
 
 
-def test_searches_look_at_a_part_of_very_many_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = heavy_tailed(2, 60_000, 0)
-    assert thin_out(values) is values
-    whole = {name: RANGES[name](values, 16) for name in RANGES}
-    monkeypatch.setattr(adfq.ranges, "_MOST_VALUES", 20_000)
-    part = thin_out(values)
-    assert part.shape == (2, 20_000)
-    assert torch.equal(part, values[:, ::3])
-    assert thin_out(values[:, :40_000]).shape == (2, 13_334)  # every third, where every second would do
-    for name, (scale, _) in whole.items():
-        found, _ = RANGES[name](values, 16)
-        torch.testing.assert_close(found, scale, rtol=0.0 if name == "minmax" else 0.25, atol=0.0)
+@pytest.mark.parametrize("search", ["percentile", "mse", "logarithmic"])
+@pytest.mark.parametrize("channels", [2, 3, 5])
+def test_of_very_many_values_every_channel_counts(search: str, channels: int) -> None:
+    """Values in a channel that a stride would pass over are the largest by far."""
+    positions = 2**23 // channels + 7
+
+    def find(values: Tensor) -> Tensor:
+        if search == "logarithmic":
+            return LogQuantizer(4).calibrate(values.abs()).scale
+        return torch.stack([part[0] for part in RANGES[search](values, 16)])
+
+    few = torch.randn(positions // 4096, channels, generator=torch.Generator().manual_seed(channels))
+    few[:, -1] *= 10
+    many = few.repeat(positions // len(few) + 1, 1)
+    # A repeated distribution has the same quantiles and errors, up to their interpolation and the order of sums.
+    torch.testing.assert_close(find(many.reshape(1, -1)), find(few.repeat(64, 1).reshape(1, -1)), rtol=1e-3, atol=0)
+
+
+def test_a_histogram_in_parts_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = heavy_tailed(1, 60_000, 0)[0]
+    points, counts = adfq.ranges._histogram(values)
+    monkeypatch.setattr(adfq.ranges, "_HISTOGRAM_PART", 7_000)
+    for found, expected in zip(adfq.ranges._histogram(values), (points, counts), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)

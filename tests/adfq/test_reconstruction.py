@@ -19,7 +19,7 @@ from adfq.adfq_vit import ADFQViT
 from adfq.bits import Bits
 from adfq.layers import QuantWeightLayer
 from adfq.method import Run
-from adfq.quantizers import LogQuantizer, PerPatchOutlierQuantizer, Quantizer, UniformQuantizer
+from adfq.quantizers import PerPatchOutlierQuantizer, Quantizer, UniformQuantizer
 from adfq.quantizers.adaround import AdaRound
 from adfq.reconstruction import OptimizerOptions
 from adfq.sites import Network
@@ -268,23 +268,67 @@ def test_rounding_is_regularized_after_the_warm_up(make_vit: Any, make_images: A
     assert [early - quiet, late - quiet] == pytest.approx(regularizers, rel=1e-3)
 
 
-def test_released_lets_no_gradient_through_logarithmic_quantizers(make_vit: Any, make_images: Any) -> None:
-    for released in (False, True):
-        parts = reconstruct(make_vit(), make_images(4), "blocks.0.mlp", released=released)
-        layers = parts.layers.values()
-        parts.roundings = [(layer, AdaRound(layer.weight, layer.weight_quantizer)) for layer in layers]
-        with parts._differentiable([]):
-            parts._loss(0.0).backward()
-        assert isinstance(parts.layers["fc2"].input_quantizer, LogQuantizer)
-        before, after = (rounding.alpha.grad for _, rounding in parts.roundings)
-        assert after.abs().sum() > 0
-        assert before is None if released else before.abs().sum() > 0
+@pytest.mark.parametrize("released", [False, True])
+@pytest.mark.parametrize(("unit", "last"), [("blocks.0.attn", "proj"), ("blocks.0.mlp", "fc2")])
+def test_released_lets_no_gradient_through_quantizers(
+    released: bool, unit: str, last: str, make_vit: Any, make_images: Any
+) -> None:
+    parts = reconstruct(make_vit(), make_images(4), unit, released=released, attention_weight=0.0)
+    parts.roundings = [(layer, AdaRound(layer.weight, layer.weight_quantizer)) for layer in parts.layers.values()]
+    with parts._differentiable([]):
+        parts._loss(0.0).backward()
+    gradients = {name: rounding.alpha.grad for name, (_, rounding) in zip(parts.layers, parts.roundings, strict=True)}
+    assert gradients.pop(last).abs().sum() > 0
+    (first,) = gradients.values()
+    assert first is None or not first.any() if released else first.abs().sum() > 0
+
+
+@pytest.mark.parametrize("make", [lambda: UniformQuantizer(4), lambda: PerPatchOutlierQuantizer(4, 1.5)])
+def test_without_straight_through_a_step_gets_the_gradient_of_its_codes(make: Callable[[], UniformQuantizer]) -> None:
+    x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    quantizer = make().calibrate(x)
+    quantizer.straight_through = False
+    quantizer.scale.requires_grad_(True)
+    out = quantizer(x)
+    out.sum().backward()
+    kept = x.abs() > 1.5 if isinstance(quantizer, PerPatchOutlierQuantizer) else torch.zeros_like(x, dtype=torch.bool)
+    gradient = torch.zeros_like(x) if x.grad is None else x.grad
+    assert torch.equal(gradient, kept.float())  # outliers are not rounded
+    steps = torch.where(kept, 0.0, out.detach() / quantizer.scale.detach())
+    torch.testing.assert_close(quantizer.scale.grad, steps.sum_to_size(quantizer.scale.shape), rtol=1e-4, atol=1e-4)
+
+
+def test_released_learns_no_steps_of_matrix_products(make_vit: Any, make_images: Any) -> None:
+    parts = reconstruct(make_vit(), make_images(4), "blocks.0.attn", released=True, iterations=3)
+    before = {name: quantizer.scale.clone() for name, quantizer in parts.quantizers.items()}
+    with torch.no_grad():
+        parts._optimize(lambda: None)
+    moved = {name for name, quantizer in parts.quantizers.items() if not torch.equal(quantizer.scale, before[name])}
+    # The step before qkv is learned too, but query, key and value pass it no gradient.
+    assert moved == {"blocks.0.attn.proj.input_quantizer"}
+    assert (len(before), len(parts._learned())) == (6, 2)
+
+
+def test_released_draws_with_replacement_and_keeps_every_state(
+    make_vit: Any, make_images: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = reconstruct(make_vit(), make_images(4), "blocks.0.mlp", released=True, optimize_batch_size=64)
+    chosen = parts._draw()
+    assert (len(chosen), sorted(set(chosen.tolist()))) == (64, [0, 1, 2, 3])
+    errors = iter([1.0, 2.0])
+    monkeypatch.setattr(parts, "_error", lambda: next(errors))
+    with torch.no_grad():
+        assert parts.run(lambda: None).kept
 
 
 def test_released_compares_probabilities_over_heads(make_vit: Any, make_images: Any) -> None:
     parts = reconstruct(make_vit(), make_images(4), "blocks.0.attn", released=True)
     (target,) = parts.scores
     torch.testing.assert_close(target.sum(2), torch.ones_like(target.sum(2)))
+    scores = torch.randn(target.flatten(0, 1).shape, generator=torch.Generator().manual_seed(0))
+    quantized, expected = parts._distribution(scores).double(), target.flatten(0, 1).double()
+    divergence = (quantized * (quantized / expected).log()).sum() / len(scores)
+    torch.testing.assert_close(parts._divergence(scores, target.flatten(0, 1)).double(), divergence, rtol=1e-3, atol=0)
     assert torch.isfinite(parts._loss(0.5))
 
 

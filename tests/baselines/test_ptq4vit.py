@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import timm
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -271,6 +273,23 @@ def test_sampled_scores_are_unbiased() -> None:
         kept = which[:, None], rows
         estimates.append(((gradient * error)[kept].square().sum(-1) * weights).sum())
     assert torch.stack(estimates).mean() == pytest.approx(float(expected), rel=0.05)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(tokens=st.integers(2, 64), images=st.integers(2, 16), rows=st.integers(8, 64), seed=st.integers(0, 10**6))
+def test_rows_are_drawn_from_all_tokens_and_images(tokens: int, images: int, rows: int, seed: int) -> None:
+    """Between neighbouring draws lies a multiple of an image's tokens; all rows are alike."""
+    torch.manual_seed(seed)
+    total = tokens * images * rows
+    distinct = 0
+    for _ in range(40):
+        _, chosen, weights = sample_rows(torch.ones(1, total), torch.ones(1, total, 1), 1, rows)
+        assert (chosen.diff() >= 0).all()
+        torch.testing.assert_close(weights.sum(), torch.tensor(float(total)), rtol=1e-4, atol=0)
+        shares = chosen[0] // (tokens * images)
+        assert shares.tolist() == list(range(rows))
+        distinct += len((chosen[0] % tokens).unique())
+    assert distinct > 40 * 1.5
 
 
 def test_small_layers_are_not_sampled() -> None:
