@@ -58,12 +58,13 @@ class _Ignored:
         pass
 
 
-# Training scripts save their parsed arguments, and mmengine the history of its losses, in numpy's arrays. Not even
+# Training scripts save their arguments, with paths, and mmengine the history of its losses, in numpy's arrays. Not even
 # numpy's own functions are called for it: each is a class of that name (torch 2.5 takes no names beside the classes).
 _BESIDE: list[Any] = [
     type(name, (_Ignored,), {"__module__": module})
     for module, name in (
         ("argparse", "Namespace"),
+        *((module, f"{system}Path") for module in ("pathlib", "pathlib._local") for system in ("Posix", "Windows")),
         ("mmengine.logging.history_buffer", "HistoryBuffer"),
         ("builtins", "getattr"),
         ("numpy", "dtype"),

@@ -84,7 +84,7 @@ WRAPPINGS: dict[str, Callable[[State], Any]] = {
     **{key: in_entry(key, optimizer=OPTIMIZER) for key in CONTAINERS},
     "an own name": in_entry("my_classifier", optimizer=OPTIMIZER),
     "nested": lambda content: {"state": 1, "model": {"state_dict": content}},
-    "arguments": in_entry("model", args=argparse.Namespace(lr=0.1), best=np.float64(0.5)),
+    "arguments": in_entry("model", args=argparse.Namespace(lr=0.1, folder=Path.cwd()), best=np.float64(0.5)),
     "numbers among weights": lambda content: {**content, "epoch": 7, "_metadata": {"": {"version": 1}}},
     "random state": in_entry("model", rng=torch.zeros(3, dtype=torch.uint8)),
 }
