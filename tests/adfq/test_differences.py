@@ -20,6 +20,13 @@ from adfq.differences import first_difference
 from adfq.quantizers import UniformQuantizer
 
 
+class Doubling(nn.Dropout):
+    """A dropout by name alone."""
+
+    def forward(self, x: Any) -> Any:
+        return 2 * x
+
+
 def make(**changes: Any) -> Any:
     arguments: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 8, "depth": 1, "num_heads": 2}
     return VisionTransformer(**{**arguments, "num_classes": 3, **changes}).eval()
@@ -72,6 +79,7 @@ def buffer(model: Any) -> None:
         (set_attributes("blocks.0.attn", extra=1), r"blocks\.0\.attn\.extra is missing"),
         (set_attributes("", norm_pre=nn.LayerNorm(8)), r"norm_pre becomes Identity\(\) in place of LayerNorm"),
         (set_attributes("", more=nn.Linear(2, 2)), r"more, a Linear, is missing"),
+        (set_attributes("", head_drop=Doubling()), r"head_drop becomes Dropout\(.*\) in place of Doubling"),
         (hook, r"blocks\.0\.norm1 has a forward hook"),
         (pre_hook, r"blocks\.0 has a forward hook"),
         (own_forward, r"pos_drop\.forward is missing"),
