@@ -30,7 +30,7 @@ def polygon(x: float, y: float, width: float, height: float) -> list[float]:
 def clean() -> Content:
     """Return four images of 40×30 with two objects of different categories each, and a crowd in the first."""
     boxes = [[number, 2, 10, 8] for number in range(4)] + [[20, 10 + number, 8, 12] for number in range(4)]
-    annotations = [
+    annotations: list[Content] = [
         {
             "id": number,
             "image_id": (number - 1) % 4 + 1,
@@ -210,7 +210,7 @@ def test_the_number_shows_other_objects(root: Path) -> None:
     assert measure(clean(), root, limit=2) != measure(clean(), root)
 
 
-JUNK = st.sampled_from([None, True, "", "1", "x", -1, 1.5, 10**400, float("nan"), float("-inf"), [], [[]], {}, [None]])
+JUNK: st.SearchStrategy[Any] = st.sampled_from([None, True, "", "1", "x", -1, 1.5, 10**400, float("nan"), float("-inf"), [], [[]], {}, [None]])
 FIELDS = st.sampled_from(["id", "image_id", "category_id", "bbox", "area", "segmentation"])
 
 
