@@ -29,7 +29,7 @@ class Location:
         data: data set specification in the task's terms, such as ``bundled``, ``folder:ROOT`` or a folder.
         checkpoint: path of the weights file; None where the cell has none.
         files: paths of other files, by the name of the field or task argument, sorted: ``model`` (a config file),
-            ``prompts``.
+            ``prompts``, ``class_map``.
     """
 
     data: str

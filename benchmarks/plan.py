@@ -320,6 +320,9 @@ def make_plan(names: Sequence[str | Path] = (), selection: Selection | None = No
         task, data = find_task(table.task), selection.data or table.data
         if data is None:
             raise AdfqError(f"the {table.profile} profile needs --data, {task.data} for example")
+        for name in selection.task_arguments:
+            if name not in task.arguments:
+                raise AdfqError(f"{table.task} has no --{name.replace('_', '-')}")
         entries = table.entries(
             data=data,
             data_name=selection.data_name,

@@ -29,6 +29,7 @@ def add_table(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--data", metavar="SPEC", help="data of the full profile, as for 'adfq run'")
     _add_data_name(parser)
+    _add_class_map(parser)
     parser.add_argument("--checkpoints", type=Path, metavar="DIR", help="files MODEL.safetensors, .pth, .bin or .npz")
     parser.add_argument("--models", nargs="+", metavar="MODEL", help="columns, by key or name (default: all)")
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="methods, or rows by their key (default: all)")
@@ -49,6 +50,7 @@ def add_experiment(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("--data", required=True, metavar="SPEC", help=DATA_HELP)
     _add_data_name(parser)
+    _add_class_map(parser)
     add_prompts(parser)
     add_method(parser)
 
@@ -56,6 +58,14 @@ def add_experiment(parser: argparse.ArgumentParser) -> None:
 def _add_data_name(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data-name", metavar="NAME", help="name of the data set in records (default: that of its folder)"
+    )
+
+
+def _add_class_map(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--class-map",
+        metavar="FILE",
+        help="names of class folders in the order of the model's classes: text, or JSON (default: natural order)",
     )
 
 
@@ -205,7 +215,7 @@ def select(options: argparse.Namespace) -> Selection:
 
 def _task_options(options: argparse.Namespace) -> dict[str, Any]:
     """Return the given options that one task alone has and that decide results."""
-    given = {name: getattr(options, name, None) for name in ("encoder_only", "prompts")}
+    given = {name: getattr(options, name, None) for name in ("class_map", "encoder_only", "prompts")}
     return {name: value for name, value in given.items() if value is not None}
 
 

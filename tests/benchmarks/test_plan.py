@@ -115,6 +115,7 @@ def test_a_cell_takes_as_much_memory_as_the_largest_table_says(tmp_path: Path) -
         (["1"], {"methods": ["magic"]}, "unknown method 'magic'; there are full_precision, adfq_vit"),
         (["1"], {"also": ["magic"]}, "unknown method 'magic'"),
         (["1"], {"bits": ["W9A9"]}, "from 2 to 8"),
+        (["2"], {"task_arguments": {"class_map": "names.txt"}}, "detection has no --class-map"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_measured(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.tasks.interface import Task
 
@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
     from benchmarks.cell import Cell
     from benchmarks.tasks.classification.task import Classification
+
+#: Names that a cell's `task_arguments` may have, with their defaults.
+ARGUMENTS: Mapping[str, Any] = {"class_map": None}
 
 
 def _load(cell: Cell) -> Classification:
@@ -45,4 +48,5 @@ TASK = Task(
     main_metrics=("top1",),
     data="folder:/path/to/imagenet",
     batch_size=100,
+    arguments=ARGUMENTS,
 )

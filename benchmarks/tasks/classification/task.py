@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,7 @@ from tqdm import tqdm
 
 from adfq.errors import AdfqError, NonFiniteError
 from benchmarks.bundled import BUNDLED
-from benchmarks.tasks.classification.data import CheckedDataset, open_split
+from benchmarks.tasks.classification.data import CheckedDataset, open_splits
 from benchmarks.tasks.classification.models import create_classifier, resolve_bundled
 from benchmarks.tasks.classification.preprocessing import MODES, resolve_preprocessing
 from benchmarks.tasks.shared import (
@@ -23,6 +24,7 @@ from benchmarks.tasks.shared import (
     choose_images,
     count_workers,
     create_loader,
+    digest_file,
     digest_weights,
     first_non_finite,
     read_batches,
@@ -43,6 +45,7 @@ class Classification:
         train: split to calibrate on; None for a quantized model.
         validation: split to evaluate on.
         workers: largest number of processes that read images for evaluation; 0 reads in this process.
+        class_map: file with the labels of class folders; None, the default, for the natural order of their names.
     """
 
     model: nn.Module
@@ -51,11 +54,14 @@ class Classification:
     train: CheckedDataset | None
     validation: CheckedDataset
     workers: int
+    class_map: str | None = None
 
     @property
     def data_digests(self) -> Mapping[str, Any]:
-        """Number of evaluation images, and SHA-256 of each split's names."""
+        """Number of evaluation images, and SHA-256 of each split's names and of the class map."""
         digests = {"images": len(self.validation), "validation": self.validation.digest}
+        if self.class_map is not None:
+            digests["class_map"] = digest_file(Path(self.class_map))
         return digests if self.train is None else {**digests, "train": self.train.digest}
 
     def calibration_images(self, count: int, seed: int) -> Tensor:
@@ -145,7 +151,7 @@ def load_classification(cell: Cell) -> Classification:
     """Load a cell's model and data.
 
     Args:
-        cell: its model is a name of `classifier_names`; its data are a spec of `open_split`.
+        cell: its model is a name of `classifier_names`; its data are a spec of `open_splits`.
 
     Raises:
         AdfqError: for an unknown model or unusable arguments, a checkpoint that does not fit, and unusable data.
@@ -175,10 +181,12 @@ def _open_data(cell: Cell, model: Any, calibrated: bool) -> Classification:
         raise AdfqError(f"{cell.location.checkpoint or cell.model}: its preprocessing is not timm's") from None
     mode = MODES[config["input_size"][0]]
 
-    def open_checked(split: str) -> CheckedDataset:
-        return CheckedDataset(open_split(cell.location.data, split, model.num_classes), mode, transform)
-
-    train = open_checked("train") if calibrated else None
+    class_map = dict(cell.task_arguments).get("class_map")
+    if class_map is not None:
+        class_map = cell.location.file("class_map", class_map)
+    opened = open_splits(cell.location.data, model.num_classes, class_map, calibrated)
+    train = None if opened[0] is None else CheckedDataset(opened[0], mode, transform)
+    validation = CheckedDataset(opened[1], mode, transform)
     # Scenes are drawn once and kept, which only works within one process.
     workers = 0 if cell.location.data == BUNDLED else count_workers()
-    return Classification(model.eval(), digest_weights(model), config, train, open_checked("validation"), workers)
+    return Classification(model.eval(), digest_weights(model), config, train, validation, workers, class_map)

@@ -61,6 +61,7 @@ def test_every_cell_of_every_table(
         {"preprocessing": (("interpolation", "bilinear"),), "batch_size": 1, "seed": 3, "bits": "W3/A8"},
         {"task": "detection", "model": "configs/mine.py", "batch_size": 1},
         {"data": "folder:/data/2012", "data_name": "imagenet"},
+        {"data": "folder:/data/2012", "task_arguments": (("class_map", "lists/names.txt"),)},
         {
             "task": "detection",
             "model": "mask_rcnn_swin_tiny",

@@ -210,7 +210,9 @@ def test_the_number_shows_other_objects(root: Path) -> None:
     assert measure(clean(), root, limit=2) != measure(clean(), root)
 
 
-JUNK: st.SearchStrategy[Any] = st.sampled_from([None, True, "", "1", "x", -1, 1.5, 10**400, float("nan"), float("-inf"), [], [[]], {}, [None]])
+JUNK: st.SearchStrategy[Any] = st.sampled_from(
+    [None, True, "", "1", "x", -1, 1.5, 10**400, float("nan"), float("-inf"), [], [[]], {}, [None]]
+)
 FIELDS = st.sampled_from(["id", "image_id", "category_id", "bbox", "area", "segmentation"])
 
 
