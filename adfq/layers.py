@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adfq.errors import AdfqError
+from adfq.plain import check_plain
 from adfq.quantizers import Quantizer
 
 
@@ -23,6 +24,7 @@ class QuantWeightLayer(nn.Module, ABC):
             image's size.
 
     Attributes:
+        replaces: class of the layers that it replaces.
         role: site role of input and weight.
         fixed_positions: see the argument.
         weight: weight of the replaced layer, in full precision until `freeze`.
@@ -31,14 +33,19 @@ class QuantWeightLayer(nn.Module, ABC):
         weight_quantizer: a `Quantizer`, or nn.Identity for full precision.
         learned_weight: quantized values that replace those of `weight_quantizer` until `freeze`; None for none.
         frozen: True once `weight` itself holds quantized values.
+
+    Raises:
+        AdfqError: for a layer that computes something else than its class does.
     """
 
+    replaces: ClassVar[type[nn.Module]]
     weight: nn.Parameter
     bias: nn.Parameter | None
     learned_weight: Tensor | None
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, role: str, fixed_positions: bool = True) -> None:
         super().__init__()
+        check_plain(layer, self.replaces)
         self.role = role
         self.fixed_positions = fixed_positions
         self.weight = cast(nn.Parameter, layer.weight)
@@ -113,7 +120,23 @@ class QuantWeightLayer(nn.Module, ABC):
 
 
 class QuantLinear(QuantWeightLayer):
-    """Quantizable nn.Linear: inputs … × in, weight out × in."""
+    """Quantizable nn.Linear: inputs … × in, weight out × in.
+
+    Args:
+        layer: linear layer to replace, whose parameters are shared.
+        role: see `QuantWeightLayer`.
+        fixed_positions: see `QuantWeightLayer`.
+
+    Attributes:
+        in_features: number of input channels.
+        out_features: number of output channels.
+    """
+
+    replaces = nn.Linear
+
+    def __init__(self, layer: nn.Linear, role: str, fixed_positions: bool = True) -> None:
+        super().__init__(layer, role, fixed_positions)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
 
     def _apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight, self.bias)
@@ -127,20 +150,29 @@ class QuantConv2d(QuantWeightLayer):
         role: see `QuantWeightLayer`.
         fixed_positions: see `QuantWeightLayer`.
 
+    Attributes:
+        in_channels: number of input channels.
+        out_channels: number of output channels.
+        kernel_size: height and width in pixels.
+        stride: vertical and horizontal, in pixels.
+        padding: vertical and horizontal, in pixels, or ``"valid"`` or ``"same"``.
+        dilation: vertical and horizontal, in pixels.
+        groups: number of groups of channels.
+        padding_mode: ``"zeros"``.
+
     Raises:
         AdfqError: for another padding mode.
     """
+
+    replaces = nn.Conv2d
 
     def __init__(self, layer: nn.Conv2d, role: str, fixed_positions: bool = True) -> None:
         super().__init__(layer, role, fixed_positions)
         if layer.padding_mode != "zeros":
             raise AdfqError(f"cannot quantize a convolution with padding mode {layer.padding_mode!r}")
-        self.stride, self.padding, self.dilation, self.groups = (
-            layer.stride,
-            layer.padding,
-            layer.dilation,
-            layer.groups,
-        )
+        self.in_channels, self.out_channels, self.groups = layer.in_channels, layer.out_channels, layer.groups
+        self.kernel_size, self.stride, self.dilation = layer.kernel_size, layer.stride, layer.dilation
+        self.padding, self.padding_mode = layer.padding, layer.padding_mode
 
     def _apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)

@@ -172,14 +172,17 @@ class _Observer:
         self.largest: list[list[Tensor]] = []
         self.kept: dict[tuple[int, int], list[tuple[Tensor, ...]]] = {_COARSE: [], _FINE: []}
 
-    def observe(self, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        """Observe a forward pass of the layer, as a forward hook."""
+    def observe(self, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """Observe a forward pass of the layer, as a forward hook, and return its output."""
         for operand in inputs:
             _check_finite(self.name, operand)
         if not self.weighted:
             self.keep(inputs, torch.ones_like(output))
         elif output.requires_grad:
+            if output._is_view() and getattr(self.layer, "role", None) == "head":
+                output = output.clone()  # detectors change it in place, and a view would lose its hook by that
             output.register_hook(partial(self.keep, inputs))
+        return output
 
     @torch.no_grad()
     def keep(self, inputs: tuple[Tensor, ...], gradient: Tensor) -> None:

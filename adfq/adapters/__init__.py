@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as replace_fields
 from importlib.metadata import entry_points
@@ -12,6 +14,7 @@ from torch import nn
 
 from adfq.errors import AdfqError
 from adfq.layers import QuantConv2d, QuantLinear
+from adfq.plain import check_plain, problem_of
 from adfq.sites import Network
 
 #: Each entry point is named after a class of models and refers to the module of its adapter, so that a framework is
@@ -65,9 +68,11 @@ def adapt(model: nn.Module) -> Network:
     Raises:
         AdfqError: for a model of another family, and for a kind of attention that is not covered.
     """
-    network = find_adapter(family_of(model)).adapt(model)
+    adapter = find_adapter(family_of(model))
+    _separate(model, {model})
+    network = adapter.adapt(model)
     model.train(model.training)  # the new layers too
-    return replace_fields(network, unsupported=_find_unsupported(network))
+    return replace_fields(network, unsupported=_find_unsupported(network), input_norms=_unshared_norms(network))
 
 
 def describe(model: nn.Module) -> Architecture:
@@ -146,20 +151,44 @@ def find_adapter(family: str) -> Adapter:
     return adapter
 
 
+def _separate(module: nn.Module, seen: set[nn.Module]) -> None:
+    """Give a module in several places, such as a head of all decoder layers, a copy in each, with shared parameters."""
+    for name, child in module._modules.items():
+        if child is None or (child in seen and next(child.parameters(), None) is None):
+            continue
+        if child in seen:
+            tensors = (*child.parameters(), *child.buffers())
+            module._modules[name] = child = copy.deepcopy(child, {id(tensor): tensor for tensor in tensors})
+        seen.add(child)
+        _separate(child, seen)
+
+
+def _unshared_norms(network: Network) -> dict[str, nn.LayerNorm]:
+    """Return the norms whose parameters nothing else has: scales that move into a shared one would move twice."""
+    uses = Counter(id(parameter) for _, parameter in network.model.named_parameters(remove_duplicate=False))
+    return {
+        name: norm
+        for name, norm in network.input_norms.items()
+        if all(uses[id(parameter)] == 1 for parameter in norm.parameters())
+    }
+
+
 def _find_unsupported(network: Network) -> tuple[str, ...]:
     layers = (name for name, module in network.model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d)))
     return tuple(name for name in layers if not network.is_excluded(name))
 
 
 def pair(norms: dict[str, nn.LayerNorm], linear: str, norm: nn.Module | None) -> None:
-    """Record that `linear` is the only reader of a norm's output; only LayerNorms are paired.
+    """Record that `linear` is the only reader of a norm's output.
+
+    Only a LayerNorm that computes as its class does is paired, since its weight and bias must scale its output.
 
     Args:
         norms: LayerNorms by the name of their reader; the pair is added.
         linear: name of the linear layer.
         norm: module before the layer; None for none.
     """
-    if isinstance(norm, nn.LayerNorm):
+    if isinstance(norm, nn.LayerNorm) and problem_of(norm, nn.LayerNorm) is None:
         norms[linear] = norm
 
 
@@ -174,12 +203,43 @@ def replace(model: nn.Module, name: str, role: str, fixed_positions: bool = True
             image's size.
 
     Raises:
-        AdfqError: for a layer of another kind.
+        AdfqError: for a layer of another kind, and one that computes something else than its class does.
     """
     layer = model.get_submodule(name)
-    if isinstance(layer, nn.Linear):
-        model.set_submodule(name, QuantLinear(layer, role, fixed_positions))
-    elif isinstance(layer, nn.Conv2d):
-        model.set_submodule(name, QuantConv2d(layer, role, fixed_positions))
-    else:
-        raise AdfqError(f"{name}: cannot quantize a {type(layer).__name__}")
+    twin = QuantConv2d if isinstance(layer, nn.Conv2d) else QuantLinear
+    check_plain(layer, twin.replaces, name)
+    try:
+        model.set_submodule(name, twin(layer, role, fixed_positions))  # type: ignore[arg-type]
+    except AdfqError as error:
+        raise AdfqError(f"{name}: {error}") from None
+
+
+def replace_attention(
+    model: nn.Module,
+    name: str,
+    cls: type[nn.Module],
+    make: Callable[[Any], nn.Module],
+    linears: Sequence[str] = ("qkv", "proj"),
+) -> nn.Module:
+    """Replace an attention by one with explicit matrix products, and return that.
+
+    Args:
+        model: model with the attention.
+        name: name of the attention.
+        cls: class whose forward the replacement computes.
+        make: function from the attention to its replacement.
+        linears: names of the attention's linear layers, which are replaced too.
+
+    Raises:
+        AdfqError: for an attention, linear layer or softmax that computes something else than its class does.
+    """
+    attention = model.get_submodule(name)
+    check_plain(attention, cls, name)
+    for linear in linears:
+        check_plain(getattr(attention, linear), nn.Linear, f"{name}.{linear}")
+    softmax = getattr(attention, "softmax", None)
+    if softmax is not None:
+        check_plain(softmax, nn.Softmax, f"{name}.softmax")
+    replacement = make(attention)
+    model.set_submodule(name, replacement)
+    return replacement

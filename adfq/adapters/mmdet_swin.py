@@ -12,15 +12,17 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adfq.adapters import Architecture, pair, qualified_name, replace
+from adfq.adapters import Architecture, pair, qualified_name, replace, replace_attention
 from adfq.adapters.mmcv_ops import provide_mmcv_ops
+from adfq.adapters.multihead_attention import QuantMultiheadAttention, can_replace
 from adfq.adapters.window_attention import QuantWindowAttention
 from adfq.errors import AdfqError
+from adfq.plain import check_plain, keeps_forward
 from adfq.sites import Network
 
 provide_mmcv_ops()
 
-from mmdet.models.backbones.swin import ShiftWindowMSA, SwinBlock, SwinTransformer  # noqa: E402
+from mmdet.models.backbones.swin import FFN, ShiftWindowMSA, SwinBlock, SwinTransformer, WindowMSA  # noqa: E402
 from mmdet.models.dense_heads.base_dense_head import BaseDenseHead  # noqa: E402
 from mmdet.models.detectors.base import BaseDetector  # noqa: E402
 from mmdet.models.layers import PatchMerging  # noqa: E402
@@ -39,7 +41,7 @@ class QuantShiftWindowAttention(ShiftWindowMSA):  # type: ignore[misc]
     Input and output B×(H·W)×C. Windows that the feature map does not fill are padded.
 
     Args:
-        attention: module to replace, whose parameters are shared.
+        attention: module to replace, whose parameters are shared; its inner attention is a `QuantWindowAttention`.
 
     Attributes:
         padding: C, the padding's tokens; 0 until a method transforms the input.
@@ -50,8 +52,8 @@ class QuantShiftWindowAttention(ShiftWindowMSA):  # type: ignore[misc]
     def __init__(self, attention: ShiftWindowMSA) -> None:
         BaseModule.__init__(self)
         self.window_size, self.shift_size, self.drop = attention.window_size, attention.shift_size, attention.drop
-        self.w_msa = QuantWindowAttention(attention.w_msa)
-        self.register_buffer("padding", attention.w_msa.qkv.weight.new_zeros(attention.w_msa.embed_dims))
+        self.w_msa = attention.w_msa
+        self.register_buffer("padding", attention.w_msa.qkv.weight.new_zeros(attention.w_msa.qkv.in_features))
 
     def forward(self, query: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """Return attention within shifted windows: B×(H·W)×C.
@@ -90,7 +92,8 @@ def adapt(model: nn.Module) -> Network:
     """Adapt a backbone or detector, see `adfq.adapters.adapt`.
 
     In a detector every linear and convolution layer of neck and heads is quantized too, as in RepQ-ViT's code.
-    Transposed convolutions stay in floating point, there and here.
+    Transposed convolutions stay in floating point, there and here. So does the sampling of deformable attention, and a
+    MultiheadAttention with extra keys, which is reported.
 
     Args:
         model: MMDetection's SwinTransformer or a detector with that backbone.
@@ -104,7 +107,13 @@ def adapt(model: nn.Module) -> Network:
         raise AdfqError(f"cannot quantize a detector whose backbone is a {type(model.backbone).__name__}, not Swin")
     network = _adapt_backbone(model, "backbone.")
     for name, module in list(model.named_modules()):
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
+        if isinstance(module, nn.MultiheadAttention) and can_replace(module):
+            replace_attention(model, name, nn.MultiheadAttention, QuantMultiheadAttention, ("out_proj",))
+    inside = tuple(
+        f"{name}." for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)
+    )  # such an attention reads its output layer's weight itself
+    for name, module in list(model.named_modules()):
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and not name.startswith(inside):
             replace(model, name, "neck" if name.startswith("neck.") else "head", fixed_positions=False)
     return replace_fields(network, forward_units=model.backbone, forward_all=partial(detect_densely, model))
 
@@ -120,17 +129,21 @@ def _adapt_backbone(model: nn.Module, prefix: str) -> Network:
         if isinstance(module, PatchMerging):
             replace(model, f"{name}.reduction", "reduction", fixed_positions=False)
             modules.append(f"{name}.reduction")
-            pair(norms, f"{name}.reduction", module.norm)
+            if keeps_forward(module, PatchMerging):
+                pair(norms, f"{name}.reduction", module.norm)
         elif isinstance(module, SwinBlock):
-            attention = QuantShiftWindowAttention(module.attn)
+            check_plain(module.attn, ShiftWindowMSA, f"{name}.attn")
+            replace_attention(model, f"{name}.attn.w_msa", WindowMSA, QuantWindowAttention)
+            attention: Any = QuantShiftWindowAttention(module.attn)
             model.set_submodule(f"{name}.attn", attention)
             if len(module.ffn.layers) != 3:
                 raise AdfqError(f"{name}.ffn: cannot quantize an FFN with other than two layers")
             replace(model, f"{name}.ffn.layers.0.0", "fc1", fixed_positions=False)
             replace(model, f"{name}.ffn.layers.1", "fc2", fixed_positions=False)
             modules += [f"{name}.attn", f"{name}.ffn.layers"]
-            pair(norms, f"{name}.attn.w_msa.qkv", module.norm1)
-            pair(norms, f"{name}.ffn.layers.0.0", module.norm2)
+            if keeps_forward(module, SwinBlock) and keeps_forward(module.ffn, FFN):
+                pair(norms, f"{name}.attn.w_msa.qkv", module.norm1)
+                pair(norms, f"{name}.ffn.layers.0.0", module.norm2)
             paddings[f"{name}.attn.w_msa.qkv"] = attention.padding
     return Network(model, norms, tuple(modules), input_paddings=paddings)
 
@@ -152,7 +165,8 @@ def detect_densely(model: Any, images: Tensor) -> list[Tensor]:
     result: Any = None
     # The detector's own output lacks region proposals and the stages of a cascade.
     heads = [module for module in model.modules() if isinstance(module, (BaseDenseHead, BBoxHead, FCNMaskHead))]
-    hooks = [head.register_forward_hook(lambda _, __, output: outputs.append(output)) for head in heads]
+    proposing = _proposing_branches(model)
+    hooks = [head.register_forward_hook(lambda _, __, output: outputs.append(output)) for head in (*heads, *proposing)]
     try:
         if isinstance(getattr(model, "roi_head", None), CascadeRoIHead):
             _run_cascade(model, images, samples)
@@ -161,7 +175,14 @@ def detect_densely(model: Any, images: Tensor) -> list[Tensor]:
     finally:
         for hook in hooks:
             hook.remove()
-    return list(_tensors(outputs or result))
+    return list(_tensors([outputs, result] if proposing else outputs or result))
+
+
+def _proposing_branches(model: Any) -> list[nn.Module]:
+    """Return the layers by which a two-stage transformer chooses its queries; they are in no output."""
+    if not getattr(model, "as_two_stage", False):
+        return []
+    return [branches[-1] for branches in (model.bbox_head.cls_branches, model.bbox_head.reg_branches)]
 
 
 def _run_cascade(model: Any, images: Tensor, samples: list[DetDataSample]) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any, cast
 
 from segment_anything.modeling.common import LayerNorm2d
-from timm.models.tiny_vit import Attention, ConvNorm, MBConv, PatchEmbed, PatchMerging, TinyVit, TinyVitBlock
+from timm.models.tiny_vit import Attention, ConvNorm, MBConv, NormMlp, PatchEmbed, PatchMerging, TinyVit, TinyVitBlock
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from adfq.adapters import Architecture, pair, qualified_name, replace
+from adfq.adapters import Architecture, pair, qualified_name, replace, replace_attention
 from adfq.errors import AdfqError
 from adfq.layers import QuantLinear, QuantMatMul
+from adfq.plain import check_plain, keeps_forward
 from adfq.sites import Network
 
 
@@ -124,11 +125,13 @@ def adapt(model: nn.Module) -> Network:
         elif isinstance(module, (PatchEmbed, MBConv, PatchMerging)):
             modules.append(name)
         elif isinstance(module, TinyVitBlock):
-            model.set_submodule(f"{name}.attn", QuantTinyAttention(module.attn))
+            norm = module.attn.norm
+            replace_attention(model, f"{name}.attn", Attention, QuantTinyAttention)
             replace(model, f"{name}.mlp.fc1", "fc1", fixed_positions=False)
             replace(model, f"{name}.mlp.fc2", "fc2", fixed_positions=False)
-            pair(norms, f"{name}.attn.qkv", module.attn.norm)
-            pair(norms, f"{name}.mlp.fc1", module.mlp.norm)
+            pair(norms, f"{name}.attn.qkv", norm)
+            if keeps_forward(module.mlp, NormMlp):
+                pair(norms, f"{name}.mlp.fc1", module.mlp.norm)
             modules += [f"{name}.attn", f"{name}.local_conv", f"{name}.mlp"]
     return Network(model, norms, (*modules, adapt_neck(model)), forward_all=lambda images: [model(images)])
 
@@ -157,6 +160,10 @@ def _convolution_role(name: str) -> str:
 def _fold(model: nn.Module, name: str) -> None:
     part: Any = model.get_submodule(name)
     conv, norm = part.conv, part.bn
+    check_plain(conv, nn.Conv2d, f"{name}.conv")
+    check_plain(norm, nn.BatchNorm2d, f"{name}.bn")
+    if not keeps_forward(part, ConvNorm):
+        raise AdfqError(f"{name}: cannot fold the norm of a {type(part).__name__} with a forward of its own")
     conv.weight, conv.bias = fuse_conv_bn_weights(
         conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
     )

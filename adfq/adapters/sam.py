@@ -8,18 +8,20 @@ from typing import Any
 
 import torch
 from segment_anything.modeling import ImageEncoderViT
+from segment_anything.modeling.common import MLPBlock
 from segment_anything.modeling.image_encoder import Attention as EncoderAttention
-from segment_anything.modeling.image_encoder import add_decomposed_rel_pos, window_partition, window_unpartition
+from segment_anything.modeling.image_encoder import Block, add_decomposed_rel_pos, window_partition, window_unpartition
 from segment_anything.modeling.transformer import Attention as DecoderAttention
 from segment_anything.modeling.transformer import TwoWayAttentionBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adfq.adapters import mobile_sam, pair, replace
+from adfq.adapters import mobile_sam, pair, replace, replace_attention
 from adfq.adapters.mobile_sam import create as create
 from adfq.adapters.mobile_sam import describe as describe
 from adfq.errors import AdfqError
 from adfq.layers import QuantLinear, QuantMatMul
+from adfq.plain import keeps_forward
 from adfq.sites import Network
 
 #: Number of boxes, and of points, for each image.
@@ -163,13 +165,17 @@ def _adapt_encoder(encoder: Any) -> Network:
     modules = ["patch_embed"]
     for index, block in enumerate(encoder.blocks):
         name = f"blocks.{index}"
-        block.attn = QuantEncoderAttention(block.attn, block.window_size)
+        if not keeps_forward(block, Block):
+            raise AdfqError(f"{name}: cannot quantize a {type(block).__name__} with a forward of its own")
+        make = partial(QuantEncoderAttention, window_size=block.window_size)
+        replace_attention(encoder, f"{name}.attn", EncoderAttention, make)
         block.window_size = 0  # the attention sees to its windows
         replace(encoder, f"{name}.mlp.lin1", "fc1", fixed_positions=False)
         replace(encoder, f"{name}.mlp.lin2", "fc2", fixed_positions=False)
         modules += [f"{name}.attn", f"{name}.mlp"]
         pair(norms, f"{name}.attn.qkv", block.norm1)
-        pair(norms, f"{name}.mlp.lin1", block.norm2)
+        if keeps_forward(block.mlp, MLPBlock) and not block.mlp._forward_pre_hooks:
+            pair(norms, f"{name}.mlp.lin1", block.norm2)
         paddings[f"{name}.attn.qkv"] = block.attn.padding
     modules.append(mobile_sam.adapt_neck(encoder))
     return Network(
@@ -185,7 +191,8 @@ def _adapt_decoder(model: nn.Module) -> list[str]:
     modules = []
     for name, module in list(model.get_submodule("mask_decoder").named_modules(prefix="mask_decoder")):
         if isinstance(module, DecoderAttention):
-            model.set_submodule(name, QuantDecoderAttention(module))
+            linears = ("q_proj", "k_proj", "v_proj", "out_proj")
+            replace_attention(model, name, DecoderAttention, QuantDecoderAttention, linears)
         elif isinstance(module, TwoWayAttentionBlock):
             replace(model, f"{name}.mlp.lin1", "fc1", fixed_positions=False)
             replace(model, f"{name}.mlp.lin2", "relu", fixed_positions=False)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from timm.layers import to_2tuple
-from timm.models.swin_transformer import PatchMerging, SwinTransformer, SwinTransformerBlock
+from timm.layers import Mlp, to_2tuple
+from timm.models.swin_transformer import PatchMerging, SwinTransformer, SwinTransformerBlock, WindowAttention
 from torch import nn
 
-from adfq.adapters import Architecture, pair, replace
+from adfq.adapters import Architecture, pair, replace, replace_attention
 from adfq.adapters.timm_factory import create_timm, describe_timm, timm_names
 from adfq.adapters.window_attention import QuantWindowAttention
+from adfq.plain import keeps_forward
 from adfq.sites import Network
 
 
@@ -27,19 +28,23 @@ def adapt(model: nn.Module) -> Network:
         if isinstance(module, PatchMerging):
             replace(model, f"{name}.reduction", "reduction")
             modules.append(name)
-            pair(norms, f"{name}.reduction", module.norm)
+            if keeps_forward(module, PatchMerging):
+                pair(norms, f"{name}.reduction", module.norm)
         elif isinstance(module, SwinTransformerBlock):
-            model.set_submodule(f"{name}.attn", QuantWindowAttention(module.attn))
+            replace_attention(model, f"{name}.attn", WindowAttention, QuantWindowAttention)
             replace(model, f"{name}.mlp.fc1", "fc1")
             replace(model, f"{name}.mlp.fc2", "fc2")
             modules += [f"{name}.attn", f"{name}.mlp"]
+            if not keeps_forward(module, SwinTransformerBlock):
+                continue
             # Windows that the input does not fill are padded with zeros after the norm; those are not its output.
             if not any(
                 size % window
                 for size, window in zip(to_2tuple(module.input_resolution), module.window_size, strict=True)
             ):
                 pair(norms, f"{name}.attn.qkv", module.norm1)
-            pair(norms, f"{name}.mlp.fc1", module.norm2)
+            if keeps_forward(module.mlp, Mlp) and not module.mlp._forward_pre_hooks:
+                pair(norms, f"{name}.mlp.fc1", module.norm2)
     if isinstance(model.get_submodule("head.fc"), nn.Linear):
         replace(model, "head.fc", "head")
         modules.append("head.fc")

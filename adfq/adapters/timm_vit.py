@@ -10,10 +10,11 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import LayerScale, VisionTransformer
 from torch import Tensor, nn
 
-from adfq.adapters import Architecture, pair, replace
+from adfq.adapters import Architecture, pair, replace, replace_attention
 from adfq.adapters.timm_factory import create_timm, describe_timm, is_present, timm_names
 from adfq.errors import AdfqError
 from adfq.layers import QuantLinear, QuantMatMul
+from adfq.plain import keeps_forward
 from adfq.sites import Network
 
 
@@ -104,11 +105,7 @@ def adapt_block(model: nn.Module, block_name: str, norms: dict[str, nn.LayerNorm
     for relative, module in list(block.named_modules()):
         name = f"{block_name}.{relative}"
         if isinstance(module, Attention):
-            if type(module).forward is not Attention.forward:
-                raise AdfqError(
-                    f"{name}: cannot quantize a {type(module).__name__}, which computes attention its own way"
-                )
-            model.set_submodule(name, QuantAttention(module))
+            replace_attention(model, name, Attention, QuantAttention)
             modules.append(name)
             # A gate would read the norm's output as well.
             if module.gate is None:
@@ -117,7 +114,9 @@ def adapt_block(model: nn.Module, block_name: str, norms: dict[str, nn.LayerNorm
             replace(model, f"{name}.fc1", "fc1")
             replace(model, f"{name}.fc2", "fc2")
             modules.append(name)
-            pair(norms, f"{name}.fc1", _norm_before(model, name))
+            # One of another kind, or a hook, may read or change the norm's output.
+            if keeps_forward(module, Mlp, GluMlp) and not module._forward_pre_hooks:
+                pair(norms, f"{name}.fc1", _norm_before(model, name))
     return modules
 
 
@@ -134,6 +133,8 @@ _NORM_BEFORE = {
 def _norm_before(model: nn.Module, name: str) -> nn.Module | None:
     parent_name, _, child = name.rpartition(".")
     parent = model.get_submodule(parent_name)
+    if "forward" in vars(parent):
+        return None
     norm: nn.Module | None = getattr(parent, _NORM_BEFORE.get((type(parent).__name__, child), ""), None)
     return norm
 
