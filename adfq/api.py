@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from adfq.adapters import Architecture, adapt, describe
-from adfq.calibration import gather_batches
+from adfq.calibration import check_input, gather_batches
 from adfq.errors import AdfqError, NotApplicableError
 from adfq.method import Bits, FullPrecision, Method, Run
 from adfq.registry import create_method, method_name
@@ -54,6 +54,7 @@ def quantize(
     calibration: Iterable[Any] | Tensor | None = None,
     seed: int = 0,
     resume: str | Path | None = None,
+    calibration_size: int | None = None,
     **options: Any,
 ) -> nn.Module:
     """Return a quantized copy of a trained model.
@@ -65,10 +66,13 @@ def quantize(
         weight_bits: bit-width of weights, 2 to 8; the default is 4. A method may keep single sites at another
             width, and its documentation says so.
         activation_bits: bit-width of activations, 2 to 8; the default is 4.
-        calibration: images as a tensor B×C×H×W, or an iterable of batches such as a DataLoader.
+        calibration: preprocessed images as a tensor B×C×H×W, or an iterable of batches such as a DataLoader, which is
+            read until there are enough images.
         seed: seed of the method's random numbers; 0 by default. The global generators stay as they were.
         resume: a folder in which a long optimization keeps finished units; None, the default, keeps nothing. A call
             with the same arguments continues from it, on a CPU to the same bits. The caller deletes the folder.
+        calibration_size: number of calibration images. None, the default, takes a tensor whole, and from an iterable
+            the method's usual number (`Method.calibration_size`), or all where these are fewer.
         **options: options of a method given by name.
 
     Returns:
@@ -93,7 +97,10 @@ def quantize(
         model.eval()  # some models return None here
         if isinstance(method, FullPrecision):
             return model
-        run = Run(gather_batches(calibration), None if resume is None else Path(resume))
+        run = Run(
+            gather_batches(calibration, calibration_size, method.calibration_size),
+            None if resume is None else Path(resume),
+        )
         architecture = describe(model)
         network = adapt(model)
         if network.unsupported:
@@ -101,6 +108,7 @@ def quantize(
             warnings.warn(f"no rule for these layers, left in full precision: {names}", stacklevel=2)
         if reason := method.supports(network):
             raise NotApplicableError(reason)
+        check_input(network, run.images)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             method.apply(network, run, bits)

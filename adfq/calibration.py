@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from adfq.errors import AdfqError
+from adfq.errors import AdfqError, NonFiniteError
 from adfq.quantizers import Quantizer
 from adfq.sites import Network
 
@@ -18,34 +18,78 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 
-def gather_batches(calibration: Iterable[Any] | Tensor | None) -> Tensor:
+def gather_batches(calibration: Iterable[Any] | Tensor | None, size: int | None = None, usual: int = 32) -> Tensor:
     """Return calibration batches as one tensor; ranges are found over all images at once.
 
     Args:
         calibration: tensor B×C×H×W, or iterable of such tensors or of tuples that begin with one, as a DataLoader of
-            images and labels gives.
+            images and labels gives. An iterable is read until there are enough images.
+        size: number of images. None, the default, takes a tensor whole, and up to `usual` images from an iterable.
+        usual: a method's usual number of images.
 
     Returns:
         Images, B×C×H×W.
 
     Raises:
-        AdfqError: if there are no images, if batches differ in size, or if something else than tensors comes.
+        AdfqError: if there are no images, fewer than `size`, or a size below 1; if batches differ in size; if something
+            else than floating-point tensors comes.
+        NonFiniteError: for images that hold NaN or infinity.
     """
     if calibration is None:
         raise AdfqError("calibration images are needed: pass calibration=<tensor or iterable of batches>")
     if not isinstance(calibration, Iterable):
         raise AdfqError(f"calibration must be a tensor or an iterable of batches, got {type(calibration).__name__}")
-    batches: list[Any] = [calibration] if isinstance(calibration, Tensor) else list(calibration)
-    images: list[Any] = [batch[0] if isinstance(batch, (tuple, list)) and batch else batch for batch in batches]
-    for image in images:
-        if not isinstance(image, Tensor) or image.dim() != 4:
-            found = f"of shape {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
-            raise AdfqError(f"calibration batches must be tensors B×C×H×W, got one {found}")
-    if not sum(len(image) for image in images):
+    if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+        raise AdfqError(f"calibration_size must be a whole number of at least 1, got {size!r}")
+    batches: list[Tensor] = []
+    wanted = size or (None if isinstance(calibration, Tensor) else usual or None)
+    found = 0
+    for batch in [calibration] if isinstance(calibration, Tensor) else calibration:
+        images = _images_of(batch)
+        if batches and images.shape[1:] != batches[0].shape[1:]:
+            raise AdfqError("calibration batches must hold images of one size")
+        batches.append(images if wanted is None else images[: wanted - found])
+        found += len(batches[-1])
+        if wanted is not None and found >= wanted:
+            break
+    if not found:
         raise AdfqError("there are no calibration images")
-    if len({image.shape[1:] for image in images}) > 1:
-        raise AdfqError("calibration batches must hold images of one size")
-    return torch.cat(images)
+    if size is not None and found < size:
+        raise AdfqError(f"there are only {found} calibration images for calibration_size={size}")
+    return torch.cat(batches)
+
+
+def _images_of(batch: Any) -> Tensor:
+    """Return the images of a batch, checked."""
+    images: Any = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    if not isinstance(images, Tensor) or images.dim() != 4:
+        found = f"of shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+        raise AdfqError(f"calibration batches must be tensors B×C×H×W, got one {found}")
+    if not images.is_floating_point():
+        raise AdfqError(
+            f"calibration images must be preprocessed as the model's input, in floating point, got {images.dtype}"
+        )
+    if not torch.isfinite(images).all():
+        raise NonFiniteError("calibration images are not finite (NaN or infinity)")
+    return images.detach()
+
+
+def check_input(network: Network, images: Tensor) -> None:
+    """Raise AdfqError unless the model takes images of that shape, by a forward pass of one.
+
+    Args:
+        network: network without quantizers.
+        images: B×C×H×W.
+    """
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            network.run(images[:1])
+    except (AdfqError, torch.OutOfMemoryError):
+        raise
+    except (AssertionError, RuntimeError, ValueError, IndexError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        shape = "×".join(map(str, images.shape[1:]))
+        raise AdfqError(f"the model does not take calibration images of {shape}: {reason}") from None
 
 
 def quantize_weights(network: Network) -> None:

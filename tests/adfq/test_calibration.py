@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from adfq import AdfqError, NonFiniteError
+from adfq import AdfqError, NonFiniteError, quantize
 from adfq.adapters import adapt
 from adfq.calibration import calibrate_activations, gather_batches, quantize_weights
 from adfq.quantizers import UniformQuantizer
@@ -67,11 +68,65 @@ def test_batches_of_every_kind_come_together_in_order(wrap: Callable[[Tensor], A
         ([{"image": torch.zeros(2, 3, 8, 8)}], "dict"),
         (["images"], "str"),
         ([()], "tuple"),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "floating point, got torch.uint8"),
+        ([torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 8, 8).long()], "floating point, got torch.int64"),
+        (torch.full((2, 3, 8, 8), torch.nan), "not finite"),
+        ([torch.zeros(2, 3, 8, 8), torch.full((2, 3, 8, 8), torch.inf)], "not finite"),
     ],
 )
 def test_batches_that_are_of_no_use(batches: Any, says: str) -> None:
     with pytest.raises(AdfqError, match=says):
         gather_batches(batches)
+
+
+def endless(images: Tensor, read: list[int]) -> Iterator[tuple[Tensor, None]]:
+    for index in itertools.count():
+        read.append(index)
+        yield images, None
+
+
+@pytest.mark.parametrize(("size", "batches"), [(None, 4), (1, 1), (3, 1), (4, 2), (7, 3)])
+def test_an_iterable_is_read_until_there_are_enough_images(
+    size: int | None, batches: int, make_images: MakeImages
+) -> None:
+    images, read = make_images(3), []
+    found = gather_batches(endless(images, read), size, usual=10)
+    assert torch.equal(found, images.repeat(4, 1, 1, 1)[: size or 10])
+    assert len(read) == batches
+
+
+def test_a_tensor_is_taken_whole_unless_a_size_is_asked_for(make_images: MakeImages) -> None:
+    images = make_images(9)
+    assert torch.equal(gather_batches(images, usual=2), images)
+    assert torch.equal(gather_batches(images, 4, usual=2), images[:4])
+
+
+@pytest.mark.parametrize(
+    ("size", "says"),
+    [(0, "at least 1, got 0"), (2.5, "got 2.5"), (True, "got True"), (10, "only 9 calibration images")],
+)
+def test_sizes_that_are_of_no_use(size: Any, says: str, make_images: MakeImages) -> None:
+    for calibration in (make_images(9), [make_images(9)]):
+        with pytest.raises(AdfqError, match=says):
+            gather_batches(calibration, size)
+
+
+@pytest.mark.parametrize("shape", [(3, 40, 40), (1, 32, 32), (3, 32, 33), (4, 32, 32)])
+def test_images_of_another_shape_than_the_models(
+    shape: tuple[int, ...], make_vit: MakeModel, make_swin: MakeModel
+) -> None:
+    for model in (make_vit(), make_swin()):
+        said = f"the model does not take calibration images of {'×'.join(map(str, shape))}: "
+        with pytest.raises(AdfqError, match=f"^{said}[^\n]+$"):
+            quantize(model, "base_ptq", calibration=torch.randn(2, *shape))
+
+
+def test_an_endless_loader_gives_a_method_its_number_of_images(make_vit: MakeModel, make_images: MakeImages) -> None:
+    read: list[int] = []
+    quantized: Any = quantize(make_vit(depth=1), "base_ptq", calibration=endless(make_images(8), read))
+    assert (quantized.quantization.calibration_size, len(read)) == (32, 4)
+    quantized = quantize(make_vit(depth=1), "base_ptq", calibration=endless(make_images(8), read), calibration_size=5)
+    assert quantized.quantization.calibration_size == 5
 
 
 # --- activations ----------------------------------------------------------------------------------------------------
