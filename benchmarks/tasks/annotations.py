@@ -50,14 +50,14 @@ def check_objects(
     Raises:
         AdfqError: for an annotation that is refused.
     """
-    every_image, every_category = Ids(listed), Ids(categories)
+    every_image, every_category, prefix = Ids(listed), Ids(categories), f"{file}: annotation"
     kept: list[dict[str, Any]] = []
     left_out: Counter[str] = Counter()
     known: dict[Any, Any] = {}
     for number, annotation in enumerate(annotations):
         if not isinstance(annotation, dict):
             raise AdfqError(f"{file} is not a file of COCO's annotations: one of its annotations is no object")
-        name = f"{file}: annotation {shown(annotation.get('id', f'number {number + 1}'))}"
+        name = f"{prefix} {annotation.get('id', f'number {number + 1}')!r:.80}"
         try:
             image = every_image.find(annotation, "image_id", name)
             if image is None:
@@ -134,12 +134,14 @@ def clip_box(box: Any, image: Mapping[str, Any], name: str) -> Corners | None:
     Raises:
         AdfqError: unless the box is four numbers, width and height not negative.
     """
-    name = f"{name}: the box {shown(box)} in image {image['id']}"
+    problem = ""
     if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
-        raise AdfqError(f"{name} is not x, y, width and height")
+        problem = "is not x, y, width and height"
+    elif box[2] < 0 or box[3] < 0:
+        problem = f"has a negative {'width' if box[2] < 0 else 'height'}"
+    if problem:
+        raise AdfqError(f"{name}: the box {shown(box)} in image {image['id']} {problem}")
     x, y, width, height = box
-    if width < 0 or height < 0:
-        raise AdfqError(f"{name} has a negative {'width' if width < 0 else 'height'}")
     x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + width, image["width"]), min(y + height, image["height"])
     return None if x1 <= x0 or y1 <= y0 else (x0, y0, x1, y1)
 
@@ -163,10 +165,12 @@ def shown(value: Any) -> str:
 
 def _check_repetition(annotation: dict[str, Any], known: dict[Any, Any], name: str) -> None:
     """Raise _LeftOutError for an annotation that stands there twice, AdfqError for another one with its id."""
-    if annotation.get("id") is None:
-        return
-    number = check_id(annotation["id"], f"{name}: its id")
-    if known.setdefault(number, annotation) is annotation:
+    if annotation.get("id") is None:  # what tells it apart is all of it
+        number = None, json.dumps(annotation, sort_keys=True)
+    else:
+        number = check_id(annotation["id"], f"{name}: its id")
+    if number not in known:
+        known[number] = annotation
         return
     if known[number] != annotation:
         raise AdfqError(f"{name} shares its id with another one")

@@ -136,7 +136,7 @@ HARMLESS: dict[str, tuple[Callable[[Content], Any], str]] = {
     "a line": (add(segmentation=[[1, 1, 2, 2, 3, 3]]), "1 without a mask"),
     "other image": (add(image_id=77), "1 of an image that is not listed"),
     "other category": (add(category_id=4), "1 of a category that is not listed"),
-    "repeated": (lambda content: content["annotations"].append(content["annotations"][1]), "1 repeated"),
+    "repeated": (lambda content: content["annotations"].append(dict(content["annotations"][1])), "1 repeated"),
 }
 
 #: Changes that leave no clear number, and the reason.
@@ -224,7 +224,7 @@ def attempt(content: Content, root: Path, masks: bool) -> dict[str, float] | str
         return str(error)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     names=st.lists(st.sampled_from(sorted(HARMLESS)), max_size=3, unique=True),
     junk=st.none() | st.tuples(FIELDS, JUNK),
@@ -236,7 +236,8 @@ def test_any_oddities_give_the_number_or_one_line(
     content, less = clean(), clean()
     changed = content["annotations"][5]
     less["annotations"].pop(5)
-    for name in names:
+    last = ("repeated", "other order")  # others go by places in the clean order
+    for name in sorted(names, key=lambda name: name in last and 1 + last.index(name)):
         change, warning = HARMLESS[name]
         if masks or warning != "1 without a mask":  # without masks it is an object
             change(content)
