@@ -134,7 +134,6 @@ def test_what_computes_the_same_is_no_difference(change: Callable[[Any], None], 
         (torch.float16, torch.float16, torch.float32),
         (True, True, None),
     ],
-    ids=str,
 )
 def test_values_of_attributes(value: Any, same: Any, another: Any, original: Any) -> None:
     one, two, three = (copy.copy(original) for _ in range(3))
