@@ -165,8 +165,8 @@ def shown(value: Any) -> str:
 
 def _check_repetition(annotation: dict[str, Any], known: dict[Any, Any], name: str) -> None:
     """Raise _LeftOutError for an annotation that stands there twice, AdfqError for another one with its id."""
-    if annotation.get("id") is None:  # what tells it apart is all of it
-        number = None, json.dumps(annotation, sort_keys=True)
+    if annotation.get("id") is None:  # its whole content stands for the id
+        number: Any = None, json.dumps(annotation, sort_keys=True)
     else:
         number = check_id(annotation["id"], f"{name}: its id")
     if number not in known:

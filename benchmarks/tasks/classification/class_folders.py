@@ -133,8 +133,8 @@ def read_differences(root: str, read: Iterable[str]) -> str:
         root: folder of class folders.
         read: paths of the images that the other reader counts.
     """
-    ours, theirs = {os.path.relpath(file.place, root) for file in _list_images(Path(root))[0]}, set()
-    theirs.update(os.path.relpath(path, root) for path in read)
+    ours = {os.path.relpath(file.place, root) for file in _list_images(Path(root))[0]}
+    theirs = {os.path.relpath(path, root) for path in read}
     parts = [f"leaves out {some(sorted(ours - theirs))}"] if ours - theirs else []
     parts += [f"counts {some(sorted(theirs - ours))}"] if theirs - ours else []
     return " and ".join(parts)
