@@ -17,7 +17,7 @@ from adfq.errors import AdfqError, NonFiniteError, NotApplicableError
 from adfq.layers import QuantConv2d, QuantMatMul, QuantWeightLayer
 from adfq.method import Method, Run
 from adfq.quantizers import Quantizer, TwinGeluQuantizer, TwinSoftmaxQuantizer, UniformQuantizer
-from adfq.quantizers.twin import SPLITS
+from adfq.quantizers.twin import GELU_DEPTH, SPLITS
 from adfq.sites import Network, Recipe
 
 SEARCHES = ("hessian", "mse")
@@ -31,6 +31,8 @@ _FINE = (64, 32)
 _SHORTLIST = 8
 
 _ROUNDING = 1e-6  # a spread below this share of the values is that of rounding
+_LOBE = 1.01 * GELU_DEPTH  # in half precision, GELU's own values lie a little lower
+
 _LOSS_SCALE = 256.0  # scores do not depend on it; in half precision, small gradients would vanish without it
 
 
@@ -39,7 +41,8 @@ class PTQ4ViT(Method):
     """PTQ4ViT: symmetric uniform quantization, twin uniform after softmax and GELU, scales searched per layer.
 
     The input image stays in full precision. A weight has one scale, but `qkv` one for each of query, key and value,
-    and the patch embedding one per output channel. An activation has one scale.
+    and the patch embedding one per output channel. An activation has one scale. Behind another activation function than
+    GELU a uniform quantizer stands in place of the twin one.
 
     The two scales of a layer are searched in turn for the smallest error of its output, with all other layers in full
     precision. Errors are weighted by the squared gradient of the loss (section "Hessian guided metric").
@@ -106,6 +109,7 @@ class PTQ4ViT(Method):
                     hook.remove()
             network.attach(self.recipe(bits))
             for observer in observers:
+                observer.check_lobe()
                 search_scales(observer.product(_COARSE), observer.product(_FINE), self.rounds)
                 progress.update()
 
@@ -170,6 +174,7 @@ class _Observer:
     def __init__(self, name: str, layer: QuantWeightLayer | QuantMatMul, batches: int, weighted: bool) -> None:
         self.name, self.layer, self.batches, self.weighted = name, layer, batches, weighted
         self.largest: list[list[Tensor]] = []
+        self.lowest = math.inf
         self.kept: dict[tuple[int, int], list[tuple[Tensor, ...]]] = {_COARSE: [], _FINE: []}
 
     def observe(self, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -189,6 +194,8 @@ class _Observer:
         """Keep a weighted sample of rows of the first input and the gradient, and all of the second input."""
         _check_finite(f"gradient at {self.name}", gradient)
         self.largest.append([operand.abs().max().float() for operand in inputs])
+        if getattr(self.layer, "role", None) == "fc2":
+            self.lowest = min(self.lowest, float(inputs[0].min()))
         choose, sizes, gradient = _as_rows(self.layer, inputs[0].float(), gradient.float())
         for (matrices, rows), kept in self.kept.items():
             if isinstance(self.layer, QuantWeightLayer):
@@ -197,6 +204,15 @@ class _Observer:
             others = [operand.flatten(0, -3)[which].float() for operand in inputs[1:]]
             which = which[:, None]
             kept.append((choose(which, chosen), gradient[which, chosen] * weights.sqrt()[..., None], *others))
+
+    def check_lobe(self) -> None:
+        """Put a uniform quantizer in the place of the twin one for inputs that lie below GELU's negative lobe.
+
+        Other activation functions have another one, or none: SwiGLU, tanh. The twin quantizer would clip there.
+        """
+        quantizer = self.layer.input_quantizer if isinstance(self.layer, QuantWeightLayer) else None
+        if isinstance(quantizer, TwinGeluQuantizer) and self.lowest < -_LOBE:
+            self.layer.input_quantizer = UniformQuantizer(quantizer.bits)
 
     def product(self, size: tuple[int, int]) -> Product:
         """Return the kept sample of a size."""

@@ -11,6 +11,7 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.layers import SwiGLUPacked
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -485,3 +486,15 @@ def test_an_output_without_spread_has_no_gradient() -> None:
     assert gradients[1] is None
     with pytest.raises(NotApplicableError, match="outputs that vary"):
         method._fisher_loss([constant])
+
+
+@pytest.mark.parametrize("activation", ["gelu", "tanh", "swiglu"])
+def test_only_gelu_has_a_twin_quantizer(activation: str, make_vit: MakeModel, make_images: MakeImages) -> None:
+    options = {"gelu": {}, "tanh": {"act_layer": nn.Tanh}, "swiglu": {"mlp_layer": SwiGLUPacked}}[activation]
+    model, images = make_vit(**options), make_images(8)
+    quantized = quantize(model, "ptq4vit", 8, 8, images, rounds=1)
+    quantizers = [site.quantizer for site in sites_of(quantized) if site.role == "fc2" and not site.is_weight]
+    assert {type(found) for found in quantizers} == {TwinGeluQuantizer if activation == "gelu" else UniformQuantizer}
+    with torch.no_grad():
+        expected = model(images)
+        assert (quantized(images) - expected).norm() < 0.1 * expected.norm()
