@@ -97,11 +97,11 @@ class Quantizer(nn.Module, ABC):
     """
 
     scale: Tensor
-    straight_through: bool = True
 
     def __init__(self, bits: int) -> None:
         super().__init__()
         self.bits = check_bits(bits)
+        self.straight_through = True
         self.register_buffer("scale", torch.empty(0))
 
     @property

@@ -506,6 +506,7 @@ def test_golden_adfq_vits_scales(
 # --- a trained model ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @quantizing_methods
 def test_a_trained_model_keeps_its_accuracy(method: str, quick: Quick, real_data: Path) -> None:
     folder = real_data / "fashion_mnist"

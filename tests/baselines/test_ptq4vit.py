@@ -418,7 +418,7 @@ def test_options_that_do_not_exist(
 def test_values_that_are_not_finite(search: str, make_vit: MakeModel, make_images: MakeImages) -> None:
     images = make_images()
     images[1, 0, 5, 5] = torch.nan
-    with pytest.raises(AdfqError, match=r"patch_embed\.proj: .*not finite"):
+    with pytest.raises(AdfqError, match="calibration images are not finite"):
         quantize(make_vit(), "ptq4vit", 4, 4, images, search=search)
     model = make_vit()
     model.get_parameter("blocks.1.mlp.fc1.weight").data[2, 3] = torch.inf

@@ -24,6 +24,7 @@ def test_weights_are_small(subject: Classification) -> None:
     assert all(path.suffix == ".safetensors" and path.stat().st_size <= 6e6 for path in files)
 
 
+@pytest.mark.slow
 def test_full_precision_is_good_but_not_perfect_and_base_ptq_suffers(subject: Classification) -> None:
     # On 1,000 of the 2,000 images the standard error is about 1 point; the bounds of the whole set are 85 and 97.
     full = subject.evaluate(subject.model, CPU, 1000, 100)["top1"]

@@ -18,6 +18,7 @@ def test_weights_are_small() -> None:
     assert sum(path.stat().st_size for path in WEIGHTS.iterdir()) <= 25e6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("prompts", "least"), [("boxes", 75.0), ("points", 60.0)])
 def test_full_precision_finds_objects(prompts: str, least: float) -> None:
     arguments = (("prompts", prompts),) if prompts != "boxes" else ()

@@ -82,7 +82,10 @@ def test_each_task_has_its_batch_size_and_models(capsys: pytest.CaptureFixture[s
         ([*RUN, "--config", "no.py"], "there is no config no.py"),
         ([*RUN, "--config", "broken.py"], "cannot read config broken.py: "),
         ([*RUN, "--config", CONFIG, "--checkpoint", "no.pth"], "there is no checkpoint no.pth"),
-        ([*RUN, "--config", CONFIG, "--checkpoint", "broken.py"], "broken.py is not a file of weights alone"),
+        (
+            [*RUN, "--config", CONFIG, "--checkpoint", "broken.py"],
+            "broken.py: it is neither safetensors nor a PyTorch file",
+        ),
         ([*RUN, "--config", CONFIG, "--mean", "0,0,0"], "come from its config alone"),
         ([*RUN, "--config", CONFIG, "--model-arg", "depth=3"], "come from its config alone"),
         ([*RUN, "--config", CONFIG, "--pretrained"], "give --checkpoint"),

@@ -30,6 +30,7 @@ def files(make_vit: Callable[..., nn.Module], tmp_path_factory: pytest.TempPathF
     return {path.name: path for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_an_exported_model_is_compared(
     files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -45,6 +45,7 @@ def draw(kind: str, folder: Path, *options: str) -> None:
     assert sorted(folder.glob(f"{kind}*")) == [file]
 
 
+@pytest.mark.slow
 def test_figures_of_the_bundled_vit(tmp_path: Path, drawn: list[Any]) -> None:
     draw("distributions", tmp_path, *FEW)
     thresholds = ["iterations=0", "qkv_threshold=1.0", "fc1_threshold=2"]
@@ -74,6 +75,7 @@ def test_reconstruction_from_a_record(
         assert_refused([*command, str(other)], message)
 
 
+@pytest.mark.slow
 def test_accuracy_over_cost(tmp_path: Path, drawn: list[Any], assert_refused: Refuse) -> None:
     options = ["--methods", "base_ptq", "--limit", "20", "--store", str(tmp_path / "runs"), *FEW, "--costs", "size"]
     command = ["figure", "accuracy-cost", *options, "--out", str(tmp_path / "nothing.png")]

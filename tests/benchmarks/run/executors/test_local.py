@@ -36,6 +36,7 @@ def metrics(records: list[Any]) -> list[Any]:
     return [record["metrics"] for record in records]
 
 
+@pytest.mark.slow
 def test_processes_give_what_one_process_gives(tmp_path: Path) -> None:
     cells = [cell(bits=bits) for bits in ("W8/A8", "W2/A2")]
     alone = measure(cells, ResultStore(tmp_path / "alone"), InProcess(CPU))

@@ -499,6 +499,7 @@ def test_cocos_own_images(real_data: Path, tmp_path: Path) -> None:
     assert images.abs().max() < 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DETECTORS)
 def test_what_ships_scores_well(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(coco, "COUNTS", COUNTS)
