@@ -26,7 +26,7 @@ SMALL = ["--bits", "W4A4", "--seeds", "0", "--calibration-size", "2", "--jobs", 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the package has been installed."""
+    """Folder that the package has been installed in."""
     source, target = (tmp_path_factory.mktemp(name) for name in ("source", "target"))
     shutil.copytree(EXAMPLE, source, dirs_exist_ok=True)  # building leaves files beside the source
     command = ["install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--target", str(target)]

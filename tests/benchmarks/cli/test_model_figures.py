@@ -24,7 +24,7 @@ FEW = ["--calibration-size", "2"]
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What was drawn, in the order of drawing."""
+    """Arguments of the drawing functions, in the order of the calls."""
     seen: list[Any] = []
     for module in (distributions, outliers, reconstruction, accuracy_cost):
         name = f"draw_{module.__name__.rpartition('.')[2]}"

@@ -227,7 +227,7 @@ def test_calibration_images_come_from_the_train_split_and_follow_the_seed(subjec
 
 
 def pixels(file: Path) -> Tensor:
-    """What the bundled models get of a scene: red, green, blue from -1 to 1."""
+    """Return an image as the bundled models' input: 3×H×W, red, green, blue, from -1 to 1."""
     image = np.asarray(Image.open(file).convert("RGB"), np.float32)
     return torch.from_numpy(image).permute(2, 0, 1).sub(127.5).div(127.5)
 
