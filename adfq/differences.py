@@ -14,8 +14,7 @@ from adfq.adapters import qualified_name
 from adfq.quantizers import Quantizer
 
 # Attributes that decide no output of a model in evaluation mode: nn.Module's own, notes about the model, choices of
-# training and initialization, the past of timm's Swin (_ref_…) and of calibration (_placeholder). fused_attn follows
-# from the machine.
+# training and initialization, and the past of timm's Swin (_ref_…). fused_attn follows from the machine.
 _WITHOUT_EFFECT = frozenset(vars(nn.Module())) | {
     "pretrained_cfg",
     "pretrained_model_args",
@@ -30,7 +29,6 @@ _WITHOUT_EFFECT = frozenset(vars(nn.Module())) | {
     "_ref_window_sizes",
     "_ref_grid_size",
     "fused_attn",
-    "_placeholder",
 }
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")

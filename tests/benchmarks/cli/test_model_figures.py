@@ -24,7 +24,7 @@ FEW = ["--calibration-size", "2"]
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Arguments of the drawing functions, in the order of the calls."""
+    """Frames that are drawn, in the order of drawing."""
     seen: list[Any] = []
     for module in (distributions, outliers, reconstruction, accuracy_cost):
         name = f"draw_{module.__name__.rpartition('.')[2]}"
