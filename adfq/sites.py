@@ -26,7 +26,9 @@ ROLES = (
     "proj",
     "fc1",  # post-LayerNorm
     "fc2",  # post-GELU; convolutions behind a GELU too
+    "gated",  # the last layer of a gated MLP (SwiGLU): the product of two branches, of either sign
     "relu",  # the second layer of an MLP with ReLU
+    "residual",  # in post-norm blocks, the first layer of attention or MLP: the residual stream, which no norm precedes
     "conv",  # any other convolution of TinyViT
     "in_proj",  # separate projections to queries, keys and values: LayerNorm's output and positions
     "reduction",  # Swin's patch merging, post-LayerNorm
