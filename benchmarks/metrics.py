@@ -52,6 +52,11 @@ METRICS: Mapping[str, Metric] = _by_key(
         Metric("box_ap", "box AP", "%"),
         Metric("mask_ap", "mask AP", "%"),
         Metric("mean_iou", "mean IoU", "%"),
+        Metric("knn_top1", "k-NN top-1", "%"),
+        Metric("prototypes_top1", "prototypes top-1", "%"),
+        Metric("ridge_top1", "ridge top-1", "%"),
+        Metric("feature_error", "feature error", "%", more_is_better=False),
+        Metric("feature_cosine", "feature cosine", digits=4),
     ]
 )
 

@@ -107,6 +107,8 @@ class Table:
         models: in the order of the columns.
         calibration_size: number of calibration images where a method's settings have none; None for the method's own.
         batch_size: images a batch in evaluation; None for the task's own.
+        limit: largest number of evaluation images; None for all.
+        task_arguments: options that the task alone has.
         digits: decimals of metrics, measured or published; None for each metric's own.
         seeds: seeds of the quantized cells.
         recorded_seeds: seeds of the quantized cells in committed results.
@@ -132,6 +134,8 @@ class Table:
     models: Sequence[Model]
     calibration_size: int | None = None
     batch_size: int | None = None
+    limit: int | None = None
+    task_arguments: Mapping[str, Any] = field(default_factory=dict)
     digits: int | None = None
     seeds: Sequence[int] = (0,)
     recorded_seeds: Sequence[int] = (0,)
@@ -146,13 +150,13 @@ class Table:
     @property
     def slug(self) -> str:
         """The stem of the table's files: ``table1-bundled``."""
-        stem = self.name if self.own else f"table{self.name}"
+        stem = f"table{self.name}" if self.name.isdigit() and not self.own else self.name
         return f"{stem}-{self.profile}" if self.profile else stem
 
     @property
     def heading(self) -> str:
-        """The title with the table's number or name."""
-        return f"Table {self.name}. {self.title}"
+        """The title with the table's number, or with the name of a table of one's own."""
+        return f"Table {self.name}. {self.title}" if self.own or self.name.isdigit() else self.title
 
     def metric(self, key: str) -> Metric:
         """Return one of the table's metrics, with the table's decimals."""
@@ -320,7 +324,7 @@ def make_plan(names: Sequence[str | Path] = (), selection: Selection | None = No
         task, data = find_task(table.task), selection.data or table.data
         if data is None:
             raise AdfqError(f"the {table.profile} profile needs --data, {task.data} for example")
-        for name in selection.task_arguments:
+        for name in {**table.task_arguments, **selection.task_arguments}:
             if name not in task.arguments:
                 raise AdfqError(f"{table.task} has no --{name.replace('_', '-')}")
         entries = table.entries(
@@ -328,9 +332,9 @@ def make_plan(names: Sequence[str | Path] = (), selection: Selection | None = No
             data_name=selection.data_name,
             pretrained=table.data != BUNDLED,
             checkpoint=_checkpoint_finder(selection.checkpoints, check_files),
-            limit=selection.limit,
+            limit=selection.limit or table.limit,
             batch_size=selection.batch_size or table.batch_size or task.batch_size,
-            task_arguments=task_arguments(task, selection.task_arguments),
+            task_arguments=task_arguments(task, {**table.task_arguments, **selection.task_arguments}),
         )
         if check_files:
             _check_data(data, task.data)
@@ -395,7 +399,12 @@ def _checkpoint_finder(directory: str | Path | None, check: bool) -> Callable[[s
 
 
 def _check_checkpoints(table: Table) -> None:
+    from benchmarks.tasks.packages import find_package_file, is_package
+
     for model in table.models:
+        if model.checkpoint is not None and is_package(model.checkpoint):
+            find_package_file(model.checkpoint)
+            continue
         if model.checkpoint is not None and not Path(model.checkpoint).is_file():
             raise AdfqError(f"there is no checkpoint {model.checkpoint} of {model.name}")
 
@@ -551,10 +560,10 @@ _TABLE_KEYS: Mapping[str, _Kind] = {
     **dict.fromkeys(("title", "caption", "task", "data", "published", "preset"), _TEXT),
     **dict.fromkeys(("metrics", "bits"), _SOME_TEXTS),
     **dict.fromkeys(("seeds", "recorded_seeds"), _SEEDS),
-    **dict.fromkeys(("calibration_size", "batch_size"), _COUNT),
+    **dict.fromkeys(("calibration_size", "batch_size", "limit"), _COUNT),
     **dict.fromkeys(("cell_memory", "full_precision_tolerance"), _NUMBER),
     **{"methods": _TEXTS, "digits": _DIGITS, "cost": _FLAG, "settings": _SUBTABLE},
-    **{"rows": _SUBTABLES, "models": _SOME_SUBTABLES},
+    **{"task_arguments": _SUBTABLE, "rows": _SUBTABLES, "models": _SOME_SUBTABLES},
 }
 _ROW_KEYS: Mapping[str, _Kind] = {
     **{"key": _TEXT, "label": _TEXT, "method": _TEXT},

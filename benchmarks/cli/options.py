@@ -51,6 +51,7 @@ def add_experiment(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, metavar="SPEC", help=DATA_HELP)
     _add_data_name(parser)
     _add_class_map(parser)
+    _add_head(parser)
     add_prompts(parser)
     add_method(parser)
 
@@ -69,6 +70,20 @@ def _add_class_map(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_head(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--head", choices=["knn", "prototypes", "ridge"], help="head of an encoder (default: all three)"
+    )
+    parser.add_argument(
+        "--features",
+        choices=["class", "mean", "both"],
+        help="token or patches that give features (default: the model's)",
+    )
+    parser.add_argument(
+        "--head-images", type=positive, metavar="N", help="training images that make an encoder's head (default: all)"
+    )
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Add the options of a task's model and of its preprocessing."""
     model = parser.add_mutually_exclusive_group()
@@ -83,7 +98,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         metavar="K=V",
         help="arguments of timm's factory",
     )
-    parser.add_argument("--checkpoint", metavar="FILE", help="local weights: safetensors, PyTorch (weights only), npz")
+    parser.add_argument(
+        "--checkpoint", metavar="FILE", help="local weights: safetensors, PyTorch (weights only), npz; package:NAME"
+    )
     parser.add_argument(
         "--pretrained", action="store_true", default=None, help="download timm's weights where there is no checkpoint"
     )
@@ -213,9 +230,12 @@ def select(options: argparse.Namespace) -> Selection:
     return Selection(**{name: value for name, value in given.items() if value is not None})
 
 
+_TASK_OPTIONS = ("class_map", "encoder_only", "features", "head", "head_images", "prompts")
+
+
 def _task_options(options: argparse.Namespace) -> dict[str, Any]:
     """Return the given options that one task alone has and that decide results."""
-    given = {name: getattr(options, name, None) for name in ("class_map", "encoder_only", "prompts")}
+    given = {name: getattr(options, name, None) for name in _TASK_OPTIONS}
     return {name: value for name, value in given.items() if value is not None}
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from adfq.errors import AdfqError
 from benchmarks.run.console import warn
+from benchmarks.tasks.packages import find_package_file, is_package, read_package
 from benchmarks.tasks.shared import one_line
 
 #: Entries of a training checkpoint that hold a model's weights; the first that is there counts.
@@ -78,9 +79,11 @@ def check_present(file: str | None) -> None:
     """Raise AdfqError for a checkpoint that is asked for and not there.
 
     Args:
-        file: path; None or empty for no checkpoint.
+        file: path, or ``package:NAME``; None or empty for no checkpoint.
     """
-    if file and not os.path.isfile(file):
+    if file and is_package(file):
+        find_package_file(file)
+    elif file and not os.path.isfile(file):
         raise AdfqError(f"there is no checkpoint {file}")
 
 
@@ -91,7 +94,7 @@ def read_weights(file: str) -> dict[str, Tensor]:
     timm. Each choice between two sets of weights is printed as one line.
 
     Args:
-        file: safetensors or PyTorch file, whose code is not run.
+        file: safetensors or PyTorch file, whose code is not run; ``package:NAME`` for `read_package`.
 
     Returns:
         Tensors on the CPU by name, in the file's order and dtypes, without the names of wrappers.
@@ -100,6 +103,8 @@ def read_weights(file: str) -> dict[str, Tensor]:
         AdfqError: for a file that cannot be read, holds code, holds no weights or several sets of them, and for a
             quantized model.
     """
+    if is_package(file):
+        return read_package(file)
     entry: Any = _read(file)
     while isinstance(entry, Mapping) and (key := _choose(entry, file)) is not None:
         entry = entry[key]

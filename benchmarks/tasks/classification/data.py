@@ -72,13 +72,15 @@ class CheckedDataset(Dataset[tuple[Tensor, int]]):
         return self.transform(image), int(label)
 
 
-def open_splits(spec: str, classes: int, class_map: str | None = None, calibrated: bool = True) -> tuple[Any, Any]:
+def open_splits(
+    spec: str, classes: int | None, class_map: str | None = None, calibrated: bool = True
+) -> tuple[Any, Any]:
     """Open the splits of a data set and compare their classes.
 
     Args:
         spec: ``bundled``; ``folder:ROOT`` for class folders (or tars of them) under ROOT/train and ROOT/val; any other
             of timm's data set names with its root, such as ``torch/fashion_mnist:ROOT``.
-        classes: number of the model's classes.
+        classes: number of the model's classes; None for a model without any.
         class_map: file of `read_class_map`, for class folders; None, the default, for the natural order of their names.
         calibrated: whether the train split is opened; True by default.
 
@@ -103,7 +105,7 @@ def open_splits(spec: str, classes: int, class_map: str | None = None, calibrate
         )
     for dataset in filter(None, (train, validation)):
         names = _class_names(dataset)
-        if names is not None and len(names) != classes:
+        if names is not None and classes is not None and len(names) != classes:
             raise AdfqError(f"{spec} has {len(names)} classes, the model has {classes}")
     return train, validation
 

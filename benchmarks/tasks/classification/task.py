@@ -157,7 +157,8 @@ def load_classification(cell: Cell) -> Classification:
         AdfqError: for an unknown model or unusable arguments, a checkpoint that does not fit, and unusable data.
     """
     cell = resolve_bundled(cell)
-    return _open_data(cell, create_classifier(cell), calibrated=True)
+    model = create_classifier(cell)
+    return Classification(**open_images(cell, model, _count_classes(cell, model), calibrated=True))
 
 
 def attach_classification(cell: Cell, model: nn.Module) -> Classification:
@@ -170,10 +171,24 @@ def attach_classification(cell: Cell, model: nn.Module) -> Classification:
     Raises:
         AdfqError: for unusable data or preprocessing.
     """
-    return _open_data(cell, model, calibrated=False)
+    return Classification(**open_images(cell, model, _count_classes(cell, model), calibrated=False))
 
 
-def _open_data(cell: Cell, model: Any, calibrated: bool) -> Classification:
+def open_images(cell: Cell, model: Any, classes: int | None, calibrated: bool) -> dict[str, Any]:
+    """Open a model's images.
+
+    Args:
+        cell: data, class map and preprocessing.
+        model: timm's model.
+        classes: number of classes that the data must have; None for any.
+        calibrated: whether the train split is opened.
+
+    Returns:
+        The fields of `Classification`.
+
+    Raises:
+        AdfqError: for unusable data or preprocessing.
+    """
     try:
         config = resolve_preprocessing(cell, model)
         transform = create_transform(**config, is_training=False)
@@ -184,9 +199,23 @@ def _open_data(cell: Cell, model: Any, calibrated: bool) -> Classification:
     class_map = dict(cell.task_arguments).get("class_map")
     if class_map is not None:
         class_map = cell.location.file("class_map", class_map)
-    opened = open_splits(cell.location.data, model.num_classes, class_map, calibrated)
+    opened = open_splits(cell.location.data, classes, class_map, calibrated)
     train = None if opened[0] is None else CheckedDataset(opened[0], mode, transform)
     validation = CheckedDataset(opened[1], mode, transform)
     # Scenes are drawn once and kept, which only works within one process.
     workers = 0 if cell.location.data == BUNDLED else count_workers()
-    return Classification(model.eval(), digest_weights(model), config, train, validation, workers, class_map)
+    return {
+        "model": model.eval(),
+        "weights_digest": digest_weights(model),
+        "preprocessing": config,
+        "train": train,
+        "validation": validation,
+        "workers": workers,
+        "class_map": class_map,
+    }
+
+
+def _count_classes(cell: Cell, model: Any) -> int:
+    if model.num_classes < 1:
+        raise AdfqError(f"{cell.model} is an encoder without a classifier: 'adfq run encoders' measures its features")
+    return int(model.num_classes)
