@@ -28,10 +28,10 @@ ROLES = (
     "fc2",  # post-GELU; convolutions behind a GELU too
     "gated",  # the last layer of a gated MLP (SwiGLU): the product of two branches, of either sign
     "relu",  # the second layer of an MLP with ReLU
-    "residual",  # in post-norm blocks, the first layer of attention or MLP: the residual stream, which no norm precedes
+    "residual",  # in post-norm models, the first layer of attention, MLP or patch merging: the residual stream itself
     "conv",  # any other convolution of TinyViT
     "in_proj",  # separate projections to queries, keys and values: LayerNorm's output and positions
-    "reduction",  # Swin's patch merging, post-LayerNorm
+    "reduction",  # Swin's patch merging, post-LayerNorm; that of Swin V2 is "residual"
     "neck",  # a detector's feature pyramid; behind SAM's image encoder
     "head",  # a classifier's; every layer of a detector's heads and of those of SAM's mask decoder
 )

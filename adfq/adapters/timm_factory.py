@@ -18,6 +18,17 @@ def is_present(layer: nn.Module) -> bool:
     return not isinstance(layer, nn.Identity)
 
 
+def hidden_ratio(hidden: int, width: int) -> float:
+    """Return the factor that timm multiplies `width` with, and truncates, to get `hidden`.
+
+    Args:
+        hidden: number of an MLP's hidden channels.
+        width: number of its input channels.
+    """
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
+
+
 def timm_names(*modules: str, refused: Sequence[str] = ()) -> list[str]:
     """Return timm's names of models.
 
@@ -43,7 +54,7 @@ def describe_timm(model: Any, family: str, arguments: Mapping[str, Any]) -> Arch
         "patch_size": tuple(model.patch_embed.patch_size),
         "in_chans": channels,
         "num_classes": model.num_classes,
-        "global_pool": model.global_pool,
+        "global_pool": model.global_pool if hasattr(model, "global_pool") else model.head.global_pool.pool_type,
     }
     return Architecture(
         family, qualified_name(type(model)), _name(model), {**shared, **arguments}, (channels, size[0], size[1])

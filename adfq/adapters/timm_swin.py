@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from timm.layers import Mlp, to_2tuple
@@ -69,7 +70,7 @@ def describe(model: SwinTransformer, family: str) -> Architecture:
         "depths": tuple(stage.depth for stage in model.layers),
         "num_heads": tuple(block.attn.num_heads for block in stages),
         "head_dim": tuple(len(block.attn.qkv.weight) // 3 // block.attn.num_heads for block in stages),
-        "window_size": _windows(stages),
+        "window_size": window_sizes(stages, [block.input_resolution for block in stages]),
         "mlp_ratio": tuple(block.mlp_ratio for block in stages),
         "qkv_bias": stages[0].attn.qkv.bias is not None,
         "always_partition": stages[0].always_partition,
@@ -90,13 +91,20 @@ def create(architecture: Architecture) -> nn.Module:
     return create_timm(architecture, SwinTransformer)
 
 
-def _windows(stages: list[Any]) -> Any:
-    """Return one window for all stages where timm makes theirs of it, since timm takes several only from 1.0.31 on."""
-    windows = [tuple(block.window_size) for block in stages]
+def window_sizes(blocks: Sequence[Any], resolutions: Sequence[Any]) -> Any:
+    """Return timm's argument for window sizes: one for all stages where timm makes theirs of it, else one for each.
+
+    timm takes several only from 1.0.31 on.
+
+    Args:
+        blocks: a block of each stage.
+        resolutions: height and width, or one number for both, of each stage's feature map.
+    """
+    windows = [tuple(block.window_size) for block in blocks]
     largest = tuple(map(max, zip(*windows, strict=True)))
-    for block, window in zip(stages, windows, strict=True):
+    for block, window, resolution in zip(blocks, windows, resolutions, strict=True):
         # timm cuts a window to the stage's resolution, unless it always partitions.
-        cut = tuple(map(min, largest, to_2tuple(block.input_resolution)))
+        cut = tuple(map(min, largest, to_2tuple(resolution)))
         if window != (largest if block.always_partition else cut):
             return tuple(windows)
     return largest

@@ -11,7 +11,7 @@ from timm.models.vision_transformer import LayerScale, VisionTransformer
 from torch import Tensor, nn
 
 from adfq.adapters import Architecture, pair, replace, replace_attention
-from adfq.adapters.timm_factory import create_timm, describe_timm, is_present, timm_names
+from adfq.adapters.timm_factory import create_timm, describe_timm, hidden_ratio, is_present, timm_names
 from adfq.errors import AdfqError
 from adfq.layers import QuantLinear, QuantMatMul
 from adfq.plain import keeps_forward
@@ -180,7 +180,7 @@ def describe(model: VisionTransformer, family: str) -> Architecture:
         }
         break
     for mlp in (module for module in modules if isinstance(module, (Mlp, GluMlp))):
-        arguments["mlp_ratio"] = _ratio(mlp.get_parameter("fc1.weight").shape[0], model.embed_dim)
+        arguments["mlp_ratio"] = hidden_ratio(mlp.get_parameter("fc1.weight").shape[0], model.embed_dim)
         arguments["scale_mlp_norm"] = is_present(mlp.norm)
         break
     if any(isinstance(module, LayerScale) for module in modules):
@@ -198,9 +198,3 @@ def create(architecture: Architecture) -> nn.Module:
         AdfqError: for a description that cannot be built.
     """
     return create_timm(architecture, VisionTransformer, VisionTransformerDistilled)
-
-
-def _ratio(hidden: int, width: int) -> float:
-    """Return the factor that timm multiplies `width` with, and truncates, to get `hidden`."""
-    ratio = hidden / width
-    return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
