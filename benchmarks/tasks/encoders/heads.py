@@ -17,6 +17,8 @@ SHRINKAGE = 0.05
 #: Ridge penalty in units of the features' mean variance.
 PENALTY = 0.1
 
+_EPSILON = 1e-20  # least variance; equal features have none
+
 
 def nearest_neighbours(train: Tensor, labels: Tensor, features: Tensor, classes: int) -> Tensor:
     """Return the class that the nearest training images vote for, N.
@@ -48,7 +50,7 @@ def prototypes(train: Tensor, labels: Tensor, features: Tensor, classes: int) ->
     """
     mean = train.mean(0)
     variances, axes = torch.linalg.eigh(torch.cov(train.T, correction=0))
-    variances = variances.clamp(min=0).lerp(variances.mean(), SHRINKAGE)
+    variances = variances.clamp(min=_EPSILON).lerp(variances.mean(), SHRINKAGE)
     whitening = axes * variances.rsqrt()
     one_hot = F.one_hot(labels, classes).to(train)
     means = one_hot.T @ ((train - mean) @ whitening)  # sums, which have the means' directions
@@ -69,7 +71,9 @@ def ridge(train: Tensor, labels: Tensor, features: Tensor, classes: int) -> Tens
     mean = train.mean(0)
     centred, targets = train - mean, F.one_hot(labels, classes).to(train)
     gram = centred.T @ centred
-    penalty = PENALTY * gram.trace() / len(gram) * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    penalty = (PENALTY * gram.trace() / len(gram)).clamp(min=_EPSILON) * torch.eye(
+        len(gram), dtype=gram.dtype, device=gram.device
+    )
     weight = torch.linalg.solve(gram + penalty, centred.T @ (targets - targets.mean(0)))
     return ((features - mean) @ weight + targets.mean(0)).argmax(1)
 
