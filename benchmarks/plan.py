@@ -471,16 +471,22 @@ def load_table(name: str | Path, profile: str = BUNDLED) -> Table:
     return _create_table(spec, path.stem, "" if profiles is None else profile, own, where)
 
 
-def first_table(task: str, profile: str = BUNDLED) -> Table:
-    """Return the first table of a task that has a profile: it has the task's models and its methods' settings.
+def first_table(task: str, data: str = BUNDLED) -> Table:
+    """Return the first table of a task on some data: it has the task's models and its methods' settings.
+
+    Args:
+        task: name of the task.
+        data: the data spec of one of the table's profiles.
 
     Raises:
-        AdfqError: for a task or profile without a table.
+        AdfqError: for a task without such a table.
     """
-    for table in (load_table(name, profile) for name in table_names(profile)):
-        if table.task == task:
-            return table
-    raise AdfqError(f"no table of the {profile} profile is of {task}")
+    for name in table_names():
+        for profile in _read(TABLES / f"{name}.toml")["profiles"]:
+            table = load_table(name, profile)
+            if (table.task, table.data) == (task, data):
+                return table
+    raise AdfqError(f"no table on {data} data is of {task}")
 
 
 def _create_table(spec: dict[str, Any], name: str, profile: str, own: bool, where: str) -> Table:

@@ -1,4 +1,4 @@
-"""``adfq figure distributions``, ``outliers`` and ``reconstruction``: figures of a model's layers."""
+"""``adfq figure distributions``, ``residuals``, ``outliers``, ``sensitivity``, ``reconstruction``: a model's layers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from adfq.errors import AdfqError
 from adfq.method import FULL_PRECISION, Bits
-from adfq.registry import create_method
+from adfq.registry import create_method, find_method
 from benchmarks.bundled import BUNDLED
 from benchmarks.cell import Cell
 from benchmarks.cli.options import (
@@ -37,7 +37,7 @@ _TASK, _METHOD = "classification", "adfq_vit"
 
 
 def add_kinds(add_kind: Callable[..., Parser]) -> None:
-    """Add the three kinds."""
+    """Add the kinds."""
     distributions = add_kind(
         "distributions", _draw_distributions, "activations after LayerNorm and GELU, layer by layer, in full precision"
     )
@@ -45,6 +45,27 @@ def add_kinds(add_kind: Callable[..., Parser]) -> None:
     distributions.set_defaults(method=FULL_PRECISION)
     add_seed(distributions)
     add_calibration(distributions)
+
+    residuals = add_kind(
+        "residuals", _draw_residuals, "largest and usual magnitudes in the residual stream, in full precision"
+    )
+    _add_subject(residuals)
+    residuals.set_defaults(method=FULL_PRECISION)
+    add_seed(residuals)
+    add_calibration(residuals)
+
+    sensitivity = add_kind(
+        "sensitivity", _draw_sensitivity, "error of the output with one kind of site quantized at a time"
+    )
+    _add_subject(sensitivity)
+    sensitivity.add_argument("--methods", nargs="+", metavar="METHOD", help="default: those of the tables, calibrated")
+    sensitivity.add_argument("--bits", help="weights and activations, 2 to 8 each (default: W4A4)")
+    sensitivity.set_defaults(method=FULL_PRECISION)
+    add_seed(sensitivity)
+    add_calibration(sensitivity)
+    sensitivity.add_argument(
+        "--images", type=positive, default=32, metavar="N", help="measure on the first N for evaluation (default: 32)"
+    )
 
     outliers = add_kind("outliers", _draw_outliers, "the share of outliers that ADFQ-ViT keeps, layer by layer")
     _add_subject(outliers)
@@ -73,16 +94,18 @@ def _add_subject(parser: Parser) -> None:
 
 
 def _choose_cell(options: argparse.Namespace) -> Cell:
-    """Return the cell that the options choose; on bundled data, the rest is as in the task's first bundled table."""
+    """Return the cell that the options choose; on bundled data, the rest is as in the task's first table on them."""
     given = {"task": options.task or _TASK, "data": options.data or BUNDLED, "method": options.method or _METHOD}
     chosen = argparse.Namespace(**{**vars(options), **given})
     check_options(chosen)
     if chosen.data != BUNDLED:
         return create_cell(chosen)
     fields = cell_fields(chosen)
-    table = first_table(chosen.task, BUNDLED)
-    row = table.row(chosen.method)
-    fields.setdefault("model", table.models[0].name)
+    table = first_table(chosen.task)
+    row, model = table.row(chosen.method), table.models[0]
+    if "model" not in fields:
+        fields |= {"model": model.name, "model_arguments": tuple(sorted(model.arguments.items()))}
+        fields.setdefault("checkpoint", model.checkpoint)
     if chosen.method != FULL_PRECISION:
         arguments = {**row.arguments, **dict(fields.get("method_arguments", ()))}
         fields["method_arguments"] = tuple(sorted(arguments.items()))
@@ -102,18 +125,51 @@ def _quantize(cell: Cell, subject: Subject, options: argparse.Namespace) -> nn.M
 
 def _draw_distributions(options: argparse.Namespace) -> None:
     from benchmarks.report.figures import distributions, style  # matplotlib takes its time
-    from benchmarks.run.runner import resolve_device
-    from benchmarks.tasks import load_subject
+
+    style.check_file(options.file)
+    subject, images = _open(_choose_cell(options), options)
+    distributions.draw_distributions(distributions.collect_distributions(subject.model, images), options.file)
+    print(options.file)
+
+
+def _draw_residuals(options: argparse.Namespace) -> None:
+    from benchmarks.report.figures import residuals, style
+
+    style.check_file(options.file)
+    subject, images = _open(_choose_cell(options), options)
+    residuals.draw_residuals(residuals.collect_residuals(subject.model, images), options.file)
+    print(options.file)
+
+
+def _draw_sensitivity(options: argparse.Namespace) -> None:
+    from adfq.reconstruction import OptimizingMethod
+    from benchmarks.report.figures import sensitivity, style
 
     style.check_file(options.file)
     cell = _choose_cell(options)
+    bits = Bits.parse(options.bits or "W4A4")
+    methods = {}
+    for name in options.methods or dict.fromkeys(row.method for row in first_table(cell.task).rows):
+        kind = find_method(name)
+        method = create_method(name, {"iterations": 0} if issubclass(kind, OptimizingMethod) else {})
+        methods[kind.label] = method
+    subject, calibration = _open(cell, options)
+    images = subject.evaluation_images(options.images)
+    frame = sensitivity.collect_sensitivity(subject.model, methods, bits, calibration, images, subject.infer)
+    sensitivity.draw_sensitivity(frame, options.file)
+    print(options.file)
+
+
+def _open(cell: Cell, options: argparse.Namespace) -> tuple[Subject, Any]:
+    """Return a cell's subject, on its device, and calibration images."""
+    from benchmarks.run.runner import resolve_device
+    from benchmarks.tasks import load_subject
+
     device = resolve_device(options.device)
     subject = load_subject(cell)
+    subject.model.to(device)
     size = Cell.calibration_size if options.calibration_size is None else options.calibration_size
-    images = subject.calibration_images(size, options.seed or 0)
-    frame = distributions.collect_distributions(subject.model.to(device), images)
-    distributions.draw_distributions(frame, options.file)
-    print(options.file)
+    return subject, subject.calibration_images(size, options.seed or 0)
 
 
 def _draw_outliers(options: argparse.Namespace) -> None:
