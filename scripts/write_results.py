@@ -1,16 +1,20 @@
-"""Writer of docs/results.md and docs/accuracy.png from the committed records: python scripts/write_results.py.
+"""Writer of docs/results.md, docs/encoders.md and docs/accuracy.png from results/: python scripts/write_results.py.
 
-Every number in a table of the page comes from a record. The prose between the tables is scripts/results.md.jinja.
+Every number in a table of the pages comes from a record, or from a file of scripts/explain_encoders.py. The prose is
+scripts/*.md.jinja.
 """
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import jinja2
+import pandas as pd
 
 from adfq.errors import AdfqError
+from benchmarks.bundled import BUNDLED
 from benchmarks.plan import RECORDED, Selection, make_plan
 from benchmarks.report.figures import style
 from benchmarks.report.figures.accuracy_bits import Panel, collect_panels, plot_accuracy_bits
@@ -18,20 +22,26 @@ from benchmarks.report.tables import summarize
 from benchmarks.run.plans import TableResults, read_plan, read_records
 
 ROOT = Path(__file__).resolve().parents[1]
-STORE = ROOT / "results" / "bundled"
-PROFILE = "bundled"
+STORES = ROOT / "results"  # a folder for each profile
+PAGES = ("results", "encoders")
 
 
-def write_page() -> str:
-    """Return the text of docs/results.md."""
+def write_page(name: str) -> str:
+    """Return the text of a page of docs/.
+
+    Args:
+        name: one of `PAGES`.
+    """
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    return environment.get_template("results.md.jinja").render(table=_render_table, machine=_describe_machine())
+    return environment.get_template(f"{name}.md.jinja").render(
+        table=_render_table, machine=_describe_machine, rows=_read_rows
+    )
 
 
-def _render_table(name: str) -> str:
+def _render_table(name: str, profile: str = BUNDLED) -> str:
     """Return a table with its caption and notes as Markdown, below a heading of its own."""
-    (results,) = _read([name])
+    (results,) = _read([name], profile)
     _, _, rest = results.render().partition("\n\n")
     return f"## {results.table.heading}\n\n{rest}"
 
@@ -48,18 +58,25 @@ def digest_picture(panels: list[Panel]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _read(names: list[str]) -> list[TableResults]:
+def _read_rows(name: str) -> list[dict[str, Any]]:
+    """Return the rows of a file of scripts/explain_encoders.py."""
+    rows: list[dict[str, Any]] = pd.read_csv(STORES / "real" / f"{name}.csv").to_dict("records")
+    return rows
+
+
+def _read(names: list[str], profile: str = BUNDLED) -> list[TableResults]:
     """Return tables with all recorded seeds; AdfqError where a cell has no record."""
-    tables = read_plan(make_plan(names, Selection(PROFILE, seeds=RECORDED), check_files=False), STORE)
+    store = STORES / profile
+    tables = read_plan(make_plan(names, Selection(profile, seeds=RECORDED), check_files=False), store)
     for results in tables:
         if results.count("measured") < len(results.results):
-            raise AdfqError(f"{STORE} has no record of some cells of table {results.table.name}")
+            raise AdfqError(f"{store} has no record of some cells of table {results.table.name}")
     return tables
 
 
-def _describe_machine() -> str:
+def _describe_machine(profile: str = BUNDLED) -> str:
     """Return a sentence on the hardware and versions that the records name."""
-    records = read_records(STORE)
+    records = read_records(STORES / profile)
     keys = ("processor", "cores", "python", "torch", "timm")
     processor, cores, python, torch, timm = (
         " or ".join(sorted({str(record["environment"][key]) for record in records})) for key in keys
@@ -70,8 +87,9 @@ def _describe_machine() -> str:
 
 
 def main() -> None:
-    """Write the page and its picture."""
-    (ROOT / "docs" / "results.md").write_text(write_page(), encoding="utf-8")
+    """Write the pages and the picture."""
+    for name in PAGES:
+        (ROOT / "docs" / f"{name}.md").write_text(write_page(name), encoding="utf-8")
     panels = collect_picture()
     metadata = {"Description": digest_picture(panels)}
     style.save(plot_accuracy_bits(panels), ROOT / "docs" / "accuracy.png", metadata=metadata)

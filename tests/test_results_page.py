@@ -1,4 +1,4 @@
-"""docs/results.md and the README's numbers are those of the committed records."""
+"""Generated pages and the README's numbers are those of the committed records."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ def script() -> dict[str, Any]:
     return runpy.run_path(str(ROOT / "scripts" / "write_results.py"))
 
 
-def test_the_page_is_written_from_the_records(script: dict[str, Any]) -> None:
-    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    assert script["write_page"]() == page, "run scripts/write_results.py"
+@pytest.mark.parametrize("name", ["results", "encoders"])
+def test_a_page_is_written_from_the_records(script: dict[str, Any], name: str) -> None:
+    page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    assert script["write_page"](name) == page, "run scripts/write_results.py"
 
 
 def test_the_picture_is_drawn_from_the_records(script: dict[str, Any]) -> None:

@@ -30,6 +30,7 @@ def add_table(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="SPEC", help="data of the full profile, as for 'adfq run'")
     _add_data_name(parser)
     _add_class_map(parser)
+    _add_head_images(parser)
     parser.add_argument("--checkpoints", type=Path, metavar="DIR", help="files MODEL.safetensors, .pth, .bin or .npz")
     parser.add_argument("--models", nargs="+", metavar="MODEL", help="columns, by key or name (default: all)")
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="methods, or rows by their key (default: all)")
@@ -79,6 +80,10 @@ def _add_head(parser: argparse.ArgumentParser) -> None:
         choices=["class", "mean", "both"],
         help="token or patches that give features (default: the model's)",
     )
+    _add_head_images(parser)
+
+
+def _add_head_images(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--head-images", type=positive, metavar="N", help="training images that make an encoder's head (default: all)"
     )
