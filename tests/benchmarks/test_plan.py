@@ -12,7 +12,7 @@ import pytest
 
 import benchmarks
 from adfq.errors import AdfqError
-from benchmarks.plan import TABLES, Selection, Table, choose_part, load_table, make_plan, table_names
+from benchmarks.plan import Selection, Table, choose_part, first_table, load_table, make_plan
 
 OWN = """
 task = "classification"
@@ -187,6 +187,31 @@ def test_models_of_ones_own_have_weights_and_arguments(tmp_path: Path) -> None:
     assert (other.checkpoint, other.pretrained) == (None, True)
 
 
+def test_a_table_has_a_limit_and_its_tasks_options(tmp_path: Path) -> None:
+    text = """
+    task = "encoders"
+    data = "bundled"
+    limit = 40
+    task_arguments = { head = "knn", head_images = 20 }
+    methods = []
+
+    [[models]]
+    name = "vit_tiny_patch16_224"
+    """
+    file = write(tmp_path, text)
+    (cell,) = make_plan([file]).cells
+    assert (cell.limit, cell.task_arguments) == (40, (("head", "knn"), ("head_images", 20)))
+    (cell,) = make_plan([file], Selection(limit=3, task_arguments={"head_images": 5})).cells
+    assert (cell.limit, cell.task_arguments) == (3, (("head", "knn"), ("head_images", 5)))
+
+
+def test_a_table_that_ships_is_named_by_number_or_word() -> None:
+    numbered, named = load_table("1"), load_table("encoders", "real")
+    assert (numbered.slug, numbered.heading) == ("table1-bundled", "Table 1. Image classification")
+    assert (named.slug, named.heading) == ("encoders-real", "Encoders")
+    assert first_table("encoders") == named
+
+
 def test_profiles_of_a_file(tmp_path: Path) -> None:
     text = OWN + '[profiles.bundled]\nbits = ["W3/A3"]\n[profiles.quick]\nbits = ["W8/A8"]\n'
     file = write(tmp_path, text)
@@ -212,6 +237,8 @@ def test_profiles_of_a_file(tmp_path: Path) -> None:
         (f"calibration_size = 0\n{OWN}", "mine.toml: calibration_size must be a whole number from 1, got 0"),
         (f"cost = 1\n{OWN}", "mine.toml: cost must be true or false, got 1"),
         (f"methods = ['magic']\n{OWN}", "unknown method 'magic'"),
+        (f"limit = 0\n{OWN}", "mine.toml: limit must be a whole number from 1, got 0"),
+        (f"task_arguments = {{ wings = 2 }}\n{OWN}", "classification has no --wings"),
         (f"preset = 'huge'\n{OWN}", "mine.toml: unknown preset 'huge'; there are small"),
         (f"settings = {{ base_ptq = 3 }}\n{OWN}", "mine.toml: settings.base_ptq must be a table of keys, got 3"),
         (f"settings = {{ base_ptq = {{ wings = 2 }} }}\n{OWN}", "base_ptq has no option 'wings'"),

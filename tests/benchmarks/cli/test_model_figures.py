@@ -14,7 +14,7 @@ from PIL import Image
 
 from benchmarks.cli.figure.results import COSTS
 from benchmarks.cli.main import main
-from benchmarks.report.figures import accuracy_cost, distributions, outliers, reconstruction
+from benchmarks.report.figures import accuracy_cost, distributions, outliers, reconstruction, residuals, sensitivity
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -26,7 +26,7 @@ FEW = ["--calibration-size", "2"]
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Frames that are drawn, in the order of drawing."""
     seen: list[Any] = []
-    for module in (distributions, outliers, reconstruction, accuracy_cost):
+    for module in (distributions, outliers, reconstruction, residuals, sensitivity, accuracy_cost):
         name = f"draw_{module.__name__.rpartition('.')[2]}"
 
         def spy(draw: Callable[..., None], *given: Any) -> None:
@@ -51,11 +51,15 @@ def test_figures_of_the_bundled_vit(tmp_path: Path, drawn: list[Any]) -> None:
     thresholds = ["iterations=0", "qkv_threshold=1.0", "fc1_threshold=2"]
     draw("outliers", tmp_path, *FEW, "--images", "2", "--method-arg", *thresholds)
     draw("reconstruction", tmp_path, *FEW, "--method-arg", "iterations=1")
-    activations, kept, errors = drawn
+    draw("residuals", tmp_path, *FEW)
+    draw("sensitivity", tmp_path, *FEW, "--images", "2", "--methods", "base_ptq", "adfq_vit")
+    activations, kept, errors, magnitudes, parts = drawn
     assert len(activations) == 36
     assert set(kept["threshold"]) == {1.0, 2}
     assert (kept["percent"] > 0).any()
     assert len(errors) == 26
+    assert len(magnitudes) == 24
+    assert set(parts["method"]) == {"Base PTQ", "ADFQ-ViT"}
 
 
 def test_reconstruction_from_a_record(
@@ -104,6 +108,8 @@ def test_accuracy_over_bit_widths(tmp_path: Path) -> None:
         (["outliers", "--method", "full_precision"], "full_precision has no"),
         (["outliers", "--method-arg", "ppoq=False"], "ppoq=False"),
         (["outliers", "--bits", "W9A9"], "9"),
+        (["sensitivity", "--methods", "base"], "unknown method 'base'"),
+        (["sensitivity", "--bits", "W9A9"], "9"),
         (["reconstruction", "--method", "repq_vit"], "repq_vit optimizes no modules"),
         (["reconstruction", "--method", "full_precision"], "full_precision optimizes no modules"),
         (["reconstruction", "--method-arg", "iterations=0"], "adfq_vit optimizes no modules in 0 iterations"),
@@ -119,7 +125,9 @@ def test_mistakes_are_one_line_and_exit_code_2(
     assert_refused(["figure", *arguments, "--out", str(tmp_path / "figure.png")], message)
 
 
-@pytest.mark.parametrize("kind", ["distributions", "outliers", "reconstruction", "accuracy-cost"])
+@pytest.mark.parametrize(
+    "kind", ["distributions", "outliers", "reconstruction", "residuals", "sensitivity", "accuracy-cost"]
+)
 def test_files_are_checked_before_the_work(kind: str, tmp_path: Path, assert_refused: Refuse) -> None:
     assert_refused(["figure", kind, "--out", str(tmp_path / "figure.pdf")], "figures are .png or .svg")
     assert_refused(["figure", kind, "--out", str(tmp_path / "none" / "figure.png")], "there is no directory")
