@@ -12,7 +12,7 @@ import pytest
 
 import benchmarks
 from adfq.errors import AdfqError
-from benchmarks.plan import Selection, Table, choose_part, first_table, load_table, make_plan
+from benchmarks.plan import TABLES, Selection, Table, choose_part, first_table, load_table, make_plan, table_names
 
 OWN = """
 task = "classification"

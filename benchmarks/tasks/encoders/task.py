@@ -64,8 +64,8 @@ class Encoder(Classification):
 
         Returns:
             ``knn_top1``, ``prototypes_top1`` and ``ridge_top1`` in percent; ``feature_error``, the mean over images of
-            the relative error in percent, and ``feature_cosine``, the mean cosine; the number of ``images``, and that
-            of ``head_images``.
+            the relative error in percent, and ``feature_cosine``, the mean cosine; the numbers ``images`` and
+            ``head_images``.
 
         Raises:
             NonFiniteError: if features hold NaN or infinity; the message names the layer.
