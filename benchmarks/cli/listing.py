@@ -23,4 +23,4 @@ def _list(options: argparse.Namespace) -> None:
 
 
 def _model_names() -> list[str]:
-    return [name for task in task_names() for name in find_task(task).model_names()]
+    return list(dict.fromkeys(name for task in task_names() for name in find_task(task).model_names()))
