@@ -22,11 +22,14 @@ class QuantWeightLayer(nn.Module, ABC):
         role: site role (`adfq.sites.ROLES`) of input and weight.
         fixed_positions: True, the default, if all inputs have the same token positions; False where they depend on the
             image's size.
+        parts: number of projections whose weights are stacked along the output channels, such as 3 for queries, keys
+            and values. None, the default, for 3 in the role ``qkv`` and 1 in others.
 
     Attributes:
         replaces: class of the layers that it replaces.
         role: site role of input and weight.
         fixed_positions: see the argument.
+        parts: number of projections whose weights are stacked.
         weight: weight of the replaced layer, in full precision until `freeze`.
         bias: bias of the replaced layer, always in full precision; None for none.
         input_quantizer: a `Quantizer`, or nn.Identity for full precision.
@@ -43,10 +46,13 @@ class QuantWeightLayer(nn.Module, ABC):
     bias: nn.Parameter | None
     learned_weight: Tensor | None
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d, role: str, fixed_positions: bool = True) -> None:
+    def __init__(
+        self, layer: nn.Linear | nn.Conv2d, role: str, fixed_positions: bool = True, parts: int | None = None
+    ) -> None:
         super().__init__()
         check_plain(layer, self.replaces)
         self.role = role
+        self.parts = parts or (3 if role == "qkv" else 1)
         self.fixed_positions = fixed_positions
         self.weight = cast(nn.Parameter, layer.weight)
         self.bias = cast("nn.Parameter | None", layer.bias)
@@ -126,6 +132,7 @@ class QuantLinear(QuantWeightLayer):
         layer: linear layer to replace, whose parameters are shared.
         role: see `QuantWeightLayer`.
         fixed_positions: see `QuantWeightLayer`.
+        parts: see `QuantWeightLayer`.
 
     Attributes:
         in_features: number of input channels.
@@ -134,8 +141,8 @@ class QuantLinear(QuantWeightLayer):
 
     replaces = nn.Linear
 
-    def __init__(self, layer: nn.Linear, role: str, fixed_positions: bool = True) -> None:
-        super().__init__(layer, role, fixed_positions)
+    def __init__(self, layer: nn.Linear, role: str, fixed_positions: bool = True, parts: int | None = None) -> None:
+        super().__init__(layer, role, fixed_positions, parts)
         self.in_features, self.out_features = layer.in_features, layer.out_features
 
     def _apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:

@@ -234,7 +234,8 @@ class _Reconstruction:
     """Unit with all data of its optimization.
 
     Inputs, targets and scores are B×k×…, with k rows of the unit's input for each image (Swin's windows). Inputs are
-    all tensor arguments with as many rows as the first, by position or keyword: cross-attention has three.
+    all tensor arguments with as many rows as the first, by position or keyword: cross-attention has three. Keywords in
+    the unit's `shared_arguments` are not among them.
     """
 
     def __init__(
@@ -255,7 +256,11 @@ class _Reconstruction:
         self.softmaxes = [module for module in self.module.modules() if isinstance(module, nn.Softmax)]
         self.channels_first = any(isinstance(layer, QuantConv2d) for layer in self.layers.values())
         self.inputs, self.quantized_inputs = {}, {}
-        tensors = {key: value for key, value in _by_key(arguments, keywords) if isinstance(value, Tensor)}
+        # Rotary positions, say, may have as many rows by chance.
+        shared = getattr(self.module, "shared_arguments", ())
+        tensors = {
+            key: value for key, value in _by_key(arguments, keywords) if isinstance(value, Tensor) and key not in shared
+        }
         rows = len(next(iter(tensors.values())))
         for key, tensor in tensors.items():
             if tensor.dim() and len(tensor) == rows:

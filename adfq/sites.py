@@ -28,9 +28,10 @@ ROLES = (
     "fc2",  # post-GELU; convolutions behind a GELU too
     "gated",  # the last layer of a gated MLP (SwiGLU): the product of two branches, of either sign
     "relu",  # the second layer of an MLP with ReLU
+    "hidden",  # the last layer of an MLP behind anything else: another activation function, or a norm
     "residual",  # in post-norm models, the first layer of attention, MLP or patch merging: the residual stream itself
     "conv",  # any other convolution of TinyViT
-    "in_proj",  # separate projections to queries, keys and values: LayerNorm's output and positions
+    "in_proj",  # projections of cross-attention and attention pooling: tokens and positions, or learned queries
     "reduction",  # Swin's patch merging, post-LayerNorm; that of Swin V2 is "residual"
     "neck",  # a detector's feature pyramid; behind SAM's image encoder
     "head",  # a classifier's; every layer of a detector's heads and of those of SAM's mask decoder
@@ -163,8 +164,9 @@ class Network:
 
     Attributes:
         model: computes the function of the original model until quantizers are attached.
-        input_norms: by the name of a linear layer, the LayerNorm whose output that layer alone reads. RepQ-ViT moves
-            scales between the two.
+        input_norms: by the name of a linear layer, the LayerNorm whose output it reads. Layers that share a norm, such
+            as separate projections to queries, keys and values, are all there: nothing else reads its output. RepQ-ViT
+            moves scales between a norm and its readers.
         input_paddings: by the name of such a layer, the value (C) that pads its input behind the norm.
         units: names of the parts that are reconstructed together (`adfq.reconstruction`): patch embedding, attentions,
             MLPs, patch mergings, heads. Each returns one tensor; an nn.Softmax in it marks its attention scores.

@@ -40,9 +40,9 @@ _LOSS_SCALE = 256.0  # scores do not depend on it; in half precision, small grad
 class PTQ4ViT(Method):
     """PTQ4ViT: symmetric uniform quantization, twin uniform after softmax and GELU, scales searched per layer.
 
-    The input image stays in full precision. A weight has one scale, but `qkv` one for each of query, key and value,
-    and the patch embedding one per output channel. An activation has one scale. Behind another activation function than
-    GELU a uniform quantizer stands in place of the twin one.
+    The input image stays in full precision. A weight has one scale, but a fused projection to queries, keys and values
+    one for each of these, and the patch embedding one per output channel. An activation has one scale. Behind another
+    activation function than GELU a uniform quantizer stands in place of the twin one.
 
     The two scales of a layer are searched in turn for the smallest error of its output, with all other layers in full
     precision. Errors are weighted by the squared gradient of the loss (section "Hessian guided metric").
@@ -83,7 +83,7 @@ class PTQ4ViT(Method):
                 "probs": partial(TwinSoftmaxQuantizer, bits.activation, self.released),
                 "fc2": partial(TwinGeluQuantizer, bits.activation),
             },
-            weights=dict.fromkeys(("patch_embed", "qkv"), partial(UniformQuantizer, bits.weight, "row")),
+            weights={"patch_embed": partial(UniformQuantizer, bits.weight, "row")},
         )
 
     def apply(self, network: Network, run: Run, bits: Bits) -> None:
@@ -108,6 +108,9 @@ class PTQ4ViT(Method):
                 for hook in hooks:
                     hook.remove()
             network.attach(self.recipe(bits))
+            for _, layer in network.weight_layers():
+                if layer.parts > 1:
+                    layer.weight_quantizer = UniformQuantizer(bits.weight, "row")
             for observer in observers:
                 observer.check_lobe()
                 search_scales(observer.product(_COARSE), observer.product(_FINE), self.rounds)
@@ -117,14 +120,22 @@ class PTQ4ViT(Method):
 def _run(network: Network, images: Tensor, backward: bool) -> None:
     """Run the model once, and backwards once, through every layer and without gradients of weights.
 
-    Gradients go back to the images, and to biases: a mask decoder's tokens, for example, are not computed from images.
+    Gradients go back to the images, and to biases, frozen ones too: a mask decoder's tokens and the queries of attention
+    pooling, for example, are not computed from images.
     """
     images = network.place(images).clone().requires_grad_(backward)
-    biases = [layer.bias for _, layer in network.weight_layers() if layer.bias is not None and layer.bias.requires_grad]
-    with torch.set_grad_enabled(backward):
-        outputs = network.run(images)
-        if backward:
-            torch.autograd.grad(_LOSS_SCALE * _fisher_loss(outputs), [images, *biases], allow_unused=True)
+    biases = [layer.bias for _, layer in network.weight_layers() if layer.bias is not None]
+    frozen = [bias for bias in biases if not bias.requires_grad]
+    try:
+        for bias in frozen:
+            bias.requires_grad_(backward)
+        with torch.set_grad_enabled(backward):
+            outputs = network.run(images)
+            if backward:
+                torch.autograd.grad(_LOSS_SCALE * _fisher_loss(outputs), [images, *biases], allow_unused=True)
+    finally:
+        for bias in frozen:
+            bias.requires_grad_(False)
 
 
 def _fisher_loss(outputs: Tensor | list[Tensor]) -> Tensor:
@@ -208,7 +219,7 @@ class _Observer:
     def check_lobe(self) -> None:
         """Put a uniform quantizer in the place of the twin one for inputs that lie below GELU's negative lobe.
 
-        Other activation functions have another one, or none: SwiGLU, tanh. The twin quantizer would clip there.
+        Other activation functions have a deeper one: SiLU. The twin quantizer would clip there.
         """
         quantizer = self.layer.input_quantizer if isinstance(self.layer, QuantWeightLayer) else None
         if isinstance(quantizer, TwinGeluQuantizer) and self.lowest < -_LOBE:
@@ -228,7 +239,8 @@ class _Observer:
             return Product(left, Operand(others[0], layer.right_quantizer, largest[1], as_rows), gradient)
         weight = layer.weight.detach().float()
         products = layer.groups if isinstance(layer, QuantConv2d) else 1
-        groups = {"qkv": 3, "patch_embed": len(weight)}.get(layer.role, 1) if products == 1 else 1
+        groups = len(weight) if layer.role == "patch_embed" else layer.parts
+        groups = groups if products == 1 else 1
         maxima = weight.reshape(groups, -1).abs().amax(1)
         as_rows = partial(torch.reshape, shape=(products, len(weight) // products, -1))
         left = Operand(weight, layer.weight_quantizer, maxima, as_rows)

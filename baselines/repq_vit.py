@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,8 +21,9 @@ from adfq.sites import POST_NORM_ROLES, Network, Recipe
 class RepQViT(Method):
     """RepQ-ViT: per-channel ranges after LayerNorm, made per tensor by scale reparameterization (section 3.2).
 
-    Post-softmax attention is quantized in base √2 (section 3.3), the input image at 8 bits. A layer whose LayerNorm
-    has other readers or no bias is per tensor from the start.
+    Post-softmax attention is quantized in base √2 (section 3.3), the input image at 8 bits. Layers that share a
+    LayerNorm are reparameterized together. A layer whose LayerNorm has readers of another kind or no bias is per tensor
+    from the start.
     """
 
     label = "RepQ-ViT"
@@ -41,36 +43,41 @@ class RepQViT(Method):
     def apply(self, network: Network, run: Run, bits: Bits) -> None:
         """Quantize a network in place; see `adfq.method.Method.apply`."""
         network.attach(self.recipe(bits))
-        pairs = [
-            (norm, layer, network.input_paddings.get(name))
-            for name, layer in network.weight_layers()
-            if layer.role in POST_NORM_ROLES
-            and (norm := network.input_norms.get(name)) is not None
-            and norm.bias is not None
-        ]
-        for _, layer, _ in pairs:
-            layer.input_quantizer = UniformQuantizer(bits.activation, "channel", "percentile")
+        layers = dict(network.weight_layers())
+        readers: dict[nn.LayerNorm, list[str]] = {}
+        for name, norm in network.input_norms.items():
+            readers.setdefault(norm, []).append(name)
+        groups = {
+            norm: names
+            for norm, names in readers.items()
+            if norm.bias is not None and all(layers[name].role in POST_NORM_ROLES for name in names)
+        }
+        for names in groups.values():
+            for name in names:
+                layers[name].input_quantizer = UniformQuantizer(bits.activation, "channel", "percentile")
         quantize_weights(network)
         calibrate_activations(network, run.images)
-        for norm, layer, padding in pairs:
-            reparameterize(norm, layer, padding)
-            layer.find_weight_range()
+        for norm, names in groups.items():
+            reparameterize(norm, [layers[name] for name in names], network.input_paddings.get(names[0]))
+            for name in names:
+                layers[name].find_weight_range()
 
 
 @torch.no_grad()
-def reparameterize(norm: nn.LayerNorm, layer: QuantWeightLayer, padding: Tensor | None = None) -> None:
+def reparameterize(norm: nn.LayerNorm, layers: Sequence[QuantWeightLayer], padding: Tensor | None = None) -> None:
     """Move the differences between channel scales from the quantizer into LayerNorm and weight (equations 8 to 13).
 
     The two compute the same function in full precision as before. A channel without a range, which is 0 on all
     calibration images, takes no part in the means and is left as it is.
 
     Args:
-        norm: the LayerNorm before the layer; it has no other reader.
-        layer: a layer with a calibrated per-channel input quantizer, which is replaced by a per-tensor one.
+        norm: the LayerNorm before the layers; it has no other readers.
+        layers: layers with calibrated per-channel input quantizers, which are replaced by per-tensor ones. They read
+            the same values, and have the same ranges.
         padding: the padding of the norm's output (C), changed in place; None for none. The released code leaves it
             0, which is another network.
     """
-    quantizer = layer.input_quantizer
+    quantizer = layers[0].input_quantizer
     assert isinstance(quantizer, UniformQuantizer)
     scale, zero_point, mean_scale, mean_zero_point = _scales_with_means(quantizer)
     ratio = scale / mean_scale
@@ -80,13 +87,14 @@ def reparameterize(norm: nn.LayerNorm, layer: QuantWeightLayer, padding: Tensor 
     norm.bias.copy_(norm.bias / ratio - offset)
     if padding is not None:
         padding.copy_(padding / ratio - offset)
-    weight = layer.weight.float() * ratio
-    bias = weight @ offset if layer.bias is None else layer.bias + weight @ offset
-    layer.weight, layer.bias = (nn.Parameter(tensor.to(layer.weight.dtype)) for tensor in (weight, bias))
+    for layer in layers:
+        weight = layer.weight.float() * ratio
+        bias = weight @ offset if layer.bias is None else layer.bias + weight @ offset
+        layer.weight, layer.bias = (nn.Parameter(tensor.to(layer.weight.dtype)) for tensor in (weight, bias))
 
-    per_tensor = UniformQuantizer(quantizer.bits, "tensor", quantizer.range)
-    per_tensor.scale, per_tensor.zero_point = mean_scale, mean_zero_point
-    layer.input_quantizer = per_tensor.to(scale.device)
+        per_tensor = UniformQuantizer(quantizer.bits, "tensor", quantizer.range)
+        per_tensor.scale, per_tensor.zero_point = mean_scale.clone(), mean_zero_point.clone()
+        layer.input_quantizer = per_tensor.to(scale.device)
 
 
 def _scales_with_means(quantizer: UniformQuantizer) -> tuple[Tensor, Tensor, Tensor, Tensor]:

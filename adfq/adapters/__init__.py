@@ -48,7 +48,7 @@ class Architecture:
         family: qualified name of the supported class that the model is an instance of.
         cls: qualified name of the model's own class.
         name: name in the family's factory; None for a model that was made from its class.
-        arguments: keyword arguments of factory or class: numbers, strings, truth values and tuples of them.
+        arguments: keyword arguments of factory or class: numbers, strings, truth values, None and tuples of them.
         input_size: channels, height and width in pixels.
     """
 
@@ -179,12 +179,12 @@ def _find_unsupported(network: Network) -> tuple[str, ...]:
 
 
 def pair(norms: dict[str, nn.LayerNorm], linear: str, norm: nn.Module | None) -> None:
-    """Record that `linear` is the only reader of a norm's output.
+    """Record that `linear` reads a norm's output, and nothing else does but linear layers that are recorded too.
 
     Only a LayerNorm that computes as its class does is paired, since its weight and bias must scale its output.
 
     Args:
-        norms: LayerNorms by the name of their reader; the pair is added.
+        norms: LayerNorms by the name of a reader; the pair is added.
         linear: name of the linear layer.
         norm: module before the layer; None for none.
     """

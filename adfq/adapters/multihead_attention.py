@@ -93,15 +93,27 @@ def _projections(attention: nn.MultiheadAttention) -> list[nn.Linear]:
     if attention._qkv_same_embed_dim:
         weights = attention.in_proj_weight.detach().chunk(3)
     else:
-        weights = (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)
+        weights = tuple(
+            weight.detach() for weight in (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)
+        )
     biases = (None,) * 3 if attention.in_proj_bias is None else attention.in_proj_bias.detach().chunk(3)
-    linears = []
-    for weight, bias in zip(weights, biases, strict=True):
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        linear.weight = nn.Parameter(weight.detach())
-        linear.bias = None if bias is None else nn.Parameter(bias)
-        linears.append(linear)
-    return linears
+    return [
+        linear_of(weight, None if bias is None else nn.Parameter(bias))
+        for weight, bias in zip(weights, biases, strict=True)
+    ]
+
+
+def linear_of(weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:
+    """Return a linear layer with given parameters.
+
+    Args:
+        weight: out × in; a parameter is shared.
+        bias: out; None for none.
+    """
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight)
+    linear.bias = bias
+    return linear
 
 
 def _additive(mask: Tensor, scores: Tensor) -> Tensor:

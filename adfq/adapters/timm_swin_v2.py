@@ -48,7 +48,7 @@ class QuantCosineAttention(nn.Module):
         """Take over the parts that both of timm's implementations have."""
         self.num_heads = attention.num_heads
         self.logit_scale = attention.logit_scale
-        self.qkv = QuantLinear(attention.qkv, "residual")
+        self.qkv = QuantLinear(attention.qkv, "residual", parts=3)
         self.scores = QuantMatMul(("query", "key"), transpose_right=True)
         self.softmax = nn.Softmax(dim=-1)
         self.attn_drop = attention.attn_drop

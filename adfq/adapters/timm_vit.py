@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-from timm.layers import Attention, GluMlp, Mlp
+from timm.layers import Attention, GluMlp, Mlp, SwiGLU
 from timm.layers.attention import maybe_add_mask, resolve_self_attn_mask
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import LayerScale, VisionTransformer
+from timm.models.vision_transformer import LayerScale, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
-from adfq.adapters import Architecture, pair, replace, replace_attention
+from adfq.adapters import Architecture, replace, replace_attention
 from adfq.adapters.timm_factory import create_timm, describe_timm, hidden_ratio, is_present, timm_names
+from adfq.adapters.timm_parts import adapt_end, adapt_mlp, pair_attention
 from adfq.errors import AdfqError
 from adfq.layers import QuantLinear, QuantMatMul
-from adfq.plain import keeps_forward
 from adfq.sites import Network
 
 
@@ -25,18 +26,20 @@ class QuantAttention(nn.Module):
 
     Args:
         attention: module to replace, whose parameters are shared.
+        role: site role of the layers that read the input; ``"qkv"`` by default.
     """
 
-    def __init__(self, attention: Attention) -> None:
+    def __init__(self, attention: Attention, role: str = "qkv") -> None:
         super().__init__()
         self.num_heads, self.head_dim, self.scale = attention.num_heads, attention.head_dim, attention.scale
-        self.qkv = QuantLinear(attention.qkv, "qkv")
+        self.qkv = QuantLinear(attention.qkv, role, parts=3)
         self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
         self.scores = QuantMatMul(("query", "key"), transpose_right=True)
         self.softmax = nn.Softmax(dim=-1)
         self.attn_drop = attention.attn_drop
         self.context = QuantMatMul(("probs", "value"))
-        self.norm, self.gate = attention.norm, attention.gate
+        self.norm = attention.norm
+        self.gate = None if attention.gate is None else QuantLinear(attention.gate, role, parts=1)
         self.proj = QuantLinear(attention.proj, "proj")
         self.proj_drop = attention.proj_drop
 
@@ -82,10 +85,7 @@ def adapt(model: nn.Module) -> Network:
                 f"{name}: cannot quantize a {type(block).__name__}, whose attention is not timm's Attention"
             )
         modules += adapt_block(model, name, norms)
-    for head in ("head", "head_dist"):  # the second one is distilled DeiT's
-        if isinstance(getattr(model, head, None), nn.Linear):
-            replace(model, head, "head")
-            modules.append(head)
+    modules += adapt_end(model, norms)
     return Network(model, norms, tuple(modules))
 
 
@@ -95,7 +95,7 @@ def adapt_block(model: nn.Module, block_name: str, norms: dict[str, nn.LayerNorm
     Args:
         model: model with the block.
         block_name: name of the block, a timm Block or a variant of it.
-        norms: LayerNorms by the name of their reader; those of the block are added.
+        norms: LayerNorms by the name of a reader; those of the block are added.
 
     Raises:
         AdfqError: for an attention that computes its own way.
@@ -104,19 +104,17 @@ def adapt_block(model: nn.Module, block_name: str, norms: dict[str, nn.LayerNorm
     modules = []
     for relative, module in list(block.named_modules()):
         name = f"{block_name}.{relative}"
+        post_norm = isinstance(model.get_submodule(name.rpartition(".")[0]), ResPostBlock)
         if isinstance(module, Attention):
-            replace_attention(model, name, Attention, QuantAttention)
-            modules.append(name)
-            # A gate would read the norm's output as well.
-            if module.gate is None:
-                pair(norms, f"{name}.qkv", _norm_before(model, name))
-        elif isinstance(module, (Mlp, GluMlp)):
-            replace(model, f"{name}.fc1", "fc1")
-            replace(model, f"{name}.fc2", "fc2")
-            modules.append(name)
-            # One of another kind, or a hook, may read or change the norm's output.
-            if keeps_forward(module, Mlp, GluMlp) and not module._forward_pre_hooks:
-                pair(norms, f"{name}.fc1", _norm_before(model, name))
+            linears = ("qkv", "proj") if module.gate is None else ("qkv", "proj", "gate")
+            make = partial(QuantAttention, role="residual" if post_norm else "qkv")
+            replace_attention(model, name, Attention, make, linears)
+            pair_attention(model, name, norms, _norm_before(model, name))
+        elif isinstance(module, (Mlp, GluMlp, SwiGLU)):
+            adapt_mlp(model, name, "residual" if post_norm else "fc1", norms, _norm_before(model, name))
+        else:
+            continue
+        modules.append(name)
     return modules
 
 
@@ -179,8 +177,9 @@ def describe(model: VisionTransformer, family: str) -> Architecture:
             "scale_attn_norm": is_present(attention.norm),
         }
         break
-    for mlp in (module for module in modules if isinstance(module, (Mlp, GluMlp))):
-        arguments["mlp_ratio"] = hidden_ratio(mlp.get_parameter("fc1.weight").shape[0], model.embed_dim)
+    for mlp in (module for module in modules if isinstance(module, (Mlp, GluMlp, SwiGLU))):
+        first = mlp.fc1_g if isinstance(mlp, SwiGLU) else mlp.fc1
+        arguments["mlp_ratio"] = hidden_ratio(len(first.weight), model.embed_dim)
         arguments["scale_mlp_norm"] = is_present(mlp.norm)
         break
     if any(isinstance(module, LayerScale) for module in modules):

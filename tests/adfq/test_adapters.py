@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from timm.layers import Attention, GatedMlp, Mlp, RmsNorm, SwiGLUPacked
+from timm.layers import Attention, GatedMlp, Mlp, RmsNorm, SwiGLU, SwiGLUPacked
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
@@ -37,9 +37,11 @@ VITS: dict[str, dict[str, Any]] = {
     "no biases": {"qkv_bias": False, "proj_bias": False},
     "average pool, no class token": {"global_pool": "avg", "class_token": False},
     "map pool": {"global_pool": "map", "class_token": False},
+    "patch refinement": {"global_pool": "prr"},
     "pre-norm": {"pre_norm": True},
     "no head": {"num_classes": 0},
     "SwiGLU": {"mlp_layer": SwiGLUPacked},
+    "SwiGLU of two layers": {"mlp_layer": SwiGLU, "scale_mlp_norm": True},
     "gated MLP": {"mlp_layer": GatedMlp},
     "parallel blocks": {"block_fn": ParallelThingsBlock, "init_values": 0.5},
     "post-norm": {"block_fn": ResPostBlock},
@@ -163,7 +165,13 @@ def roles_of(model: nn.Module) -> tuple[Counter[str], Counter[tuple[str, str]]]:
         (VITS["distilled"], {"patch_embed": 1, "qkv": 2, "proj": 2, "fc1": 2, "fc2": 2, "head": 2}, 2),
         (VITS["no head"], {"patch_embed": 1, "qkv": 2, "proj": 2, "fc1": 2, "fc2": 2}, 2),
         (VITS["parallel blocks"], {"patch_embed": 1, "qkv": 4, "proj": 4, "fc1": 4, "fc2": 4, "head": 1}, 4),
-        (VITS["SwiGLU"], {"patch_embed": 1, "qkv": 2, "proj": 2, "fc1": 2, "fc2": 2, "head": 1}, 2),
+        (VITS["SwiGLU"], {"patch_embed": 1, "qkv": 2, "proj": 2, "fc1": 2, "gated": 2, "head": 1}, 2),
+        (VITS["SwiGLU of two layers"], {"patch_embed": 1, "qkv": 2, "proj": 2, "fc1": 4, "gated": 2, "head": 1}, 2),
+        (VITS["scale norms"], {"patch_embed": 1, "qkv": 2, "proj": 2, "fc1": 2, "hidden": 2, "head": 1}, 2),
+        (VITS["post-norm"], {"patch_embed": 1, "residual": 4, "proj": 2, "fc2": 2, "head": 1}, 2),
+        (VITS["gated attention"], {"patch_embed": 1, "qkv": 4, "proj": 2, "fc1": 2, "fc2": 2, "head": 1}, 2),
+        (VITS["map pool"], {"patch_embed": 1, "qkv": 2, "in_proj": 2, "proj": 3, "fc1": 3, "fc2": 3, "head": 1}, 3),
+        (VITS["patch refinement"], {"patch_embed": 1, "qkv": 2, "proj": 2, "fc1": 2, "fc2": 2, "head": 1}, 3),
     ],
 )
 def test_roles_of_a_vit(options: dict[str, Any], weights: dict[str, int], attentions: int, make_vit: MakeModel) -> None:
@@ -201,17 +209,26 @@ def test_operands_are_what_their_roles_say(make_vit: MakeModel, make_swin: MakeM
 
 
 @pytest.mark.parametrize(
-    ("options", "left"),
+    ("activation", "role"),
     [
-        ({}, ()),
-        (VITS["gated attention"], ("blocks.0.attn.gate", "blocks.1.attn.gate")),
-        (VITS["map pool"], tuple(f"attn_pool.{name}" for name in ("q", "kv", "proj", "mlp.fc1", "mlp.fc2"))),
+        ("gelu", "fc2"),
+        ("gelu_tanh", "fc2"),
+        ("quick_gelu", "fc2"),
+        ("silu", "fc2"),
+        ("relu", "relu"),
+        ("tanh", "hidden"),
+        ("leaky_relu", "hidden"),
     ],
 )
-def test_layers_without_a_rule_are_reported(
-    options: dict[str, Any], left: tuple[str, ...], make_vit: MakeModel
-) -> None:
-    assert adapt(make_vit(**options)).unsupported == left
+def test_the_role_behind_an_activation_function(activation: str, role: str, make_vit: MakeModel) -> None:
+    layers = dict(adapt(make_vit(act_layer=activation, global_pool="map")).weight_layers())
+    assert [layers[f"{name}.fc2"].role for name in ("blocks.0.mlp", "attn_pool.mlp")] == [role] * 2
+
+
+def test_layers_without_a_rule_are_reported(make_vit: MakeModel) -> None:
+    assert adapt(make_vit()).unsupported == ()
+    left = tuple(f"blocks.{block}.mlp.{layer}" for block in range(2) for layer in ("fc1", "fc2"))
+    assert adapt(make_vit(**VITS["gated MLP"])).unsupported == left
 
 
 # --- norms ----------------------------------------------------------------------------------------------------------
@@ -248,9 +265,19 @@ def test_norms_of_a_swin(make_swin: MakeModel) -> None:
     assert dict(network.input_norms) == expected
 
 
-def test_a_norm_that_something_else_reads_is_no_pair(make_vit: MakeModel) -> None:
-    gated = adapt(make_vit(**VITS["gated attention"]))
-    assert set(gated.input_norms) == {"blocks.0.mlp.fc1", "blocks.1.mlp.fc1"}
+def test_a_gate_reads_the_norm_too(make_vit: MakeModel) -> None:
+    network = adapt(make_vit(**VITS["gated attention"]))
+    norm = network.model.get_submodule("blocks.0.norm1")
+    assert [name for name, found in network.input_norms.items() if found is norm] == [
+        "blocks.0.attn.qkv",
+        "blocks.0.attn.gate",
+    ]
+
+
+def test_the_norm_of_attention_pooling(make_vit: MakeModel) -> None:
+    network = adapt(make_vit(**VITS["map pool"]))
+    assert network.input_norms["attn_pool.mlp.fc1"] is network.model.get_submodule("attn_pool.norm")
+    assert network.units[-2:] == ("attn_pool", "head")
 
 
 def test_post_norm_blocks_have_no_pairs(make_vit: MakeModel) -> None:
@@ -266,17 +293,18 @@ def test_a_norm_that_is_no_layernorm_is_no_pair(make_vit: MakeModel, make_swin: 
 def test_scales_can_be_exchanged_within_each_pair(
     which: tuple[str, str], make: Callable[[tuple[str, str]], nn.Module], make_images: MakeImages
 ) -> None:
-    """The exchange works only if the linear layer is the one reader of the norm's output."""
+    """The exchange works only if the linear layers are the only readers of the norm's output."""
     model, images = make(which), images_for(which, make_images)
     with torch.no_grad():
         expected = model(images)
         network = adapt(model)
-        for name, norm in network.input_norms.items():
-            factor = 0.5 + torch.rand(norm.weight.shape)
+        factors = {norm: 0.5 + torch.rand(norm.weight.shape) for norm in network.input_norms.values()}
+        for norm, factor in factors.items():
             norm.weight.mul_(factor)
             if norm.bias is not None:
                 norm.bias.mul_(factor)
-            network.model.get_submodule(name).weight.div_(factor)
+        for name, norm in network.input_norms.items():
+            network.model.get_submodule(name).weight.div_(factors[norm])
         assert_same(network.model(images), expected)
 
 

@@ -488,13 +488,33 @@ def test_an_output_without_spread_has_no_gradient() -> None:
         method._fisher_loss([constant])
 
 
-@pytest.mark.parametrize("activation", ["gelu", "tanh", "swiglu"])
-def test_only_gelu_has_a_twin_quantizer(activation: str, make_vit: MakeModel, make_images: MakeImages) -> None:
-    options = {"gelu": {}, "tanh": {"act_layer": nn.Tanh}, "swiglu": {"mlp_layer": SwiGLUPacked}}[activation]
+@pytest.mark.parametrize(
+    ("options", "role"),
+    [
+        ({}, "fc2"),
+        ({"act_layer": nn.SiLU}, "fc2"),
+        ({"act_layer": nn.Tanh}, "hidden"),
+        ({"mlp_layer": SwiGLUPacked}, "gated"),
+    ],
+    ids=["gelu", "silu", "tanh", "swiglu"],
+)
+def test_only_gelu_has_a_twin_quantizer(
+    options: dict[str, Any], role: str, make_vit: MakeModel, make_images: MakeImages
+) -> None:
     model, images = make_vit(**options), make_images(8)
     quantized = quantize(model, "ptq4vit", 8, 8, images, rounds=1)
-    quantizers = [site.quantizer for site in sites_of(quantized) if site.role == "fc2" and not site.is_weight]
-    assert {type(found) for found in quantizers} == {TwinGeluQuantizer if activation == "gelu" else UniformQuantizer}
+    quantizers = [site.quantizer for site in sites_of(quantized) if site.role == role and not site.is_weight]
+    assert {type(found) for found in quantizers} == {UniformQuantizer if options else TwinGeluQuantizer}
     with torch.no_grad():
         expected = model(images)
         assert (quantized(images) - expected).norm() < 0.1 * expected.norm()
+
+
+@torch.no_grad()
+def test_frozen_weights_change_nothing(make_vit: MakeModel, make_images: MakeImages) -> None:
+    """The queries of attention pooling are not computed from images: their gradient goes back to biases alone."""
+    model, images = make_vit(global_pool="map", depth=1), make_images(2)
+    expected = quantize(model, "ptq4vit", 4, 4, images, rounds=1)(images)
+    found = quantize(model.requires_grad_(False), "ptq4vit", 4, 4, images, rounds=1)
+    assert torch.equal(found(images), expected)
+    assert not any(parameter.requires_grad for parameter in found.parameters())

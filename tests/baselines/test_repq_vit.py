@@ -88,7 +88,7 @@ def test_reparameterization_of_one_pair(bias: bool) -> None:
     layer = QuantLinear(linear, "qkv")
     per_channel = UniformQuantizer(4, "channel").calibrate(norm(x))
     layer.input_quantizer = per_channel
-    reparameterize(norm, layer)
+    reparameterize(norm, [layer])
     per_tensor = layer.input_quantizer
     assert isinstance(per_tensor, UniformQuantizer)
     assert (per_tensor.granularity, per_tensor.scale.shape, per_tensor.bits) == ("tensor", (), 4)
@@ -113,7 +113,7 @@ def test_the_reparameterized_quantizer_does_the_per_channel_ones_work() -> None:
     plain = layer(norm(x))
     layer.input_quantizer = UniformQuantizer(8, "channel").calibrate(norm(x))
     per_channel = layer(norm(x))
-    reparameterize(norm, layer)
+    reparameterize(norm, [layer])
     error = (layer(norm(x)) - expected).norm()
     assert error <= 2 * (per_channel - expected).norm()
     assert error < 0.2 * (plain - expected).norm()
@@ -151,7 +151,7 @@ def test_a_dead_channel_takes_no_part_in_the_means(shift: float) -> None:
     live[3:5] = False
     assert torch.equal(per_channel.has_range.flatten(), live)
     before, expected = layer.weight.clone(), nn.functional.linear(norm(x), layer.weight, layer.bias)
-    reparameterize(norm, layer)
+    reparameterize(norm, [layer])
     assert isinstance(layer.input_quantizer, UniformQuantizer)
     assert torch.equal(layer.input_quantizer.scale, per_channel.scale.flatten()[live].mean())
     assert torch.equal(layer.weight[:, ~live], before[:, ~live])  # a scale of 1 would be 60 times the others'
