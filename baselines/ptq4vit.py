@@ -120,8 +120,8 @@ class PTQ4ViT(Method):
 def _run(network: Network, images: Tensor, backward: bool) -> None:
     """Run the model once, and backwards once, through every layer and without gradients of weights.
 
-    Gradients go back to the images, and to biases, frozen ones too: a mask decoder's tokens and the queries of attention
-    pooling, for example, are not computed from images.
+    Gradients go back to the images, and to biases, frozen ones too: a mask decoder's tokens and the queries of
+    attention pooling, for example, are not computed from images.
     """
     images = network.place(images).clone().requires_grad_(backward)
     biases = [layer.bias for _, layer in network.weight_layers() if layer.bias is not None]

@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 from timm.models.beit import Beit
-from torch import Tensor, nn
+from torch import nn
 
 import adfq
 from adfq import AdfqError
