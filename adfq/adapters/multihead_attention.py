@@ -112,7 +112,7 @@ def linear_of(weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:
     """
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight)
-    linear.bias = bias
+    linear.register_parameter("bias", bias)
     return linear
 
 

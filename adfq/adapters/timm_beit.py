@@ -114,7 +114,8 @@ def describe(model: Beit, family: str) -> Architecture:
         "use_fc_norm": is_present(model.fc_norm),
         "head_init_scale": model.head_init_scale,
     }
-    for block in model.blocks[:1]:
+    blocks: list[Any] = list(model.blocks)
+    for block in blocks[:1]:
         arguments |= {
             "num_heads": block.attn.num_heads,
             "qkv_bias": block.attn.q_bias is not None,

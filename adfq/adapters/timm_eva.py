@@ -166,8 +166,9 @@ def describe(model: Eva, family: str) -> Architecture:
     }
     for block in model.blocks[:1]:
         arguments |= _describe_block(block, model.embed_dim)
-    if any(getattr(block.attn, "num_kv_groups", 1) > 1 for block in model.blocks):
-        arguments["num_kv_heads"] = tuple(block.attn.num_kv_heads for block in model.blocks)
+    attentions: list[Any] = [block.attn for block in model.blocks]
+    if any(getattr(attention, "num_kv_groups", 1) > 1 for attention in attentions):
+        arguments["num_kv_heads"] = tuple(attention.num_kv_heads for attention in attentions)
     if model.attn_pool is not None:
         arguments["attn_pool_num_heads"] = model.attn_pool.num_heads
         arguments["attn_pool_mlp_ratio"] = hidden_ratio(len(model.attn_pool.mlp.fc1.weight), model.embed_dim)
@@ -209,14 +210,14 @@ _ROPES = {
 def _describe_rope(rope: Any) -> dict[str, Any]:
     if rope is None:
         return {"use_rot_pos_emb": False}
-    described = {"use_rot_pos_emb": True, "rope_type": _ROPES.get(type(rope).__name__), "ref_feat_shape": None}
+    described: dict[str, Any] = {"use_rot_pos_emb": True, "rope_type": _ROPES.get(type(rope).__name__)}
     for name in ("temperature", "grid_offset", "grid_indexing", "shift_coords", "jitter_coords", "rescale_coords"):
         if hasattr(rope, name):
             described[f"rope_{name}"] = getattr(rope, name)
     if hasattr(rope, "mrope_section"):
         described["rope_mrope_section"] = tuple(rope.mrope_section)
-    if getattr(rope, "ref_feat_shape", None) is not None:
-        described["ref_feat_shape"] = tuple(rope.ref_feat_shape)
+    reference = getattr(rope, "ref_feat_shape", None)
+    described["ref_feat_shape"] = None if reference is None else tuple(reference)
     return described
 
 
