@@ -65,7 +65,7 @@ def collect_residuals(model: nn.Module, images: Tensor) -> pd.DataFrame:
             "images": 100 * float((best.indices % channels == channel).double().mean()),
         }
 
-    readers = {id(norm): (name, norm) for name, norm in reversed(network.input_norms.items())}
+    readers = {id(norm): (name, norm) for name, norm in reversed(list(network.input_norms.items()))}
     hooks = [norm.register_forward_pre_hook(partial(look, name)) for name, norm in readers.values()]
     try:
         with torch.inference_mode():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,16 +72,17 @@ def collect_sensitivity(
 
 
 def _parts(network: Network) -> dict[str, Callable[[Site], bool]]:
-    roles = dict.fromkeys(site.role for site in sites_of(network.model) if not site.is_weight and site.quantizer)
-    parts: dict[str, Callable[[Site], bool]] = {
-        role: lambda site, role=role: not site.is_weight and site.role == role for role in roles
-    }
+    activations = [site for site in sites_of(network.model) if not site.is_weight and site.quantizer]
     return {
         WEIGHTS: lambda site: site.is_weight,
-        **parts,
+        **{role: partial(_is_activation, role=role) for role in dict.fromkeys(site.role for site in activations)},
         ACTIVATIONS: lambda site: not site.is_weight,
         ALL: lambda site: True,
     }
+
+
+def _is_activation(site: Site, role: str) -> bool:
+    return not site.is_weight and site.role == role
 
 
 @torch.no_grad()

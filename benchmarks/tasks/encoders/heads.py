@@ -54,7 +54,7 @@ def prototypes(train: Tensor, labels: Tensor, features: Tensor, classes: int) ->
     whitening = axes * variances.rsqrt()
     one_hot = F.one_hot(labels, classes).to(train)
     means = one_hot.T @ ((train - mean) @ whitening)  # sums, which have the means' directions
-    scores = ((features - mean) @ whitening) @ F.normalize(means).T
+    scores: Tensor = ((features - mean) @ whitening) @ F.normalize(means).T
     return scores.masked_fill(one_hot.sum(0) == 0, -torch.inf).argmax(1)
 
 
@@ -75,7 +75,8 @@ def ridge(train: Tensor, labels: Tensor, features: Tensor, classes: int) -> Tens
         len(gram), dtype=gram.dtype, device=gram.device
     )
     weight = torch.linalg.solve(gram + penalty, centred.T @ (targets - targets.mean(0)))
-    return ((features - mean) @ weight + targets.mean(0)).argmax(1)
+    scores: Tensor = (features - mean) @ weight + targets.mean(0)
+    return scores.argmax(1)
 
 
 #: Heads by the name that ``--head`` takes.
