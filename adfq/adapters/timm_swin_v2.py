@@ -102,11 +102,13 @@ class QuantCrCosineAttention(QuantCosineAttention):
         self._share(attention)
         self.meta_mlp = attention.meta_mlp
         self.k_bias = None
-        self.register_buffer("relative_coordinates_log", attention.relative_coordinates_log, persistent=False)
+        self.register_buffer(
+            "relative_coordinates_log", cast(Tensor, attention.relative_coordinates_log), persistent=False
+        )
 
     def _position_bias(self) -> Tensor:
-        bias: Tensor = self.meta_mlp(self.relative_coordinates_log).transpose(0, 1)
-        return bias.unflatten(1, (math.isqrt(bias.shape[1]), -1))
+        bias: Tensor = self.meta_mlp(self.relative_coordinates_log)
+        return bias.t().reshape(self.num_heads, math.isqrt(len(bias)), -1)
 
 
 #: Attention and its replacement, by the class of blocks.
