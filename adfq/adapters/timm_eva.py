@@ -167,8 +167,9 @@ def describe(model: Eva, family: str) -> Architecture:
     for block in model.blocks[:1]:
         arguments |= _describe_block(block, model.embed_dim)
     attentions: list[Any] = [block.attn for block in model.blocks]
-    if any(getattr(attention, "num_kv_groups", 1) > 1 for attention in attentions):
-        arguments["num_kv_heads"] = tuple(attention.num_kv_heads for attention in attentions)
+    heads = tuple(getattr(attention, "num_kv_heads", None) for attention in attentions)
+    if None not in heads and not arguments.get("use_post_norm"):
+        arguments["num_kv_heads"] = heads
     if model.attn_pool is not None:
         arguments["attn_pool_num_heads"] = model.attn_pool.num_heads
         arguments["attn_pool_mlp_ratio"] = hidden_ratio(len(model.attn_pool.mlp.fc1.weight), model.embed_dim)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from timm.layers import Attention, GluMlp, Mlp, SwiGLU
+from timm.layers import Attention, GluMlp, HybridEmbed, Mlp, SwiGLU
 from timm.layers.attention import maybe_add_mask, resolve_self_attn_mask
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import LayerScale, ResPostBlock, VisionTransformer
@@ -73,8 +73,12 @@ def adapt(model: nn.Module) -> Network:
         model: timm's VisionTransformer.
 
     Raises:
-        AdfqError: for a block with another attention than timm's Attention.
+        AdfqError: for a block with another attention than timm's Attention, and for a hybrid with a convolutional
+            network before the patches.
     """
+    if isinstance(embed := model.get_submodule("patch_embed"), HybridEmbed):
+        network = type(embed.backbone).__name__
+        raise AdfqError(f"patch_embed: cannot quantize a HybridEmbed, a {network} between image and patches")
     replace(model, "patch_embed.proj", "patch_embed")
     norms: dict[str, nn.LayerNorm] = {}
     modules = ["patch_embed"]
