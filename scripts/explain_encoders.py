@@ -6,6 +6,7 @@ them.
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,18 @@ from benchmarks.plan import load_table
 from benchmarks.report.figures.distributions import collect_distributions, draw_distributions
 from benchmarks.report.figures.outliers import collect_outliers, draw_outliers
 from benchmarks.report.figures.residuals import collect_residuals, draw_residuals
-from benchmarks.report.figures.sensitivity import ALL, collect_sensitivity, draw_sensitivity
+from benchmarks.report.figures.sensitivity import collect_sensitivity, draw_sensitivity
 from benchmarks.tasks import load_subject
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLES, PICTURES = ROOT / "results" / "real", ROOT / "docs"
-BITS = Bits(4, 4)
+BITS = (Bits(4, 4), Bits(8, 8))
+#: PPOQ, SLQ, AMO: all subsets of the first two, AMO alone, and all three.
+SUBSETS = (
+    *itertools.product((False, True), (False, True), (False,)),
+    (False, False, True),
+    (True, True, True),
+)
 IMAGES = 32  # to calibrate on, and as many others to measure on
 
 
@@ -53,25 +60,27 @@ def main() -> None:
         find_method(row.method).label: find_method(row.method)() for row in table.rows if row.method != "adfq_vit"
     }
     methods["ADFQ-ViT, calibrated"] = ADFQViT(iterations=0)
-    sensitivity = collect_sensitivity(subject.model, methods, BITS, calibration, images)
-    draw_sensitivity(sensitivity, PICTURES / "encoders-sensitivity.png")
-    _write(sensitivity, "sensitivity")
+    frames = {bits: collect_sensitivity(subject.model, methods, bits, calibration, images) for bits in BITS}
+    draw_sensitivity(frames[BITS[0]], PICTURES / "encoders-sensitivity.png")
+    _write(pd.concat([frame.assign(bits=str(bits)) for bits, frame in frames.items()]), "sensitivity")
 
-    _write(_ablate(subject.model, calibration, images), "components")
-
-
-def _ablate(model: torch.nn.Module, calibration: torch.Tensor, images: torch.Tensor) -> pd.DataFrame:
-    """Return the error of the output, %, of each subset of ADFQ-ViT's components."""
-    rows = []
-    settings = dict(load_table("encoders", "real").settings["adfq_vit"])
+    settings = dict(table.settings["adfq_vit"])
     settings.pop("calibration_size")
-    for amo in (False, True):
-        for ppoq in (False, True):
-            for slq in (False, True):
-                method = ADFQViT(ppoq=ppoq, slq=slq, **(settings if amo else {"iterations": 0}))
-                frame = collect_sensitivity(model, {"": method}, BITS, calibration, images)
-                error = float(frame.set_index("part")["error"][ALL])
-                rows.append({"ppoq": ppoq, "slq": slq, "amo": amo, "error": error})
+    _write(_ablate(subject.model, settings, calibration, images), "components")
+
+
+def _ablate(
+    model: torch.nn.Module, settings: dict[str, Any], calibration: torch.Tensor, images: torch.Tensor
+) -> pd.DataFrame:
+    """Return the error of the output, %, of subsets of ADFQ-ViT's components at the first of `BITS`."""
+    rows = []
+    for ppoq, slq, amo in SUBSETS:
+        method = ADFQViT(ppoq=ppoq, slq=slq, **(settings if amo else {"iterations": 0}))
+        quantized = adfq.quantize(model, method, BITS[0].weight, BITS[0].activation, calibration=calibration)
+        with torch.inference_mode():
+            output, reference = quantized(images), model(images)
+        error = (output - reference).norm(dim=1) / reference.norm(dim=1)
+        rows.append({"ppoq": ppoq, "slq": slq, "amo": amo, "error": 100 * float(error.mean())})
     return pd.DataFrame(rows)
 
 
