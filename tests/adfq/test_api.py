@@ -360,8 +360,10 @@ def test_activations_that_are_not_finite_name_their_site(
 
 
 def test_layers_without_a_rule_are_warned_of(make_vit: MakeModel, make_images: MakeImages) -> None:
-    with pytest.warns(UserWarning, match=r"full precision: attn_pool\.q, attn_pool\.kv") as caught:
-        quantize(make_vit(global_pool="map", class_token=False), calibration=make_images(), iterations=0)
+    model = make_vit()
+    model.decoder = nn.Sequential(nn.Linear(3, 2), nn.Conv2d(2, 2, 1))
+    with pytest.warns(UserWarning, match=r"full precision: decoder\.0, decoder\.1") as caught:
+        quantize(model, calibration=make_images(), iterations=0)
     assert [warning.filename for warning in caught] == [__file__]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
