@@ -35,7 +35,11 @@ def write_page(name: str) -> str:
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     return environment.get_template(f"{name}.md.jinja").render(
-        table=_render_table, machine=_describe_machine, rows=_read_rows
+        table=_render_table,
+        machine=_describe_machine,
+        sensitivity=_tabulate_sensitivity,
+        components=_tabulate_components,
+        facts=_collect_facts,
     )
 
 
@@ -58,10 +62,44 @@ def digest_picture(panels: list[Panel]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _read_rows(name: str) -> list[dict[str, Any]]:
-    """Return the rows of a file of scripts/explain_encoders.py."""
-    rows: list[dict[str, Any]] = pd.read_csv(STORES / "real" / f"{name}.csv").to_dict("records")
-    return rows
+def _tabulate_sensitivity(bits: str) -> str:
+    """Return the errors of parts at a bit-width as Markdown."""
+    frame = _read_file("sensitivity")
+    chosen = frame[frame["bits"] == bits].pivot(index="part", columns="method", values="error")
+    order = [frame[name].drop_duplicates() for name in ("part", "method")]
+    return str(chosen.loc[order[0], order[1]].rename_axis("quantized").to_markdown(floatfmt=".1f"))
+
+
+def _tabulate_components() -> str:
+    """Return the errors of subsets of ADFQ-ViT's components as Markdown."""
+    frame = _read_file("components")
+    parts = ["ppoq", "slq", "amo"]
+    names = [" + ".join(part.upper() for part in parts if row[part]) or "none" for _, row in frame.iterrows()]
+    table = pd.DataFrame({"components": names, "feature error, %": frame["error"]})
+    return str(table.to_markdown(index=False, floatfmt=".1f"))
+
+
+def _collect_facts() -> dict[str, Any]:
+    """Return numbers of outliers and of the residual stream that the text names."""
+    outliers, residuals = _read_file("outliers"), _read_file("residuals")
+    last = residuals.iloc[-2]  # in front of the last attention
+    return {
+        "least": outliers["percent"].min(),
+        "most": outliers["percent"].max(),
+        "qkv": outliers[outliers["role"] == "qkv"]["percent"].mean(),
+        "fc1": outliers[outliers["role"] == "fc1"]["percent"].mean(),
+        "channel": last["channel"],
+        "token": last["token"],
+        "images": last["images"],
+        "largest": last["largest"],
+        "median": last["median"],
+        "ratio": last["largest"] / last["median"],
+    }
+
+
+def _read_file(name: str) -> pd.DataFrame:
+    """Return a file of scripts/explain_encoders.py."""
+    return pd.read_csv(STORES / "real" / f"{name}.csv")
 
 
 def _read(names: list[str], profile: str = BUNDLED) -> list[TableResults]:

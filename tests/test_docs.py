@@ -61,7 +61,8 @@ _SMALLEST = ("deit_tiny_patch16_224.fb_in1k", "mask_rcnn_swin_tiny", "mobile_sam
 
 _FULL_SIZE = re.compile(r"--profile (?!bundled)|_patch16_224|mobile_sam|vit_[blh]\b|mask_rcnn_swin")
 _LONG = re.compile(
-    r"--executor ray|regress|adfq report|adfq figure|adfq export|pip install \./examples|-e tables$", re.MULTILINE
+    r"--executor ray|regress|adfq report|adfq figure|adfq export|pip install \./examples|-e tables$|-e encoders",
+    re.MULTILINE,
 )
 
 _optimize_units = adfq_vit.optimize_units
