@@ -44,7 +44,7 @@ def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "methods"]) == 0
     assert capsys.readouterr().out.split() == ["full_precision", "adfq_vit", "base_ptq", "ptq4vit", "repq_vit"]
     assert main(["list", "tables"]) == 0
-    assert capsys.readouterr().out.split() == ["1", "2", "3", "4", "5"]
+    assert capsys.readouterr().out.split() == ["1", "2", "3", "4", "5", "encoders"]
     assert main(["list", "models"]) == 0
     assert {"bundled_vit", "bundled_swin", "deit_tiny_patch16_224"} <= set(capsys.readouterr().out.split())
 

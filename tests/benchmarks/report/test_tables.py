@@ -12,12 +12,14 @@ import pytest
 import timm
 
 from adfq import AdfqError, methods
+from benchmarks.bundled import BUNDLED
 from benchmarks.bundled.classifiers import CLASSIFIERS
 from benchmarks.bundled.detectors import DETECTORS
 from benchmarks.plan import Entry, Table, load_table, table_names
 from benchmarks.report.tables import published_numbers, render, summarize, tabulate_results
 from benchmarks.run.store import Record
 from benchmarks.tasks.detection.models import CONFIGS
+from benchmarks.tasks.encoders.models import ENCODERS
 from benchmarks.tasks.segmentation.models import sam_names
 
 Results = list[tuple[Entry, Record]]
@@ -68,7 +70,12 @@ def detection() -> Table:
 
 @pytest.mark.parametrize(
     ("name", "profile"),
-    [*((name, profile) for name in table_names() for profile in ("bundled", "full")), ("3", "mobile")],
+    [
+        *((name, profile) for name in table_names(BUNDLED) for profile in (BUNDLED, "full")),
+        ("3", "mobile"),
+        ("encoders", "real"),
+        ("encoders", "folder"),
+    ],
 )
 def test_specifications_name_things_that_exist(name: str, profile: str) -> None:
     table = load_table(name, profile)
@@ -84,6 +91,9 @@ def test_specifications_name_things_that_exist(name: str, profile: str) -> None:
         if table.task == "segmentation":
             assert model.name in sam_names()
             assert model.name.startswith("bundled") == (profile == "bundled")
+            continue
+        if table.task == "encoders":
+            assert model.name in ENCODERS
             continue
         assert model.name in CLASSIFIERS or timm.models.is_model(model.name)
         assert model.name in CLASSIFIERS or timm.get_pretrained_cfg(model.name, allow_unregistered=False)

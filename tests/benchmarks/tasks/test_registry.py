@@ -48,7 +48,7 @@ def test_tasks_and_commands_are_found_without_the_libraries_that_compute() -> No
         "print(*names, *{'torch', 'timm', 'mmdet', 'matplotlib'} & set(sys.modules))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
-    assert out.split() == ["classification", "detection", "segmentation"]
+    assert out.split() == ["classification", "detection", "encoders", "segmentation"]
 
 
 def test_a_task_from_outside_is_found(install: Callable[[str], None]) -> None:
@@ -73,7 +73,9 @@ def test_what_is_no_task_is_one_clear_line(install: Callable[[str], None], value
 
 
 def test_an_unknown_task_says_which_there_are() -> None:
-    with pytest.raises(AdfqError, match="unknown task 'poetry'; there are classification, detection, segmentation"):
+    with pytest.raises(
+        AdfqError, match="unknown task 'poetry'; there are classification, detection, encoders, segmentation"
+    ):
         find_task("poetry")
 
 
