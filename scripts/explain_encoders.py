@@ -45,7 +45,9 @@ def main() -> None:
     subject: Any = load_subject(cell)
     calibration, images = subject.calibration_images(IMAGES, 0), subject.evaluation_images(IMAGES)
 
-    draw_distributions(collect_distributions(subject.model, calibration), PICTURES / "encoders-distributions.png")
+    distributions = collect_distributions(subject.model, calibration)
+    draw_distributions(distributions, PICTURES / "encoders-distributions.png")
+    _write(distributions[distributions["kind"] == "post-LayerNorm"], "distributions")
 
     residuals = collect_residuals(subject.model, calibration)
     draw_residuals(residuals, PICTURES / "encoders-residuals.png")

@@ -34,13 +34,13 @@ def write_page(name: str) -> str:
     """
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    return environment.get_template(f"{name}.md.jinja").render(
-        table=_render_table,
-        machine=_describe_machine,
-        sensitivity=_tabulate_sensitivity,
-        components=_tabulate_components,
-        facts=_collect_facts,
-    )
+    given: dict[str, Any] = {"table": _render_table, "machine": _describe_machine}
+    if name == "encoders":
+        given |= {
+            "sensitivity": _tabulate_sensitivity,
+            "facts": _collect_facts(),
+        }
+    return environment.get_template(f"{name}.md.jinja").render(**given)
 
 
 def _render_table(name: str, profile: str = BUNDLED) -> str:
@@ -67,7 +67,8 @@ def _tabulate_sensitivity(bits: str) -> str:
     frame = _read_file("sensitivity")
     chosen = frame[frame["bits"] == bits].pivot(index="part", columns="method", values="error")
     order = [frame[name].drop_duplicates() for name in ("part", "method")]
-    return str(chosen.loc[order[0], order[1]].rename_axis("quantized").to_markdown(floatfmt=".1f"))
+    texts = chosen.loc[order[0], order[1]].map("{:.1f}".format).replace("nan", "–")
+    return str(texts.rename_axis("quantized").to_markdown(colalign=("left", *["right"] * len(texts.columns))))
 
 
 def _tabulate_components() -> str:
@@ -81,7 +82,7 @@ def _tabulate_components() -> str:
 
 def _collect_facts() -> dict[str, Any]:
     """Return numbers of outliers and of the residual stream that the text names."""
-    outliers, residuals = _read_file("outliers"), _read_file("residuals")
+    outliers, residuals, normed = map(_read_file, ("outliers", "residuals", "distributions"))
     last = residuals.iloc[-2]  # in front of the last attention
     return {
         "least": outliers["percent"].min(),
@@ -89,11 +90,11 @@ def _collect_facts() -> dict[str, Any]:
         "qkv": outliers[outliers["role"] == "qkv"]["percent"].mean(),
         "fc1": outliers[outliers["role"] == "fc1"]["percent"].mean(),
         "channel": last["channel"],
-        "token": last["token"],
         "images": last["images"],
         "largest": last["largest"],
-        "median": last["median"],
         "ratio": last["largest"] / last["median"],
+        "behind": normed[["min", "max"]].abs().to_numpy().max(),
+        "bulk": normed[["p1", "p99"]].abs().to_numpy().max(),
     }
 
 
