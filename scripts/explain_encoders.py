@@ -6,7 +6,9 @@ them.
 
 from __future__ import annotations
 
+import copy
 import itertools
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,13 @@ import pandas as pd
 import torch
 
 import adfq
+from adfq.adapters import adapt
 from adfq.adfq_vit import ADFQViT
 from adfq.bits import Bits
+from adfq.calibration import calibrate_activations
+from adfq.quantizers import ShiftLogQuantizer, UniformQuantizer
 from adfq.registry import find_method
+from adfq.sites import sites_of
 from benchmarks.cell import Cell
 from benchmarks.plan import load_table
 from benchmarks.report.figures.distributions import collect_distributions, draw_distributions
@@ -28,12 +34,6 @@ from benchmarks.tasks import load_subject
 ROOT = Path(__file__).resolve().parents[1]
 TABLES, PICTURES = ROOT / "results" / "real", ROOT / "docs"
 BITS = (Bits(4, 4), Bits(8, 8))
-#: PPOQ, SLQ, AMO: all subsets of the first two, AMO alone, and all three.
-SUBSETS = (
-    *itertools.product((False, True), (False, True), (False,)),
-    (False, False, True),
-    (True, True, True),
-)
 IMAGES = 32  # to calibrate on, and as many others to measure on
 
 
@@ -66,23 +66,52 @@ def main() -> None:
     draw_sensitivity(frames[BITS[0]], PICTURES / "encoders-sensitivity.png")
     _write(pd.concat([frame.assign(bits=str(bits)) for bits, frame in frames.items()]), "sensitivity")
 
-    settings = dict(table.settings["adfq_vit"])
-    settings.pop("calibration_size")
-    _write(_ablate(subject.model, settings, calibration, images), "components")
+    _write(_try_ranges(subject.model, calibration, images), "ranges")
+
+    _write(_ablate(subject.model, calibration, images), "components")
 
 
-def _ablate(
-    model: torch.nn.Module, settings: dict[str, Any], calibration: torch.Tensor, images: torch.Tensor
-) -> pd.DataFrame:
-    """Return the error of the output, %, of subsets of ADFQ-ViT's components at the first of `BITS`."""
+class _WholeRange(ShiftLogQuantizer):
+    """SLQ that clips no value of the calibration."""
+
+    def _find_scale(self, x: torch.Tensor) -> torch.Tensor:
+        return x.max()
+
+
+def _try_ranges(model: torch.nn.Module, calibration: torch.Tensor, images: torch.Tensor) -> pd.DataFrame:
+    """Return the error of the output, %, with inputs of fc2 alone quantized in ranges with and without clipping."""
     rows = []
-    for ppoq, slq, amo in SUBSETS:
-        method = ADFQViT(ppoq=ppoq, slq=slq, **(settings if amo else {"iterations": 0}))
-        quantized = adfq.quantize(model, method, BITS[0].weight, BITS[0].activation, calibration=calibration)
-        with torch.inference_mode():
-            output, reference = quantized(images), model(images)
-        error = (output - reference).norm(dim=1) / reference.norm(dim=1)
-        rows.append({"ppoq": ppoq, "slq": slq, "amo": amo, "error": 100 * float(error.mean())})
+    for bits in BITS:
+        makers: dict[tuple[str, str], Any] = {
+            ("uniform", "percentile"): partial(UniformQuantizer, bits.activation, range="percentile"),
+            ("uniform", "all values"): partial(UniformQuantizer, bits.activation, range="minmax"),
+            ("SLQ", "percentile"): partial(ShiftLogQuantizer, bits.activation),
+            ("SLQ", "all values"): partial(_WholeRange, bits.activation),
+        }
+        for (quantizer, reach), make in makers.items():
+            network = adapt(copy.deepcopy(model).eval())
+            for site in sites_of(network.model):
+                if site.role == "fc2" and not site.is_weight:
+                    site.attach(make())
+            calibrate_activations(network, calibration)
+            error = _error(network.model, model, images)
+            rows.append({"quantizer": quantizer, "range": reach, "bits": bits.activation, "error": error})
+    return pd.DataFrame(rows)
+
+
+@torch.inference_mode()
+def _error(quantized: torch.nn.Module, model: torch.nn.Module, images: torch.Tensor) -> float:
+    output, reference = quantized(images), model(images)
+    return 100 * float(((output - reference).norm(dim=1) / reference.norm(dim=1)).mean())
+
+
+def _ablate(model: torch.nn.Module, calibration: torch.Tensor, images: torch.Tensor) -> pd.DataFrame:
+    """Return the error of the output, %, of subsets of ADFQ-ViT's quantizers without optimization."""
+    rows = []
+    for bits, ppoq, slq in itertools.product(BITS, (False, True), (False, True)):
+        method = ADFQViT(ppoq=ppoq, slq=slq, iterations=0)
+        quantized = adfq.quantize(model, method, bits.weight, bits.activation, calibration=calibration)
+        rows.append({"bits": str(bits), "ppoq": ppoq, "slq": slq, "error": _error(quantized, model, images)})
     return pd.DataFrame(rows)
 
 

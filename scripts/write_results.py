@@ -38,6 +38,8 @@ def write_page(name: str) -> str:
     if name == "encoders":
         given |= {
             "sensitivity": _tabulate_sensitivity,
+            "components": _tabulate_components(),
+            "ranges": _tabulate_ranges(),
             "facts": _collect_facts(),
         }
     return environment.get_template(f"{name}.md.jinja").render(**given)
@@ -68,27 +70,43 @@ def _tabulate_sensitivity(bits: str) -> str:
     chosen = frame[frame["bits"] == bits].pivot(index="part", columns="method", values="error")
     order = [frame[name].drop_duplicates() for name in ("part", "method")]
     texts = chosen.loc[order[0], order[1]].map("{:.1f}".format).replace("nan", "–")
-    return str(texts.rename_axis("quantized").to_markdown(colalign=("left", *["right"] * len(texts.columns))))
+    return str(texts.rename_axis("quantized").to_markdown(disable_numparse=True, stralign="right"))
+
+
+def _tabulate_ranges() -> str:
+    """Return the errors of fc2 in ranges with and without clipping as Markdown."""
+    frame = _read_file("ranges")
+    frame["fc2"] = frame["quantizer"] + ", range of " + frame["range"].replace("percentile", "percentiles")
+    wide = frame.pivot(index="fc2", columns="bits", values="error").loc[frame["fc2"].drop_duplicates()]
+    return str(wide.rename(columns="{} bits".format).to_markdown(floatfmt=".1f"))
 
 
 def _tabulate_components() -> str:
-    """Return the errors of subsets of ADFQ-ViT's components as Markdown."""
+    """Return the errors of subsets of ADFQ-ViT's quantizers as Markdown."""
     frame = _read_file("components")
-    parts = ["ppoq", "slq", "amo"]
-    names = [" + ".join(part.upper() for part in parts if row[part]) or "none" for _, row in frame.iterrows()]
-    table = pd.DataFrame({"components": names, "feature error, %": frame["error"]})
-    return str(table.to_markdown(index=False, floatfmt=".1f"))
+    frame["quantizers"] = [
+        " + ".join(name.upper() for name in ("ppoq", "slq") if row[name]) or "uniform ones in their places"
+        for _, row in frame.iterrows()
+    ]
+    wide = frame.pivot(index="quantizers", columns="bits", values="error").loc[frame["quantizers"].drop_duplicates()]
+    return str(wide[frame["bits"].drop_duplicates()].to_markdown(floatfmt=".1f"))
 
 
 def _collect_facts() -> dict[str, Any]:
     """Return numbers of outliers and of the residual stream that the text names."""
     outliers, residuals, normed = map(_read_file, ("outliers", "residuals", "distributions"))
+    optimized = next(
+        record["metrics"]["feature_error"]
+        for record in read_records(STORES / "real")
+        if (record["config"]["method"], record["config"]["bits"]) == ("adfq_vit", "W4/A4")
+    )
     last = residuals.iloc[-2]  # in front of the last attention
     return {
         "least": outliers["percent"].min(),
         "most": outliers["percent"].max(),
         "qkv": outliers[outliers["role"] == "qkv"]["percent"].mean(),
         "fc1": outliers[outliers["role"] == "fc1"]["percent"].mean(),
+        "optimized": optimized,
         "channel": last["channel"],
         "images": last["images"],
         "largest": last["largest"],
