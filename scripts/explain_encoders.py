@@ -28,7 +28,7 @@ from benchmarks.plan import load_table
 from benchmarks.report.figures.distributions import collect_distributions, draw_distributions
 from benchmarks.report.figures.outliers import collect_outliers, draw_outliers
 from benchmarks.report.figures.residuals import collect_residuals, draw_residuals
-from benchmarks.report.figures.sensitivity import collect_sensitivity, draw_sensitivity
+from benchmarks.report.figures.sensitivity import collect_sensitivity, draw_sensitivity, relative_error
 from benchmarks.tasks import load_subject
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,8 +101,7 @@ def _try_ranges(model: torch.nn.Module, calibration: torch.Tensor, images: torch
 
 @torch.inference_mode()
 def _error(quantized: torch.nn.Module, model: torch.nn.Module, images: torch.Tensor) -> float:
-    output, reference = quantized(images), model(images)
-    return 100 * float(((output - reference).norm(dim=1) / reference.norm(dim=1)).mean())
+    return relative_error(quantized(images), model(images))
 
 
 def _ablate(model: torch.nn.Module, calibration: torch.Tensor, images: torch.Tensor) -> pd.DataFrame:

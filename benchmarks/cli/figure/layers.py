@@ -41,28 +41,19 @@ def add_kinds(add_kind: Callable[..., Parser]) -> None:
     distributions = add_kind(
         "distributions", _draw_distributions, "activations after LayerNorm and GELU, layer by layer, in full precision"
     )
-    _add_subject(distributions)
-    distributions.set_defaults(method=FULL_PRECISION)
-    add_seed(distributions)
-    add_calibration(distributions)
+    _add_full_precision(distributions)
 
     residuals = add_kind(
         "residuals", _draw_residuals, "largest and usual magnitudes in the residual stream, in full precision"
     )
-    _add_subject(residuals)
-    residuals.set_defaults(method=FULL_PRECISION)
-    add_seed(residuals)
-    add_calibration(residuals)
+    _add_full_precision(residuals)
 
     sensitivity = add_kind(
         "sensitivity", _draw_sensitivity, "error of the output with one kind of site quantized at a time"
     )
-    _add_subject(sensitivity)
+    _add_full_precision(sensitivity)
     sensitivity.add_argument("--methods", nargs="+", metavar="METHOD", help="default: those of the tables, calibrated")
     sensitivity.add_argument("--bits", help="weights and activations, 2 to 8 each (default: W4A4)")
-    sensitivity.set_defaults(method=FULL_PRECISION)
-    add_seed(sensitivity)
-    add_calibration(sensitivity)
     sensitivity.add_argument(
         "--images", type=positive, default=32, metavar="N", help="measure on the first N for evaluation (default: 32)"
     )
@@ -84,6 +75,14 @@ def add_kinds(add_kind: Callable[..., Parser]) -> None:
     _add_subject(reconstruction)
     add_method(reconstruction)
     add_calibration(reconstruction)
+
+
+def _add_full_precision(parser: Parser) -> None:
+    """Add the options of a figure that looks at a model in full precision."""
+    _add_subject(parser)
+    parser.set_defaults(method=FULL_PRECISION)
+    add_seed(parser)
+    add_calibration(parser)
 
 
 def _add_subject(parser: Parser) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -22,6 +21,7 @@ from adfq.errors import AdfqError
 from adfq.layers import QuantWeightLayer
 from adfq.sites import POST_NORM_ROLES
 from benchmarks.report.figures import style
+from benchmarks.report.figures.hooks import input_hooks
 
 #: Percentiles by column.
 PERCENTILES = {"min": 0, "p1": 1, "p25": 25, "p50": 50, "p75": 75, "p99": 99, "max": 100}
@@ -66,13 +66,8 @@ def collect_distributions(model: nn.Module, images: Tensor) -> pd.DataFrame:
         rows[name] |= zip(PERCENTILES, found.tolist(), strict=True)
 
     layers = [(name, layer) for name, layer in network.weight_layers() if layer.role in _KINDS]
-    hooks = [layer.register_forward_pre_hook(partial(look, name)) for name, layer in layers]
-    try:
-        with torch.inference_mode():
-            network.run(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with input_hooks((layer, partial(look, name)) for name, layer in layers):
+        network.run(images)
     if not rows:
         raise AdfqError("the model has no layers behind LayerNorm or GELU")
     return pd.DataFrame(list(rows.values()))

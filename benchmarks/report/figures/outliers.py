@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
@@ -21,6 +20,7 @@ from adfq.method import Bits, Method
 from adfq.quantizers import OutlierQuantizer
 from adfq.sites import sites_of
 from benchmarks.report.figures import style
+from benchmarks.report.figures.hooks import input_hooks
 
 _LOOKS = ((style.COLORS[1], ""), (style.COLORS[5], "/////"), (style.COLORS[4], "....."), (style.COLORS[3], "xxxxx"))
 
@@ -68,16 +68,12 @@ def collect_outliers(
 
     layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, QuantWeightLayer)]
     hooks = [
-        layer.input_quantizer.register_forward_pre_hook(partial(count, name, layer.role))
+        (layer.input_quantizer, partial(count, name, layer.role))
         for name, layer in layers
         if isinstance(layer.input_quantizer, OutlierQuantizer)
     ]
-    try:
-        with torch.inference_mode():
-            forward(model.eval(), images)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with input_hooks(hooks):
+        forward(model.eval(), images)
     if not rows:
         raise AdfqError("the model has no quantizer that keeps outliers")
     frame = pd.DataFrame(list(rows.values()))

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from adfq.adapters import adapt
 from adfq.errors import AdfqError
 from benchmarks.report.figures import style
+from benchmarks.report.figures.hooks import input_hooks
 
 #: Columns with magnitudes by their label in the figure.
 MAGNITUDES = {
@@ -66,13 +66,8 @@ def collect_residuals(model: nn.Module, images: Tensor) -> pd.DataFrame:
         }
 
     readers = {id(norm): (name, norm) for name, norm in reversed(list(network.input_norms.items()))}
-    hooks = [norm.register_forward_pre_hook(partial(look, name)) for name, norm in readers.values()]
-    try:
-        with torch.inference_mode():
-            network.run(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with input_hooks((norm, partial(look, name)) for name, norm in readers.values()):
+        network.run(images)
     if not rows:
         raise AdfqError("the model has no LayerNorm in front of attention or MLP")
     return pd.DataFrame(list(rows.values()))

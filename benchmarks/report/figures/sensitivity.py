@@ -97,8 +97,17 @@ def _error_with(
     finally:
         for site, quantizer in taken:
             site.attach(quantizer)
-    error = (output - reference).norm(dim=1) / reference.norm(dim=1)
-    return 100 * float(error.mean())
+    return relative_error(output, reference)
+
+
+def relative_error(output: Tensor, reference: Tensor) -> float:
+    """Return the mean over images of an output's relative error in percent.
+
+    Args:
+        output: B×C.
+        reference: B×C, in full precision.
+    """
+    return 100 * float(((output - reference).norm(dim=1) / reference.norm(dim=1)).mean())
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What is recorded stays, whatever happens to the process that recorded it."""
+"""Records stay, whatever happens to the process that wrote them."""
 
 from __future__ import annotations
 
