@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from typing_extensions import Self
 
 from adfq.bits import check_bits
 from adfq.errors import AdfqError, NonFiniteError
+from adfq.statistics import Everything, Search, Statistic, search_at_once
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -91,6 +93,8 @@ class Quantizer(nn.Module, ABC):
         bits: bit-width, 2 to 8.
         scale: float32 step size, shaped to broadcast against the input; empty before calibration.
         straight_through: True, the default, for gradients that pass through the rounding; see `rescale`.
+        pinned: True while calibration images come in batches: a parameter of the tensor at hand is then that of all
+            calibration images, so that batches do not matter.
 
     Raises:
         AdfqError: for another bit-width.
@@ -102,6 +106,7 @@ class Quantizer(nn.Module, ABC):
         super().__init__()
         self.bits = check_bits(bits)
         self.straight_through = True
+        self.pinned = False
         self.register_buffer("scale", torch.empty(0))
 
     @property
@@ -122,7 +127,6 @@ class Quantizer(nn.Module, ABC):
         """
         return torch.ones_like(self.scale, dtype=torch.bool)
 
-    @torch.no_grad()
     def calibrate(self, x: Tensor) -> Self:
         """Set the buffers from a tensor of typical inputs, and return the quantizer.
 
@@ -133,12 +137,47 @@ class Quantizer(nn.Module, ABC):
             AdfqError: if `x` is empty, or not of a shape or sign that the quantizer takes.
             NonFiniteError: if `x` holds NaN or infinity.
         """
+        return self.calibrate_in_parts(lambda: [(x, 1.0)])
+
+    @torch.no_grad()
+    def calibrate_in_parts(self, parts: Callable[[], Iterable[tuple[Tensor, float]]]) -> Self:
+        """Set the buffers from typical inputs that need not be in memory at once, and return the quantizer.
+
+        Args:
+            parts: function that yields the inputs, and the share of each in all of them; it is called for each pass
+                over these.
+
+        Raises:
+            AdfqError: see `calibrate`.
+            NonFiniteError: see `calibrate`.
+        """
+        for statistic in self.search():
+            for x, share in parts():
+                self.observe(statistic, x, share)
+        return self
+
+    def search(self) -> Search[None]:
+        """Return a search that sets the buffers when it ends; `observe` shows inputs to each of its statistics."""
+        return self._search() if type(self)._find_range is Quantizer._find_range else self._gather()
+
+    def observe(self, statistic: Statistic, x: Tensor, share: float) -> None:
+        """Show typical inputs to a statistic.
+
+        Args:
+            statistic: statistic of `search`.
+            x: inputs of any shape and floating-point dtype.
+            share: their share in all inputs.
+
+        Raises:
+            AdfqError: see `calibrate`.
+            NonFiniteError: see `calibrate`.
+        """
         if x.numel() == 0:
             raise AdfqError("cannot calibrate on an empty tensor")
         if not torch.isfinite(torch.stack(x.aminmax())).all():  # one pass, and no tensor of its size
             raise NonFiniteError("cannot calibrate on values that are not finite (NaN or infinity)")
-        self._find_range(x.detach().float())
-        return self
+        x = x.detach().float()
+        statistic.update(x if isinstance(statistic, Everything) else self._groups(x), share)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the quantized values of `x`, in its shape and dtype.
@@ -155,9 +194,25 @@ class Quantizer(nn.Module, ABC):
             return x
         return self._quantize(x.float()).to(x.dtype)
 
-    @abstractmethod
+    def _groups(self, x: Tensor) -> Tensor:
+        """Return a finite float32 tensor as the values that statistics are of, G×n; a single group by default."""
+        return x.reshape(1, -1)
+
+    def _search(self) -> Search[None]:
+        """Yield the statistics of `_groups` that the buffers need, and set these.
+
+        A quantizer has this function, for calibration in bounded memory, or `_find_range`.
+        """
+        raise NotImplementedError
+        yield
+
     def _find_range(self, x: Tensor) -> None:
-        """Set the buffers from a finite float32 tensor."""
+        """Set the buffers from a finite float32 tensor of all inputs."""
+        search_at_once(self._search(), self._groups(x))
+
+    def _gather(self) -> Search[None]:
+        yield (inputs := Everything())
+        self._find_range(torch.cat(inputs.parts))
 
     @abstractmethod
     def _quantize(self, x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -11,7 +12,9 @@ from torch.nn import functional as F
 
 from adfq.errors import AdfqError
 from adfq.quantizers.base import Quantizer, rescale
-from adfq.ranges import PERCENTILES, in_parts, mean_errors, quantiles
+from adfq.parts import in_parts
+from adfq.ranges import PERCENTILES
+from adfq.statistics import Errors, Quantiles, Search, Statistic
 
 #: Levels of each base from one power of two to the next.
 _LEVELS_OF_OCTAVE = {2.0: 1, 2**0.5: 2}
@@ -21,6 +24,35 @@ _EXPONENT = 0x7F800000
 _ONE = 2**23
 _SMALLEST = 2.0**-125
 _ROOT = torch.tensor(2.0).sqrt().item()
+
+
+class HighValues(Statistic):
+    """The high percentiles of a single group, and its smallest value.
+
+    Args:
+        count: see `adfq.statistics.Quantiles`.
+
+    Attributes:
+        quantiles: the percentiles of `adfq.ranges.PERCENTILES`.
+        lowest: smallest value, a scalar.
+    """
+
+    def __init__(self, count: int = 0) -> None:
+        self.quantiles = Quantiles(PERCENTILES, upper=True, count=count)
+        self.lowest = torch.tensor(math.inf)
+
+    def update(self, values: Tensor, share: float) -> None:
+        """Take in a part of the values, see `Statistic.update`."""
+        self.quantiles.update(values, share)
+        self.lowest = torch.minimum(self.lowest.to(values.device), values.min())
+
+
+def high_values() -> Search[HighValues]:
+    """Search for the high percentiles of a single group, and its smallest value."""
+    yield (ends := HighValues())
+    if not ends.quantiles.complete:  # later parts were larger than the first ones
+        yield (ends := HighValues(ends.quantiles.count))
+    return ends
 
 
 class LogQuantizer(Quantizer):
@@ -46,19 +78,20 @@ class LogQuantizer(Quantizer):
             raise AdfqError(f"the base of a logarithmic quantizer must be 2 or √2 (2**0.5), got {base}")
         self.base = base
 
-    def _find_range(self, x: Tensor) -> None:
-        if x.min() < 0:
+    def _search(self) -> Search[None]:
+        ends = yield from high_values()
+        if ends.lowest < 0:
             raise AdfqError("a logarithmic quantizer takes no negative values")
-        self.scale = self._find_scale(x)
+        self.scale = yield from self._search_scale(ends)
 
-    def _find_scale(self, x: Tensor) -> Tensor:
-        x = x.reshape(1, -1)
-        candidates = quantiles(x, PERCENTILES, upper=True)[:, 0]
+    def _search_scale(self, ends: HighValues, shift: Callable[[Tensor], Tensor] = lambda x: x) -> Search[Tensor]:
+        """Return, of the high percentiles of shifted values, the scale with the smallest error."""
+        candidates = ends.quantiles.result(shift)[:, 0]
         # Percentiles of nearly empty tensors are 0: the largest value serves, or 1 if that is 0 as well.
-        largest = x.max()
+        largest = shift(ends.quantiles.outermost)[0]
         candidates = torch.where(candidates > 0, candidates, largest if largest > 0 else torch.ones_like(largest))
-        errors = mean_errors(x, [partial(self._try, scale) for scale in candidates])
-        return candidates[errors[:, 0].argmin()]
+        yield (errors := Errors([partial(self._try, scale) for scale in candidates], prepare=shift))
+        return candidates[errors.result()[:, 0].argmin()]
 
     def _try(self, scale: Tensor, x: Tensor, _: slice) -> Tensor:
         return self._round(x, scale, torch.empty_like(x))

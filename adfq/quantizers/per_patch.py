@@ -8,7 +8,9 @@ from torch import Tensor
 from adfq.errors import AdfqError
 from adfq.quantizers.base import Quantizer
 from adfq.quantizers.uniform import UniformQuantizer, quantize_uniformly
-from adfq.ranges import in_parts, minmax_range
+from adfq.parts import in_parts
+from adfq.ranges import range_between
+from adfq.statistics import MinMax, Search
 
 
 class OutlierQuantizer(Quantizer):
@@ -38,8 +40,8 @@ class OutlierQuantizer(Quantizer):
         """Return a mask of the values that stay in full precision: bool, the shape of `x`."""
         return x.abs() > self.threshold
 
-    def _find_range(self, x: Tensor) -> None:
-        super()._find_range(x.masked_fill(self.outliers(x), 0.0))  # type: ignore[safe-super]
+    def _groups(self, x: Tensor) -> Tensor:
+        return super()._groups(x.masked_fill(self.outliers(x), 0.0))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the quantized values of `x` with outliers unchanged, in its shape and dtype.
@@ -107,14 +109,14 @@ class RunTimePatchOutlierQuantizer(OutlierQuantizer):
     def __init__(self, bits: int, threshold: float) -> None:
         super().__init__(threshold, bits)
 
-    def _find_range(self, x: Tensor) -> None:
-        self.scale = torch.ones((), device=x.device)
+    def _search(self) -> Search[None]:
+        yield (extremes := MinMax())  # for the device alone
+        self.scale = torch.ones((), device=extremes.highest.device)
 
     def _quantize(self, x: Tensor) -> Tensor:
         with torch.no_grad():
             inner = x.masked_fill(self.outliers(x), 0.0)
-            ranges = minmax_range(inner.reshape(-1, x.shape[-1]), self.levels)
-            covering, zero_point = (values.view(*x.shape[:-1], 1) for values in ranges)
+            covering, zero_point = range_between(*inner.aminmax(dim=-1, keepdim=True), self.levels)
             zero_point = (zero_point / self.scale).round_()
         return quantize_uniformly(x, covering * self.scale, zero_point, self.levels, self.straight_through)
 

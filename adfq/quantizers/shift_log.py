@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from adfq.errors import AdfqError
-from adfq.quantizers.log import LogQuantizer
-from adfq.ranges import in_parts
+from adfq.parts import in_parts
+from adfq.quantizers.log import LogQuantizer, high_values
+from adfq.statistics import Search
 
 SHIFTS = ("dynamic", "static")
 _EPSILON = 1e-6
@@ -41,17 +42,25 @@ class ShiftLogQuantizer(LogQuantizer):
         if shift not in SHIFTS:
             raise AdfqError(f"unknown shift {shift!r}; there are {', '.join(SHIFTS)}")
         self.shift = shift
+        self._lowest = torch.empty(0)
         if shift == "static":
             self.register_buffer("minimum", torch.empty(0))
 
-    def _find_range(self, x: Tensor) -> None:
-        minimum = x.min()
-        self.scale = self._find_scale((x - minimum).add_(_EPSILON))
+    def _search(self) -> Search[None]:
+        ends = yield from high_values()
+        minimum = ends.lowest
+        self.scale = yield from self._search_scale(ends, lambda x: (x - minimum).add_(_EPSILON))
+        self._lowest = minimum
         if self.shift == "static":
             self.minimum = minimum
 
     def _quantize(self, x: Tensor) -> Tensor:
-        minimum = self.minimum if self.shift == "static" else x.detach().min()
+        if self.shift == "static":
+            minimum = self.minimum
+        elif self.pinned:
+            minimum = self._lowest
+        else:
+            minimum = x.detach().min()
 
         if torch.is_grad_enabled():
             return super()._quantize((x - minimum).add_(_EPSILON)).add_(minimum - _EPSILON)

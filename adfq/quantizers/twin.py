@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from adfq.errors import AdfqError
 from adfq.quantizers.base import Quantizer, straight_through
-from adfq.ranges import in_parts
+from adfq.parts import in_parts
+from adfq.statistics import Errors, MinMax, Search
 
 SPLITS = tuple(2.0**-i for i in range(20))
 
@@ -26,6 +28,14 @@ class _TwinQuantizer(Quantizer):
         if not torch.is_grad_enabled():
             return in_parts(lambda part, out: self._round(part, self.scale, out), x)
         return straight_through(x, self._round(x.detach(), self.scale), self._inside(x))
+
+    def _search_scale(self, scales: Tensor) -> Search[Tensor]:
+        """Return the scale with the smallest mean squared error."""
+        yield (errors := Errors([partial(self._try, scale) for scale in scales]))
+        return scales[errors.result()[:, 0].argmin()]
+
+    def _try(self, scale: Tensor, x: Tensor, _: slice) -> Tensor:
+        return self._round(x, scale)
 
     @abstractmethod
     def _round(self, x: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
@@ -71,12 +81,12 @@ class TwinSoftmaxQuantizer(_TwinQuantizer):
         """End of the fine grid, in the values' units: float32 scalar."""
         return self.scale * self.steps
 
-    def _find_range(self, x: Tensor) -> None:
-        if x.min() < 0 or x.max() > 1:
+    def _search(self) -> Search[None]:
+        yield (extremes := MinMax())
+        if extremes.lowest < 0 or extremes.highest > 1:
             raise AdfqError("a twin softmax quantizer takes values from 0 to 1")
-        scales = torch.tensor(SPLITS, device=x.device) / self.steps
-        errors = torch.stack([(self._round(x, scale) - x).square_().mean() for scale in scales])
-        self.scale = scales[errors.argmin()]
+        scales = torch.tensor(SPLITS, device=extremes.highest.device) / self.steps
+        self.scale = yield from self._search_scale(scales)
 
     def _inside(self, x: Tensor) -> Tensor:
         return (x >= 0) & (x <= 1)
@@ -117,15 +127,16 @@ class TwinGeluQuantizer(_TwinQuantizer):
         """Step below zero, in the values' units."""
         return GELU_DEPTH / (self.levels // 2)
 
-    def _find_range(self, x: Tensor) -> None:
-        largest = x.max()
+    def _groups(self, x: Tensor) -> Tensor:
+        return super()._groups(x.clamp(min=0))
+
+    def _search(self) -> Search[None]:
+        yield (extremes := MinMax())
+        largest = extremes.highest[0]
         if largest <= 0:  # any step serves a tensor without values above zero
             largest = torch.ones_like(largest)
-        widths = torch.arange(1, _WIDTHS + 1, device=x.device) / _WIDTHS
-        scales = largest * widths / (self.levels // 2 - 1)
-        positive = x.clamp(min=0)
-        errors = torch.stack([(self._round(positive, scale) - positive).square_().mean() for scale in scales])
-        self.scale = scales[errors.argmin()]
+        widths = torch.arange(1, _WIDTHS + 1, device=largest.device) / _WIDTHS
+        self.scale = yield from self._search_scale(largest * widths / (self.levels // 2 - 1))
 
     def _inside(self, x: Tensor) -> Tensor:
         half = self.levels // 2

@@ -10,6 +10,7 @@ from torch import Tensor
 from adfq.errors import AdfqError
 from adfq.quantizers.base import Quantizer, rescale
 from adfq.ranges import RANGES, fake_quantize
+from adfq.statistics import Search
 
 GRANULARITIES = ("tensor", "channel", "row", "patch")
 
@@ -68,23 +69,24 @@ class UniformQuantizer(Quantizer):
         self.range = range
         self.register_buffer("zero_point", torch.empty(0))
         self._placeholder: Tensor | None = None
+        self._shape: list[int] = []
 
     @property
     def has_range(self) -> Tensor:
         """Mask of the scales that come from data: bool, the shape of `scale`."""
         return super().has_range if self._placeholder is None else ~self._placeholder.to(self.scale.device)
 
-    def _find_range(self, x: Tensor) -> None:
+    def _groups(self, x: Tensor) -> Tensor:
         kept = self._kept_dimensions(x)
         reduced = [dimension for dimension in range(x.dim()) if dimension not in kept]
-        groups = x.permute(*kept, *reduced).reshape(math.prod(x.shape[dimension] for dimension in kept), -1)
-        scale, zero_point = RANGES[self.range](groups, self.levels)
-        shape = [size if dimension in kept else 1 for dimension, size in enumerate(x.shape)] if kept else []
-        self.scale, self.zero_point = scale.reshape(shape), zero_point.reshape(shape)
-        placeholder = scale == 1
-        if placeholder.any():
-            placeholder &= groups.abs().amax(1) < torch.finfo(groups.dtype).tiny * self.levels
-        self._placeholder = placeholder.reshape(shape)
+        self._shape = [size if dimension in kept else 1 for dimension, size in enumerate(x.shape)] if kept else []
+        return x.permute(*kept, *reduced).reshape(math.prod(x.shape[dimension] for dimension in kept), -1)
+
+    def _search(self) -> Search[None]:
+        found = yield from RANGES[self.range](self.levels)
+        self.scale, self.zero_point = found.scale.reshape(self._shape), found.zero_point.reshape(self._shape)
+        tiny = torch.finfo(found.scale.dtype).tiny * self.levels
+        self._placeholder = ((found.scale == 1) & (found.largest < tiny)).reshape(self._shape)
 
     def _kept_dimensions(self, x: Tensor) -> list[int]:
         if self.granularity != "tensor" and x.dim() < (3 if self.granularity == "patch" else 2):

@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import adfq.ranges
+import adfq.parts
 from adfq import AdfqError
 from adfq.quantizers import (
     LogQuantizer,
@@ -619,7 +619,7 @@ def test_large_tensors_are_quantized_in_parts_to_the_same_bits(
     quantizer = {**MAKE, **TWINS}[kind](4).calibrate(x)
     with torch.no_grad():
         whole = quantizer(x)
-        monkeypatch.setattr(adfq.ranges, "_PART", size)
+        monkeypatch.setattr(adfq.parts, "_PART", size)
         assert torch.equal(quantizer(x), whole)
         assert torch.equal(quantizer(x.transpose(0, 1).contiguous().transpose(0, 1)), whole)
 

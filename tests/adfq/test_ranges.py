@@ -8,17 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import adfq.ranges
+import adfq.parts
+import adfq.statistics
 from adfq.quantizers import LogQuantizer
-from adfq.ranges import (
-    PERCENTILES,
-    RANGES,
-    fake_quantize,
-    mean_errors,
-    mse_range,
-    percentile_range,
-    quantiles,
-)
+from adfq.ranges import PERCENTILES, RANGES, fake_quantize, find_range
+from adfq.statistics import Errors, Histograms, MinMax, Quantiles
+
+
+def quantiles(values: Tensor, fractions: tuple[float, ...], upper: bool) -> Tensor:
+    statistic = Quantiles(fractions, upper)
+    statistic.update(values, 1.0)
+    return statistic.result()
+
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 
@@ -59,11 +60,12 @@ def test_quantiles_of_values_that_repeat(rows: int, count: int, kinds: int, seed
 def test_mean_errors_in_parts_are_those_of_the_whole(
     part: int, rows: int, count: int, exponent: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(adfq.ranges, "_PART", part)
+    monkeypatch.setattr(adfq.parts, "_PART", part)
     values, scales = heavy_tailed(rows, count, seed=5), torch.rand(2, rows, 1) + 0.1
     candidates = [lambda part, rows, scale=scale: (part / scale[rows]).round() * scale[rows] for scale in scales]
     expected = ((values / scales).round() * scales - values).double().abs().pow(exponent).mean(-1)
-    torch.testing.assert_close(mean_errors(values, candidates, exponent), expected, rtol=1e-5, atol=0)
+    (errors := Errors(candidates, exponent)).update(values, 1.0)
+    torch.testing.assert_close(errors.result(), expected, rtol=1e-5, atol=0)
 
 
 def test_quantiles_of_a_large_tensor() -> None:
@@ -87,7 +89,7 @@ def test_quantiles_of_more_values_than_single_precision_counts() -> None:
 @given(rows=st.integers(1, 4), count=st.integers(2, 4000), seed=st.integers(0, 10**6))
 def test_percentile_search_takes_the_best_candidate(bits: int, rows: int, count: int, seed: int) -> None:
     values, levels = heavy_tailed(rows, count, seed), 2**bits
-    scales, zero_points = percentile_range(values, levels)
+    scales, zero_points = find_range("percentile", values, levels)
     assert scales.shape == zero_points.shape == (rows,)
     for row, scale, zero_point in zip(values, scales, zero_points, strict=True):
         candidates, errors = [], []
@@ -106,7 +108,7 @@ def test_percentile_search_takes_the_best_candidate(bits: int, rows: int, count:
 @pytest.mark.parametrize(("bits", "index"), [(4, 0), (6, 1), (8, 2)])
 def test_percentile_search_clips_less_the_more_codes_there_are(bits: int, index: int) -> None:
     values = heavy_tailed(40, 30_000, seed=5)
-    scales, _ = percentile_range(values, 2**bits)
+    scales, _ = find_range("percentile", values, 2**bits)
     extents = [torch.quantile(values, p, dim=1) - torch.quantile(values, 1 - p, dim=1) for p in PERCENTILES]
     chosen = (scales - torch.stack(extents) / (2**bits - 1)).abs().argmin(0)
     assert chosen.median() == index
@@ -150,7 +152,7 @@ KINDS = ["two-sided", "positive", "negative", "skewed"]
 @pytest.mark.parametrize(("bits", "count"), [(2, 2048), (3, 700), (4, 60), (4, 2048)])
 def test_mse_search_of_few_values_is_exhaustive(kind: str, bits: int, count: int) -> None:
     row, levels = shaped(kind, count, seed=bits), 2**bits
-    (scale,), (zero_point,) = mse_range(row[None], levels)
+    (scale,), (zero_point,) = find_range("mse", row[None], levels)
     assert mse_error(row, scale, zero_point, levels) == pytest.approx(best_mse_error(row, levels), rel=1e-5)
 
 
@@ -158,7 +160,7 @@ def test_mse_search_of_few_values_is_exhaustive(kind: str, bits: int, count: int
 @pytest.mark.parametrize(("bits", "count"), [(4, 2049), (4, 20_000), (6, 300), (6, 5000), (8, 150)])
 def test_mse_search_of_many_values_or_levels_is_nearly_exhaustive(kind: str, bits: int, count: int) -> None:
     row, levels = shaped(kind, count, seed=bits), 2**bits
-    (scale,), (zero_point,) = mse_range(row[None], levels)
+    (scale,), (zero_point,) = find_range("mse", row[None], levels)
     assert mse_error(row, scale, zero_point, levels) <= 1.01 * best_mse_error(row, levels)
 
 
@@ -166,7 +168,7 @@ def test_mse_search_of_many_values_or_levels_is_nearly_exhaustive(kind: str, bit
 @pytest.mark.parametrize("kind", KINDS)
 def test_mse_search_stays_on_the_grid(kind: str, count: int) -> None:
     row = shaped(kind, count, seed=11)
-    (scale,), (zero_point,) = mse_range(row[None], 16)
+    (scale,), (zero_point,) = find_range("mse", row[None], 16)
     fitting = [zs for s, zs in mse_candidates(row, 16) if s.item() == pytest.approx(scale.item(), rel=1e-5)]
     assert len(fitting) == 1
     assert zero_point.item() in fitting[0]
@@ -174,8 +176,8 @@ def test_mse_search_stays_on_the_grid(kind: str, count: int) -> None:
 
 def test_mse_search_treats_rows_apart() -> None:
     rows = torch.stack([shaped(kind, 3000, seed=7) for kind in KINDS])
-    together = torch.stack(mse_range(rows, 16), dim=1)
-    alone = torch.cat([torch.stack(mse_range(row[None], 16), dim=1) for row in rows])
+    together = torch.stack(find_range("mse", rows, 16), dim=1)
+    alone = torch.cat([torch.stack(find_range("mse", row[None], 16), dim=1) for row in rows])
     torch.testing.assert_close(together, alone, rtol=0, atol=0)
 
 
@@ -184,7 +186,7 @@ def test_mse_search_treats_rows_apart() -> None:
 @pytest.mark.parametrize("search", RANGES)
 def test_constant_groups_are_represented(search: str, value: float, count: int) -> None:
     values = torch.full((2, count), value)
-    scale, zero_point = RANGES[search](values, 16)
+    scale, zero_point = find_range(search, values, 16)
     assert (scale > 0).all()
     torch.testing.assert_close(
         fake_quantize(values, scale[:, None], zero_point[:, None], 16), values, rtol=1e-6, atol=1e-12
@@ -194,8 +196,8 @@ def test_constant_groups_are_represented(search: str, value: float, count: int) 
 @pytest.mark.parametrize("search", RANGES)
 def test_a_dead_channel_does_not_disturb_the_others(search: str) -> None:
     live = heavy_tailed(1, 500, seed=1)
-    together = RANGES[search](torch.cat([torch.zeros(1, 500), live]), 16)
-    alone = RANGES[search](live, 16)
+    together = find_range(search, torch.cat([torch.zeros(1, 500), live]), 16)
+    alone = find_range(search, live, 16)
     for both, one in zip(together, alone, strict=True):
         assert torch.isfinite(both).all()
         assert both[1] == one[0]
@@ -208,8 +210,8 @@ def test_percentiles_of_nearly_empty_rows_give_way_to_the_extremes(exponent: int
     values = torch.zeros(1, 400_000)
     random = torch.Generator().manual_seed(seed)
     values[0, torch.randperm(400_000, generator=random)[:count]] = torch.randn(count, generator=random)
-    scale, zero_point = percentile_range(values, 16)
-    scaled, same = percentile_range(values * 2.0**exponent, 16)
+    scale, zero_point = find_range("percentile", values, 16)
+    scaled, same = find_range("percentile", values * 2.0**exponent, 16)
     assert (scaled, same) == (scale * 2.0**exponent, zero_point)
     assert scale <= (values.max() - values.min()) / 15
 
@@ -220,7 +222,7 @@ def test_one_sided_data_spends_no_code_on_the_other_side(search: str, bits: int)
     levels = 2**bits
     values = heavy_tailed(1, 1500, seed=2).abs()
     for sign in (1, -1):
-        (scale,), (zero_point,) = RANGES[search](sign * values, levels)
+        (scale,), (zero_point,) = find_range(search, sign * values, levels)
         ends = scale * torch.tensor([0 - zero_point, levels - 1 - zero_point])
         beyond = ends.min() if sign == 1 else ends.max()
         assert abs(beyond) <= scale  # percentiles of |x| begin a little off 0
@@ -232,7 +234,7 @@ def test_groups_of_next_to_no_extent(search: str, extent: float) -> None:
     """Such as an all-zero channel with one denormal in it."""
     values = torch.zeros(1, 3000)
     values[0, 0] = extent
-    scale, zero_point = RANGES[search](values, 16)
+    scale, zero_point = find_range(search, values, 16)
     result = fake_quantize(values, scale[:, None], zero_point[:, None], 16)
     assert (result - values).abs().max() <= extent
 
@@ -253,7 +255,7 @@ def test_of_very_many_values_every_channel_counts(search: str, channels: int) ->
     def find(values: Tensor) -> Tensor:
         if search == "logarithmic":
             return LogQuantizer(4).calibrate(values.abs()).scale
-        return torch.stack([part[0] for part in RANGES[search](values, 16)])
+        return torch.stack([part[0] for part in find_range(search, values, 16)])
 
     few = torch.randn(positions // 4096, channels, generator=torch.Generator().manual_seed(channels))
     few[:, -1] *= 10
@@ -263,8 +265,13 @@ def test_of_very_many_values_every_channel_counts(search: str, channels: int) ->
 
 
 def test_a_histogram_in_parts_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = heavy_tailed(1, 60_000, 0)[0]
-    points, counts = adfq.ranges._histogram(values)
-    monkeypatch.setattr(adfq.ranges, "_HISTOGRAM_PART", 7_000)
-    for found, expected in zip(adfq.ranges._histogram(values), (points, counts), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    values = heavy_tailed(1, 60_000, 0)
+    (extremes := MinMax()).update(values, 1.0)
+
+    def histogram() -> tuple[Tensor, Tensor | None]:
+        (statistic := Histograms(extremes)).update(values, 1.0)
+        return statistic.result(0)
+
+    whole = histogram()
+    monkeypatch.setattr(adfq.statistics, "_HISTOGRAM_PART", 7_000)
+    torch.testing.assert_close(histogram(), whole, rtol=1e-6, atol=0)
