@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from adfq.bits import Bits
+from adfq.errors import AdfqError
 from adfq.method import FULL_PRECISION
 from adfq.registry import create_method
 
@@ -58,6 +59,7 @@ class Cell:
         preprocessing: overrides of the model's own preprocessing, sorted.
         task_arguments: options of this task alone that differ from its defaults, sorted; files by their names.
         calibration_size: number of calibration images.
+        calibration_batch_size: images in one pass of calibration; None for all at once.
         seed: seed of the choice of calibration images and of the method.
         limit: largest number of evaluation images; None for all.
         batch_size: images per evaluation batch; quantizers with run-time ranges can depend on it.
@@ -76,6 +78,7 @@ class Cell:
     preprocessing: Arguments = ()
     task_arguments: Arguments = ()
     calibration_size: int = 32
+    calibration_batch_size: int | None = None
     seed: int = 0
     limit: int | None = None
     batch_size: int = 100
@@ -103,7 +106,8 @@ class Cell:
             **more: other fields of the cell.
 
         Raises:
-            AdfqError: for an unknown method, an unknown option of the method, and unreadable bits.
+            AdfqError: for an unknown method, an unknown option of the method, unreadable bits, and a calibration batch
+                that is not a whole number of images from 1.
         """
         files = {name: value for name, value in task_arguments if is_path(value)}
         if is_config_file(model):
@@ -120,16 +124,33 @@ class Cell:
         )
         create_method(cell.method, dict(cell.method_arguments))
         if cell.method == FULL_PRECISION:
-            return replace(cell, bits=FULL_PRECISION_BITS, calibration_size=0, seed=0)
-        return replace(cell, bits=str(Bits.parse(cell.bits)))
+            return cell.in_full_precision
+        batch_size = _check_batch_size(cell.calibration_batch_size)
+        if batch_size is not None and batch_size >= cell.calibration_size:
+            batch_size = None
+        return replace(cell, bits=str(Bits.parse(cell.bits)), calibration_batch_size=batch_size)
+
+    @property
+    def in_full_precision(self) -> Cell:
+        """Cell of the same model and data in full precision."""
+        return replace(
+            self,
+            method=FULL_PRECISION,
+            bits=FULL_PRECISION_BITS,
+            method_arguments=(),
+            calibration_size=0,
+            calibration_batch_size=None,
+            seed=0,
+        )
 
     @property
     def config(self) -> dict[str, Any]:
         """Fields that identify the cell, in JSON's types."""
         named = {field.name: getattr(self, field.name) for field in fields(self) if field.compare}
         config: dict[str, Any] = json.loads(json.dumps(named))
-        if not self.task_arguments:  # most tasks have none, and records are older than these
-            del config["task_arguments"]
+        for name in ("task_arguments", "calibration_batch_size"):  # most cells have none, and records are older
+            if not config[name]:
+                del config[name]
         return config
 
     @property
@@ -141,6 +162,12 @@ class Cell:
 def identify(config: dict[str, Any]) -> str:
     """Return the id of the cell with this `Cell.config`."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _check_batch_size(size: Any) -> int | None:
+    if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+        raise AdfqError(f"calibration_batch_size must be a whole number of at least 1, got {size!r}")
+    return size
 
 
 def data_set_name(spec: str) -> str:

@@ -73,6 +73,7 @@ class Row:
         method: the method's name.
         arguments: the method's options.
         calibration_size: number of calibration images.
+        calibration_batch_size: images in one pass of calibration; None for all at once.
     """
 
     key: str
@@ -80,6 +81,7 @@ class Row:
     method: str
     arguments: Mapping[str, Any]
     calibration_size: int
+    calibration_batch_size: int | None
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,8 @@ class Table:
         bits: bit-widths of the rows.
         models: in the order of the columns.
         calibration_size: number of calibration images where a method's settings have none; None for the method's own.
+        calibration_batch_size: images in one pass of calibration where a method's settings have none; None for all at
+            once.
         batch_size: images a batch in evaluation; None for the task's own.
         limit: largest number of evaluation images; None for all.
         task_arguments: options that the task alone has.
@@ -115,7 +119,7 @@ class Table:
         cell_memory: memory that one cell takes, in GB, for models so small that one core is enough for each; None for
             models that have the machine for themselves.
         cost: whether the cost of each row stands beside its accuracy.
-        settings: by method, ``calibration_size`` and options that all its rows share.
+        settings: by method, ``calibration_size``, ``calibration_batch_size`` and options that all its rows share.
         data: the task's data spec; None where the user gives it.
         published: the ``task`` in published.csv whose numbers stand beside the measured ones, or None.
         full_precision_tolerance: largest difference, in points, between measured and published full precision of a
@@ -133,6 +137,7 @@ class Table:
     bits: Sequence[str]
     models: Sequence[Model]
     calibration_size: int | None = None
+    calibration_batch_size: int | None = None
     batch_size: int | None = None
     limit: int | None = None
     task_arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -169,6 +174,7 @@ class Table:
         key: str | None = None,
         label: str | None = None,
         calibration_size: int | None = None,
+        calibration_batch_size: int | None = None,
         arguments: Mapping[str, Any] | None = None,
     ) -> Row:
         """Return a row of this table.
@@ -178,18 +184,18 @@ class Table:
             key: None for the method's name.
             label: None for the method's label.
             calibration_size: None for the first that there is of the method's settings, the table, and the method.
+            calibration_batch_size: None for the first that there is of the method's settings and the table.
             arguments: options that go before the method's settings.
         """
         shared = dict(self.settings.get(method, {}))
-        sizes = (calibration_size, shared.pop("calibration_size", None), self.calibration_size)
-        size = next((size for size in sizes if size is not None), None)
-        return Row(
-            key or method,
-            label or method_label(method),
-            method,
-            {**shared, **(arguments or {})},
-            find_method(method).calibration_size if size is None else size,
+        own = find_method(method).calibration_size
+        size = _first(calibration_size, shared.pop("calibration_size", None), self.calibration_size, own)
+        batch_size = _first(
+            calibration_batch_size, shared.pop("calibration_batch_size", None), self.calibration_batch_size
         )
+        assert size is not None
+        arguments = {**shared, **(arguments or {})}
+        return Row(key or method, label or method_label(method), method, arguments, size, batch_size)
 
     def entries(self, **common: Any) -> list[Entry]:
         """Return the table's cells, model after model, full precision first.
@@ -222,11 +228,16 @@ class Table:
         return entries
 
 
+def _first(*numbers: int | None) -> int | None:
+    return next((number for number in numbers if number is not None), None)
+
+
 def _quantized_cell(row: Row, bits: str, seed: int, fields: Mapping[str, Any]) -> Cell:
     return Cell.create(
         method=row.method,
         method_arguments=tuple(sorted(row.arguments.items())),
         calibration_size=row.calibration_size,
+        calibration_batch_size=row.calibration_batch_size,
         bits=bits,
         seed=seed,
         **fields,
@@ -249,6 +260,8 @@ class Selection:
         seeds: seeds of calibration images and methods; None for the profile's own, ``"recorded"`` for those of
             committed results.
         calibration_size: number of calibration images of all rows; None for each row's own.
+        calibration_batch_size: images in one pass of calibration of all rows; None for each row's own. A number that is
+            not below the number of calibration images takes all at once.
         limit: number of images to evaluate on at most; None for all.
         batch_size: images a batch in evaluation; None for the table's or the task's own.
         task_arguments: options that the task alone has.
@@ -264,6 +277,7 @@ class Selection:
     bits: Sequence[str] | None = None
     seeds: Sequence[int] | Literal["recorded"] | None = None
     calibration_size: int | None = None
+    calibration_batch_size: int | None = None
     limit: int | None = None
     batch_size: int | None = None
     task_arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -362,8 +376,11 @@ def choose_part(table: Table, selection: Selection) -> Table:
     if selection.also:
         there = {row.key for row in rows}
         rows += [row for row in _choose_rows(table, dict.fromkeys(selection.also)) if row.key not in there]
-    if selection.calibration_size is not None:  # goes before what the methods of the table have
+    # These go before what the methods of the table have.
+    if selection.calibration_size is not None:
         rows = [replace(row, calibration_size=selection.calibration_size) for row in rows]
+    if selection.calibration_batch_size is not None:
+        rows = [replace(row, calibration_batch_size=selection.calibration_batch_size) for row in rows]
     seeds = table.recorded_seeds if selection.seeds == RECORDED else selection.seeds or table.seeds
     return replace(table, rows=rows, bits=selection.bits or table.bits, seeds=list(dict.fromkeys(seeds)))
 
@@ -566,14 +583,14 @@ _TABLE_KEYS: Mapping[str, _Kind] = {
     **dict.fromkeys(("title", "caption", "task", "data", "published", "preset"), _TEXT),
     **dict.fromkeys(("metrics", "bits"), _SOME_TEXTS),
     **dict.fromkeys(("seeds", "recorded_seeds"), _SEEDS),
-    **dict.fromkeys(("calibration_size", "batch_size", "limit"), _COUNT),
+    **dict.fromkeys(("calibration_size", "calibration_batch_size", "batch_size", "limit"), _COUNT),
     **dict.fromkeys(("cell_memory", "full_precision_tolerance"), _NUMBER),
     **{"methods": _TEXTS, "digits": _DIGITS, "cost": _FLAG, "settings": _SUBTABLE},
     **{"task_arguments": _SUBTABLE, "rows": _SUBTABLES, "models": _SOME_SUBTABLES},
 }
 _ROW_KEYS: Mapping[str, _Kind] = {
     **{"key": _TEXT, "label": _TEXT, "method": _TEXT},
-    **{"arguments": _SUBTABLE, "calibration_size": _COUNT},
+    **{"arguments": _SUBTABLE, "calibration_size": _COUNT, "calibration_batch_size": _COUNT},
 }
 _MODEL_KEYS: Mapping[str, _Kind] = {
     **{"key": _TEXT, "label": _TEXT, "name": _TEXT, "checkpoint": _TEXT},

@@ -43,7 +43,7 @@ def main() -> None:
     table = load_table("encoders", "real")
     cell: Cell = table.entries(data=table.data)[0].cell
     subject: Any = load_subject(cell)
-    calibration, images = subject.calibration_images(IMAGES, 0), subject.evaluation_images(IMAGES)
+    calibration, images = next(subject.calibration_batches(IMAGES, 0)), subject.evaluation_images(IMAGES)
 
     distributions = collect_distributions(subject.model, calibration)
     draw_distributions(distributions, PICTURES / "encoders-distributions.png")

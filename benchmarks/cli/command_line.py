@@ -7,7 +7,7 @@ from typing import Any
 
 from adfq.method import FULL_PRECISION
 from benchmarks.cell import Arguments, Cell, data_set_name
-from benchmarks.cli.options import pair
+from benchmarks.cli.options import calibration_batch_size, pair
 from benchmarks.tasks import find_task
 
 
@@ -37,6 +37,10 @@ def command_line(cell: Cell) -> str:
     if cell.method != FULL_PRECISION:
         words += ["--bits", cell.bits.replace("/", ""), "--seed", cell.seed]
         words += ["--calibration-size", cell.calibration_size]
+        batch_size = cell.calibration_batch_size or cell.calibration_size
+        usual = calibration_batch_size(cell.task, location.data) or cell.calibration_size
+        if batch_size != min(usual, cell.calibration_size):
+            words += ["--calibration-batch-size", batch_size]
     if cell.limit is not None:
         words += ["--limit", cell.limit]
     if cell.batch_size != task.batch_size:

@@ -171,8 +171,20 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 
 def add_calibration(parser: argparse.ArgumentParser) -> None:
     """Add the options of calibration."""
-    parser.add_argument("--calibration-size", type=int, metavar="N", help="number of calibration images")
+    add_calibration_size(parser)
+    parser.add_argument(
+        "--calibration-batch-size",
+        type=positive,
+        metavar="N",
+        help="images in one pass of calibration (default: a table's own; of your own data 32, in detection and "
+        "segmentation 1; of bundled data all)",
+    )
     add_device(parser)
+
+
+def add_calibration_size(parser: argparse.ArgumentParser) -> None:
+    """Add --calibration-size."""
+    parser.add_argument("--calibration-size", type=int, metavar="N", help="number of calibration images")
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -200,7 +212,17 @@ def create_cell(options: argparse.Namespace) -> Cell:
     if missing:
         command = options.command
         raise AdfqError(f"the following arguments are required: {', '.join(missing)} (see adfq {command} --help)")
-    return Cell.create(**chosen)
+    return Cell.create(**{"calibration_batch_size": calibration_batch_size(options.task, options.data), **chosen})
+
+
+def calibration_batch_size(task: str, data: str) -> int | None:
+    """Return the number of images in one pass of calibration where nothing says another one; None for all.
+
+    Args:
+        task: name of the task.
+        data: data set specification. Bundled models are so small that all images are calibrated on at once.
+    """
+    return None if data == BUNDLED else find_task(task).calibration_batch_size
 
 
 def cell_fields(options: argparse.Namespace) -> dict[str, Any]:

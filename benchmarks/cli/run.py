@@ -18,6 +18,7 @@ _IN_QUANTIZED_FILE = {
     "--method-arg": "method_arguments",
     "--bits": "bits",
     "--calibration-size": "calibration_size",
+    "--calibration-batch-size": "calibration_batch_size",
     "--seed": "seed",
 }
 

@@ -10,9 +10,7 @@ from typing import Any
 import pandas as pd
 from junitparser import Failure, JUnitXml, Skipped, TestCase, TestSuite
 
-from adfq.method import FULL_PRECISION
 from adfq.registry import method_label
-from benchmarks.cell import FULL_PRECISION_BITS, Cell
 from benchmarks.metrics import find_metric
 from benchmarks.plan import Entry, Table
 from benchmarks.run.plans import TableResults, config_key, newest, status_of
@@ -96,7 +94,7 @@ def compare(
             rows.append({**cell, "quantity": "", "status": "new" if status == "measured" else "failed"})
             continue
         rows += [{**cell, **row} for row in _compare_metrics(metrics, old, record, tolerance)]
-        reference = _reference(entry.cell)
+        reference = entry.cell.in_full_precision
         if reference.id != entry.cell.id:
             new_reference = cells[reference.id][1] if reference.id in cells else None
             of_old, of_new = _times(old, before.get(config_key(reference.config))), _times(record, new_reference)
@@ -116,13 +114,6 @@ _COLUMNS = (
     *("id", "task", "model", "row", "bits", "seed", "quantity", "before", "now", "change", "status", "seconds"),
     "other",
 )
-
-
-def _reference(cell: Cell) -> Cell:
-    """Return the full-precision cell that a cell's times are multiples of."""
-    return replace(
-        cell, method=FULL_PRECISION, bits=FULL_PRECISION_BITS, method_arguments=(), calibration_size=0, seed=0
-    )
 
 
 def _describe(entry: Entry) -> dict[str, Any]:

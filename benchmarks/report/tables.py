@@ -34,13 +34,15 @@ def tabulate_results(table: Table, results: Iterable[tuple[Entry, Record | None]
     Columns: ``row`` and its ``label``, ``model``, ``method``, ``bits``, ``status`` (`benchmarks.run.plans.status_of`)
     and ``reason`` (of ``"n/a"``), the record's metrics and costs, ``delta`` to full precision in the metric's unit,
     ``relative_forward`` (seconds over full precision's), ``published`` and ``verified`` where there is a published
-    number, the cell's ``calibration_size``, ``seed`` and ``data``, and the record's ``code`` digest and ``commit``. A
-    table of several metrics has a column of each, and a difference and a published number to each of them: ``box_ap``,
-    ``delta_box_ap``, ``published_box_ap`` … A number that was not measured is NaN.
+    number, the cell's ``calibration_size``, ``calibration_batch_size`` (missing for all at once), ``seed`` and
+    ``data``, and the record's ``code`` digest and ``commit``. A table of several metrics has a column of each, and a
+    difference and a published number to each of them: ``box_ap``, ``delta_box_ap``, ``published_box_ap`` … A number
+    that was not measured is NaN.
     """
     rows = []
     for entry, outcome in results:
-        config = {name: entry.cell.config[name] for name in ("calibration_size", "seed", "data")}
+        fields = ("calibration_size", "calibration_batch_size", "seed", "data")
+        config = {name: entry.cell.config.get(name) for name in fields}
         names = {"row": entry.row.key, "label": entry.row.label, "model": entry.model.key}
         what = {"method": entry.cell.method, "bits": entry.cell.bits, "status": status_of(outcome)}
         record = outcome or {}
@@ -52,6 +54,7 @@ def tabulate_results(table: Table, results: Iterable[tuple[Entry, Record | None]
         }
         rows.append({**names, **what, **measured, **config, **origin})
     frame = pd.DataFrame(rows)
+    frame["calibration_batch_size"] = frame["calibration_batch_size"].astype("Int64")
     for metric in table.metrics:
         if metric not in frame:
             frame[metric] = math.nan
@@ -233,7 +236,7 @@ def _measured_on(frame: pd.DataFrame) -> str:
     if not quantized.empty:
         sizes: dict[str, list[str]] = {}
         for method, group in quantized.groupby("method", sort=False):
-            sizes.setdefault(_any_of(group["calibration_size"]), []).append(method_label(str(method)))
+            sizes.setdefault(_calibrated_on(group), []).append(method_label(str(method)))
         for_whom = len(sizes) > 1
         measured += ", calibrated on " + " and ".join(
             f"{size} ({', '.join(labels)})" if for_whom else size for size, labels in sizes.items()
@@ -242,6 +245,14 @@ def _measured_on(frame: pd.DataFrame) -> str:
         if len(seeds) == 1:
             measured += f", seed {seeds[0]}"
     return f"{measured}."
+
+
+def _calibrated_on(frame: pd.DataFrame) -> str:
+    pairs = frame[["calibration_size", "calibration_batch_size"]].drop_duplicates().sort_values("calibration_size")
+    return " or ".join(
+        str(size) if pd.isna(batch_size) else f"{size} in batches of {batch_size}"
+        for size, batch_size in pairs.itertuples(index=False)
+    )
 
 
 def _unmeasured_cells(frame: pd.DataFrame) -> list[str]:

@@ -10,7 +10,7 @@ from adfq.api import quantize
 from adfq.bits import Bits
 from adfq.method import FULL_PRECISION
 from benchmarks.run.cost import measure_cost, peak_memory
-from benchmarks.tasks.shared import Stopwatch
+from benchmarks.tasks.shared import Stopwatch, timed
 
 if TYPE_CHECKING:
     import torch
@@ -34,22 +34,24 @@ def quantize_model(
         resume: folder for an interrupted optimization (`adfq.quantize`); None keeps nothing.
 
     Returns:
-        The model; ``calibration_seconds``, without reading images, and ``calibration_memory`` in MB.
+        The model; ``calibration_seconds``, without reading images, and ``calibration_memory`` in MB, with the images.
 
     Raises:
         AdfqError: the errors of `adfq.quantize`.
     """
     model = subject.model.to(device)
     arguments: dict[str, Any] = {"seed": cell.seed, **dict(cell.method_arguments)}
+    loading = Stopwatch()
     if cell.method != FULL_PRECISION:
         bits = Bits.parse(cell.bits)
         arguments |= {"weight_bits": bits.weight, "activation_bits": bits.activation}
-        arguments["calibration"] = subject.calibration_images(cell.calibration_size, cell.seed)
+        batches = subject.calibration_batches(cell.calibration_size, cell.seed, cell.calibration_batch_size)
+        arguments |= {"calibration": timed(batches, loading), "calibration_size": cell.calibration_size}
     start = time.perf_counter()
     with peak_memory(device) as peak:
         quantized = quantize(model, cell.method, resume=resume, **arguments)
     return quantized, {
-        "calibration_seconds": time.perf_counter() - start,
+        "calibration_seconds": time.perf_counter() - start - loading.seconds,
         "calibration_memory": peak.megabytes,
     }
 

@@ -135,7 +135,7 @@ def _optimizes(method: str) -> bool:
 class _Run:
     def __init__(self, subject: Subject, images: int, device: torch.device) -> None:
         self.subject, self.device = subject, device
-        self.images = subject.calibration_images(images, seed=0).to(device)
+        self.images = next(subject.calibration_batches(images, seed=0)).to(device)
         self.full: dict[str, list[float]] = defaultdict(list)
         self.methods: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
         self._forward(subject.model.to(device))  # the first pass is slow

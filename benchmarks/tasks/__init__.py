@@ -94,7 +94,10 @@ def save_quantized(model: nn.Module, cell: Cell, subject: Subject, file: str | o
     Raises:
         AdfqError: as `adfq.save`.
     """
-    adfq.save(model, file, notes={"model": cell.model, "preprocessing": dict(subject.preprocessing)})
+    notes: dict[str, Any] = {"model": cell.model, "preprocessing": dict(subject.preprocessing)}
+    if cell.calibration_batch_size is not None:
+        notes["calibration_batch_size"] = cell.calibration_batch_size
+    adfq.save(model, file, notes=notes)
 
 
 def load_quantized(file: str, **fields: Any) -> tuple[Cell, Subject]:
@@ -128,6 +131,7 @@ def load_quantized(file: str, **fields: Any) -> tuple[Cell, Subject]:
         bits=str(quantization.bits),
         preprocessing=tuple(sorted({"input_size": architecture.input_size, **noted, **given}.items())),
         calibration_size=quantization.calibration_size,
+        calibration_batch_size=notes.get("calibration_batch_size"),
         seed=quantization.seed,
     )
     return cell, attach(cell, model)

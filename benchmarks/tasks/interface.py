@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -33,12 +33,16 @@ class Subject(Protocol):
     def data_digests(self) -> Mapping[str, Any]:
         """Number of evaluation ``images``, and SHA-256 of the names of each split's images, by split."""
 
-    def calibration_images(self, count: int, seed: int) -> Tensor:
-        """Return preprocessed images of the train split, `count`×C×H×W.
+    def calibration_batches(self, count: int, seed: int, batch_size: int | None = None) -> Iterator[Tensor]:
+        """Return batches of preprocessed images of the train split, B×C×H×W, each read when it is asked for.
 
         Args:
             count: number of images.
             seed: seed of their choice.
+            batch_size: images a batch, fewer in the last one; None, the default, for all in one.
+
+        Raises:
+            AdfqError: for more images than there are, before any is read, and for images that cannot be read.
         """
 
     def evaluation_images(self, count: int) -> Tensor:
@@ -84,6 +88,8 @@ class Task:
         main_metrics: metrics that results are compared by.
         data: example of a user's data.
         batch_size: default number of images a batch in evaluation.
+        calibration_batch_size: number of images in one pass of calibration where the user's own data are calibrated on
+            and nothing says another one.
         options: options of the command line that not every task has.
         arguments: those options that decide results (`Cell.task_arguments`), with their defaults.
         libraries: libraries that compute beside torch and timm.
@@ -96,6 +102,7 @@ class Task:
     main_metrics: tuple[str, ...]
     data: str
     batch_size: int
+    calibration_batch_size: int = 32
     options: tuple[str, ...] = ()
     arguments: Mapping[str, Any] = field(default_factory=dict)
     libraries: tuple[str, ...] = ()

@@ -6,17 +6,21 @@ import difflib
 import hashlib
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from traceback import clear_frames
-from typing import Any
+from typing import Any, TypeVar
 
 import loky
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from adfq.errors import AdfqError
+
+T = TypeVar("T")
 
 
 def choose_images(available: int, count: int, seed: int) -> list[int]:
@@ -92,7 +96,7 @@ def read_batches(loader: DataLoader[Any], loading: Stopwatch | None = None) -> I
         AdfqError: for images that cannot be read.
     """
     try:
-        yield from _wait_for(loader, loading or Stopwatch())
+        yield from timed(loader, loading or Stopwatch())
     except AdfqError as error:
         clear_frames(error.__traceback__)  # they keep the processes, which take seconds to end when nobody asks them to
         message = str(error).rpartition("AdfqError: ")[2].strip()  # a process wraps its error in a traceback
@@ -101,15 +105,40 @@ def read_batches(loader: DataLoader[Any], loading: Stopwatch | None = None) -> I
     raise AdfqError(message)
 
 
-def _wait_for(loader: DataLoader[Any], loading: Stopwatch) -> Iterator[Any]:
+def timed(batches: Iterable[T], loading: Stopwatch) -> Iterator[T]:
+    """Yield batches.
+
+    Args:
+        batches: batches, none of them None.
+        loading: stopwatch of the time spent waiting for them.
+    """
     with loading:
-        batches = iter(loader)
+        waiting = iter(batches)
     while True:
         with loading:
-            batch = next(batches, None)
+            batch = next(waiting, None)
         if batch is None:
             return
         yield batch
+        del batch  # it need not be there while the next one is read
+
+
+def read_images(
+    chosen: Sequence[int], read: Callable[[int], T], batch_size: int | None = None, label: str = "reading images"
+) -> Iterator[list[T]]:
+    """Yield images in batches, each read when it is asked for, under a progress bar.
+
+    Args:
+        chosen: indices of the images.
+        read: function from an index to the image.
+        batch_size: images a batch, fewer in the last one; None, the default, for all in one.
+        label: label of the progress bar.
+    """
+    bar = tqdm(map(read, chosen), desc=label, total=len(chosen), unit="image", delay=2, leave=False, disable=None)
+    images, size = iter(bar), batch_size or len(chosen)
+    for end in range(size, len(chosen) + size, size):
+        # The last batch is read to the end of the bar, which goes away, since nobody may ask for another batch.
+        yield list(islice(images, size if end < len(chosen) else None))
 
 
 def digest_weights(model: nn.Module, *more: str) -> str:

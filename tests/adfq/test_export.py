@@ -241,7 +241,7 @@ def test_nothing_is_left_of_what_fails(
 def test_predictions_are_those_of_the_simulation(name: str, method: str, tmp_path: Path) -> None:
     cell = Cell.create(task="classification", model=name, method=method, data="bundled")
     subject = load_subject(cell)
-    model = quantize(subject.model, method, 8, 8, subject.calibration_images(32, seed=1))
+    model = quantize(subject.model, method, 8, 8, next(subject.calibration_batches(32, seed=1)))
     file = tmp_path / "model"
     exported = export_onnx(model, file)
     assert deployment.count_integer_products(file) == len(exported.integer)

@@ -64,11 +64,12 @@ class CountingSubject:
         self.raise_at: dict[int, BaseException] = {}  # instead of being evaluated for the n-th time
         self.asked = 0
 
-    def calibration_images(self, count: int, seed: int) -> Tensor:
-        return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+    def calibration_batches(self, count: int, seed: int, batch_size: int | None = None) -> Iterator[Tensor]:
+        images = torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+        return iter(images.split(batch_size or count))
 
     def evaluation_images(self, count: int) -> Tensor:
-        return self.calibration_images(2, 0)
+        return next(self.calibration_batches(2, 0))
 
     def infer(self, model: nn.Module, images: Tensor) -> Any:
         return model(images)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,35 @@ def test_full_precision_is_one_experiment_whatever_would_be_quantized() -> None:
     assert first.bits == "W32/A32"
 
 
+@pytest.mark.parametrize("batch_size", [32, 33, 10**6, None])
+def test_a_batch_of_all_calibration_images_is_no_experiment_of_its_own(batch_size: int | None) -> None:
+    cell = Cell.create(method="base_ptq", calibration_batch_size=batch_size, **FIELDS)
+    assert cell == Cell.create(method="base_ptq", **FIELDS)
+    assert "calibration_batch_size" not in cell.config
+    assert Cell.create(method="full_precision", calibration_batch_size=1, **FIELDS).calibration_batch_size is None
+
+
+def test_smaller_batches_are_experiments_of_their_own() -> None:
+    cells = [Cell.create(method="base_ptq", calibration_batch_size=size, **FIELDS) for size in (1, 31, None)]
+    assert len({cell.id for cell in cells}) == 3
+    assert cells[0].config["calibration_batch_size"] == 1
+    assert {cell.in_full_precision for cell in cells} == {Cell.create(method="full_precision", **FIELDS)}
+
+
+@pytest.mark.usefixtures("methods_read_once")
+def test_committed_records_are_found() -> None:
+    files = list((Path(__file__).parents[2] / "results").glob("*/records/*.json"))
+    assert len(files) > 100
+    for file in files:
+        config = json.loads(file.read_text(encoding="utf-8"))["config"]
+        cell = Cell.create(**{name: freeze(value) for name, value in config.items()})
+        assert (cell.config, cell.id) == (config, file.stem.partition("-")[0])
+
+
+def freeze(value: Any) -> Any:
+    return tuple(map(freeze, value)) if isinstance(value, list) else value
+
+
 def test_the_id_is_stable_and_tells_configurations_apart() -> None:
     cell = Cell.create(method="base_ptq", **FIELDS)
     # Records of earlier runs are found by it: changing how it is made orphans them all.
@@ -45,6 +75,8 @@ def test_the_id_is_stable_and_tells_configurations_apart() -> None:
         ({"method": "base_ptq", "bits": "W4A9"}, "from 2 to 8"),
         ({"method": "base_ptq", "method_arguments": (("colour", 1),)}, "it has range"),
         ({"method": "full_precision", "method_arguments": (("range", "mse"),)}, "it has none"),
+        ({"method": "base_ptq", "calibration_batch_size": 0}, "whole number of at least 1, got 0"),
+        ({"method": "base_ptq", "calibration_batch_size": "4"}, "whole number of at least 1, got '4'"),
     ],
 )
 def test_mistakes_say_what_there_is(change: dict[str, object], message: str) -> None:

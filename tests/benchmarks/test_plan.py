@@ -58,6 +58,29 @@ def test_a_method_beside_a_tables_own_has_the_tables_settings() -> None:
     assert choose("4", also=["repq_vit"], calibration_size=7).rows[-1].calibration_size == 7
 
 
+def test_images_in_one_pass_of_calibration(tmp_path: Path) -> None:
+    text = """
+    task = "classification"
+    data = "bundled"
+    methods = ["base_ptq", "repq_vit"]
+    calibration_size = 32
+    calibration_batch_size = 8
+    settings = { repq_vit = { calibration_batch_size = 4 } }
+    rows = [{ key = "own", method = "repq_vit", calibration_batch_size = 2 }]
+    models = [{ name = "bundled_vit" }]
+    """
+    file = write(tmp_path, text)
+
+    def sizes(**selection: Any) -> list[int | None]:
+        return [cell.calibration_batch_size for cell in make_plan([file], Selection(**selection)).cells]
+
+    assert sizes() == [None, 8, 4, 2]
+    assert sizes(calibration_size=4) == [None, None, None, 2]  # the first two are equal cells
+    assert sizes(calibration_batch_size=3) == [None, 3, 3]
+    assert sizes(calibration_batch_size=32) == [None, None, None]
+    assert {row.calibration_batch_size for row in load_table("1").rows} == {None}
+
+
 def test_no_row_is_there_twice() -> None:
     assert rows(choose("1", also=["repq_vit", "full_precision"])) == rows(choose("1"))
     assert rows(choose("4", also=["base_ptq", "base_ptq", "ppoq"])) == [*rows(choose("4")), "base_ptq"]
@@ -235,6 +258,7 @@ def test_profiles_of_a_file(tmp_path: Path) -> None:
         (f"bits = ['W1/A4']\n{OWN}", "bits must be a whole number from 2 to 8"),
         (f"seeds = [0.5]\n{OWN}", "mine.toml: seeds must be a list of whole numbers, at least one, got [0.5]"),
         (f"calibration_size = 0\n{OWN}", "mine.toml: calibration_size must be a whole number from 1, got 0"),
+        (f"calibration_batch_size = 0\n{OWN}", "calibration_batch_size must be a whole number from 1, got 0"),
         (f"cost = 1\n{OWN}", "mine.toml: cost must be true or false, got 1"),
         (f"methods = ['magic']\n{OWN}", "unknown method 'magic'"),
         (f"limit = 0\n{OWN}", "mine.toml: limit must be a whole number from 1, got 0"),

@@ -17,6 +17,8 @@ from benchmarks.cli.options import (
     DATA_HELP,
     Parser,
     add_calibration,
+    add_calibration_size,
+    add_device,
     add_method,
     add_model,
     add_seed,
@@ -78,11 +80,12 @@ def add_kinds(add_kind: Callable[..., Parser]) -> None:
 
 
 def _add_full_precision(parser: Parser) -> None:
-    """Add the options of a figure that looks at a model in full precision."""
+    """Add the options of a figure that looks at a model in full precision, at all images at once."""
     _add_subject(parser)
     parser.set_defaults(method=FULL_PRECISION)
     add_seed(parser)
-    add_calibration(parser)
+    add_calibration_size(parser)
+    add_device(parser)
 
 
 def _add_subject(parser: Parser) -> None:
@@ -109,6 +112,7 @@ def _choose_cell(options: argparse.Namespace) -> Cell:
         arguments = {**row.arguments, **dict(fields.get("method_arguments", ()))}
         fields["method_arguments"] = tuple(sorted(arguments.items()))
     fields.setdefault("calibration_size", row.calibration_size)
+    fields.setdefault("calibration_batch_size", row.calibration_batch_size)
     return Cell.create(**fields)
 
 
@@ -168,7 +172,7 @@ def _open(cell: Cell, options: argparse.Namespace) -> tuple[Subject, Any]:
     subject = load_subject(cell)
     subject.model.to(device)
     size = Cell.calibration_size if options.calibration_size is None else options.calibration_size
-    return subject, subject.calibration_images(size, options.seed or 0)
+    return subject, next(subject.calibration_batches(size, options.seed or 0))
 
 
 def _draw_outliers(options: argparse.Namespace) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ from benchmarks.tasks.shared import (
     digest_weights,
     first_non_finite,
     read_batches,
+    read_images,
 )
 
 if TYPE_CHECKING:
@@ -64,21 +65,23 @@ class Classification:
             digests["class_map"] = digest_file(Path(self.class_map))
         return digests if self.train is None else {**digests, "train": self.train.digest}
 
-    def calibration_images(self, count: int, seed: int) -> Tensor:
-        """Return preprocessed images of the train split, `count`×C×H×W.
+    def calibration_batches(self, count: int, seed: int, batch_size: int | None = None) -> Iterator[Tensor]:
+        """Return batches of preprocessed images of the train split, B×C×H×W, each read when it is asked for.
 
         Args:
             count: number of images.
             seed: seed of their choice.
+            batch_size: images a batch, fewer in the last one; None, the default, for all in one.
 
         Raises:
             AdfqError: for a quantized model, more images than there are, and images that cannot be read.
         """
-        if self.train is None:
+        train = self.train
+        if train is None:
             raise AdfqError("a quantized model is not calibrated again")
-        chosen = choose_images(len(self.train), count, seed)
-        bar = tqdm(chosen, desc="reading calibration images", unit="image", delay=2, leave=False, disable=None)
-        return torch.stack([self.train[index][0] for index in bar])
+        chosen = choose_images(len(train), count, seed)
+        images = read_images(chosen, lambda index: train[index][0], batch_size, "reading calibration images")
+        return map(torch.stack, images)
 
     def evaluation_images(self, count: int) -> Tensor:
         """Return the first evaluation images, preprocessed: B×C×H×W with B at most `count`."""

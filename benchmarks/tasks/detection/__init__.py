@@ -40,6 +40,7 @@ TASK = Task(
     main_metrics=("box_ap", "mask_ap"),
     data="/path/to/coco",
     batch_size=1,
+    calibration_batch_size=1,
     options=("config", "results"),
     libraries=("mmdet", "mmengine", "mmcv"),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -38,6 +38,7 @@ from benchmarks.tasks.shared import (
     first_non_finite,
     one_line,
     read_batches,
+    read_images,
 )
 
 if TYPE_CHECKING:
@@ -93,20 +94,25 @@ class Detection:
         """Number of evaluation images, and SHA-256 of each split's annotations."""
         return digest_splits(self.train, self.validation)
 
-    def calibration_images(self, count: int, seed: int) -> Tensor:
-        """Return images of the train split, padded to the size of the largest: `count`×3×H×W.
+    def calibration_batches(self, count: int, seed: int, batch_size: int | None = None) -> Iterator[Tensor]:
+        """Return batches of images of the train split, B×3×H×W, each read when it is asked for.
 
-        They are preprocessed by the pipeline for evaluation.
+        They are preprocessed by the pipeline for evaluation, and padded to the size of the largest of their batch.
 
         Args:
             count: number of images.
             seed: seed of their choice.
+            batch_size: images a batch, fewer in the last one; None, the default, for all in one.
+
+        Raises:
+            AdfqError: for more images than there are, and images that cannot be read.
         """
-        return self._read(self.train, choose_images(len(self.train.images), count, seed), "reading calibration images")
+        chosen = choose_images(len(self.train.images), count, seed)
+        return self._read(self.train, chosen, "reading calibration images", batch_size)
 
     def evaluation_images(self, count: int) -> Tensor:
         """Return the first evaluation images, padded to the size of the largest: B×3×H×W with B at most `count`."""
-        return self._read(self.validation, range(min(count, len(self.validation.images))), "reading images")
+        return next(self._read(self.validation, range(min(count, len(self.validation.images))), "reading images"))
 
     def infer(self, model: nn.Module, images: Tensor) -> Any:
         """Run backbone and neck.
@@ -231,15 +237,20 @@ class Detection:
                 total[1] += float(other.double().square().sum())
         return {name: (error / (norm or 1.0)) ** 0.5 for name, (error, norm) in sums.items()}
 
-    def _read(self, split: CocoSplit, chosen: Sequence[int], label: str) -> Tensor:
-        """Read images as the model takes them, as one batch."""
+    def _read(
+        self, split: CocoSplit, chosen: Sequence[int], label: str, batch_size: int | None = None
+    ) -> Iterator[Tensor]:
+        """Return batches of images as the model takes them, each read when it is asked for."""
         dataset = self._open(split, chosen)
-        bar = tqdm(range(len(dataset)), desc=label, unit="image", delay=2, leave=False, disable=None)
-        inputs = [dataset[index]["inputs"] for index in bar]
         model: Any = self.model
         preprocess = copy.deepcopy(model.data_preprocessor).cpu()
-        batch: Tensor = preprocess({"inputs": inputs, "data_samples": None})["inputs"]
-        return batch
+
+        def collate(inputs: list[Tensor]) -> Tensor:
+            batch: Tensor = preprocess({"inputs": inputs, "data_samples": None})["inputs"]
+            return batch
+
+        images = read_images(range(len(dataset)), lambda index: dataset[index]["inputs"], batch_size, label)
+        return map(collate, images)
 
     def _open(self, split: CocoSplit, chosen: Iterable[int]) -> CheckedImages:
         """Open the chosen images with the pipeline for evaluation, which does not see their annotations."""

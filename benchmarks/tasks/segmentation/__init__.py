@@ -50,6 +50,7 @@ TASK = Task(
     main_metrics=("mean_iou", "mask_ap"),
     data="/path/to/coco",
     batch_size=1,
+    calibration_batch_size=1,
     options=("results",),
     arguments=ARGUMENTS,
     libraries=("segment_anything",),

@@ -44,6 +44,7 @@ from benchmarks.tasks.shared import (
     digest_file,
     digest_weights,
     read_batches,
+    read_images,
 )
 
 if TYPE_CHECKING:
@@ -111,18 +112,25 @@ class Segmentation:
         digests = digest_splits(self.train, self.validation)
         return digests if self.detected is None else {**digests, "prompts": digest_file(Path(self.prompts))}
 
-    def calibration_images(self, count: int, seed: int) -> Tensor:
-        """Return images of the train split, scaled, normalized and padded to `count`×3×S×S.
+    def calibration_batches(self, count: int, seed: int, batch_size: int | None = None) -> Iterator[Tensor]:
+        """Return batches of images of the train split, B×3×S×S, each read when it is asked for.
+
+        They are scaled, normalized and padded.
 
         Args:
             count: number of images.
             seed: seed of their choice.
+            batch_size: images a batch, fewer in the last one; None, the default, for all in one.
+
+        Raises:
+            AdfqError: for more images than there are, and images that cannot be read.
         """
-        return self._read(self.train, choose_images(len(self.train.images), count, seed), "reading calibration images")
+        chosen = choose_images(len(self.train.images), count, seed)
+        return self._read(self.train, chosen, "reading calibration images", batch_size)
 
     def evaluation_images(self, count: int) -> Tensor:
         """Return the first evaluation images, scaled, normalized and padded to B×3×S×S with B at most `count`."""
-        return self._read(self.validation, range(min(count, len(self.validation.images))), "reading images")
+        return next(self._read(self.validation, range(min(count, len(self.validation.images))), "reading images"))
 
     def infer(self, model: nn.Module, images: Tensor) -> Any:
         """Run the image encoder, which takes nearly all of the time.
@@ -280,12 +288,18 @@ class Segmentation:
             model = whole
         return SamPredictor(model.to(device).eval())
 
-    def _read(self, split: CocoSplit, chosen: Sequence[int], label: str) -> Tensor:
-        """Read images as the image encoder takes them, as one batch."""
+    def _read(
+        self, split: CocoSplit, chosen: Sequence[int], label: str, batch_size: int | None = None
+    ) -> Iterator[Tensor]:
+        """Return batches of images as the image encoder takes them, each read when it is asked for."""
         sam: Any = self.sam
         dataset = ScaledImages(split, [split.images[index] for index in chosen], self.preprocessing["size"])
-        bar = tqdm(range(len(dataset)), desc=label, unit="image", delay=2, leave=False, disable=None)
-        return torch.stack([sam.preprocess(dataset[index].to(sam.device)) for index in bar]).cpu()
+
+        def read(index: int) -> Tensor:
+            image: Tensor = sam.preprocess(dataset[index].to(sam.device)).cpu()
+            return image
+
+        return map(torch.stack, read_images(range(len(dataset)), read, batch_size, label))
 
 
 def _mean_ious(ious: Sequence[float], areas: Sequence[float]) -> dict[str, float]:

@@ -29,7 +29,7 @@ def test_full_precision_is_good_but_not_perfect_and_base_ptq_suffers(subject: Cl
     # On 1,000 of the 2,000 images the standard error is about 1 point; the bounds of the whole set are 85 and 97.
     full = subject.evaluate(subject.model, CPU, 1000, 100)["top1"]
     assert 84 <= full <= 98
-    quantized = adfq.quantize(subject.model, "base_ptq", 3, 3, subject.calibration_images(32, 0))
+    quantized = adfq.quantize(subject.model, "base_ptq", 3, 3, next(subject.calibration_batches(32, 0)))
     assert subject.evaluate(quantized, CPU, 1000, 100)["top1"] <= full - 8
 
 

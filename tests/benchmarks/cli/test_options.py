@@ -61,6 +61,9 @@ def test_every_cell_of_every_table(
         {"preprocessing": (("interpolation", "bilinear"),), "batch_size": 1, "seed": 3, "bits": "W3/A8"},
         {"task": "detection", "model": "configs/mine.py", "batch_size": 1},
         {"data": "folder:/data/2012", "data_name": "imagenet"},
+        {"calibration_batch_size": 8},
+        {"data": "folder:/data/2012", "calibration_size": 64},  # at once, which is not the default
+        {"data": "folder:/data/2012", "calibration_size": 64, "calibration_batch_size": 32},
         {"data": "folder:/data/2012", "task_arguments": (("class_map", "lists/names.txt"),)},
         {
             "task": "detection",
@@ -80,6 +83,26 @@ def test_every_field_of_a_cell(fields: dict[str, Any], parse: Callable[[list[str
     cell = Cell.create(**{"task": "classification", "model": "m", "data": "bundled", "method": "base_ptq"} | fields)
     again = cell_of(command_line(cell), parse)
     assert (again, again.location) == (cell, cell.location)
+
+
+@pytest.mark.parametrize(
+    ("task", "data", "given", "found"),
+    [
+        ("classification", "bundled", [], None),
+        ("classification", "folder:x", [], 32),
+        ("encoders", "folder:x", [], 32),
+        ("detection", "x", [], 1),
+        ("segmentation", "x", [], 1),
+        ("detection", "x", ["--calibration-batch-size", "3"], 3),
+        ("detection", "x", ["--calibration-batch-size", "64"], None),
+        ("segmentation", "bundled", ["--calibration-batch-size", "3"], 3),
+    ],
+)
+def test_images_in_one_pass_of_calibration(
+    task: str, data: str, given: list[str], found: int | None, parse: Callable[[list[str]], argparse.Namespace]
+) -> None:
+    words = ["run", task, "--model", "m", "--data", data, "--method", "base_ptq", "--calibration-size", "64", *given]
+    assert create_cell(parse(words)).calibration_batch_size == found
 
 
 def test_what_a_shell_reads(parse: Callable[[list[str]], argparse.Namespace]) -> None:

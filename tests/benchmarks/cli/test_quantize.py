@@ -19,7 +19,7 @@ from benchmarks.cli.main import main
 
 METHOD = [
     *("--model", "bundled_vit", "--method", "adfq_vit", "--method-arg", "iterations=0", "qkv_threshold=4.0"),
-    *("--bits", "W4A5", "--calibration-size", "4", "--seed", "3"),
+    *("--bits", "W4A5", "--calibration-size", "4", "--calibration-batch-size", "2", "--seed", "3"),
 ]
 QUANTIZE = ["quantize", "classification", "--data", "bundled"]
 RUN = ["run", "classification", "--data", "bundled"]
@@ -54,6 +54,7 @@ def unusable(file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     model = adfq.load(file)
     adfq.save(model, folder / "odd", notes={"preprocessing": {"mean": 3}})
     adfq.save(model, folder / "odder", notes={"preprocessing": "none"})
+    adfq.save(model, folder / "oddest", notes={"calibration_batch_size": -1})
     return {path.name: path for path in folder.iterdir()}
 
 
@@ -65,6 +66,7 @@ def test_a_file_measures_like_the_run_that_quantizes(file: Path, saved: dict[str
     assert saved["timing"].keys() == direct["timing"].keys()
     for name in ("task", "model", "data", "method", "bits", "calibration_size", "seed", "limit", "batch_size"):
         assert saved["config"][name] == direct["config"][name]
+    assert saved["config"]["calibration_batch_size"] == direct["config"]["calibration_batch_size"] == 2
     assert saved["config"]["checkpoint"] == file.stem
     assert ["qkv_threshold", 4.0] in saved["config"]["method_arguments"]
     assert ["fc1_threshold", 10.0] in saved["config"]["method_arguments"]
@@ -125,13 +127,14 @@ def test_files_saved_in_python_are_measured_as_timm_would(pictures: Path, tmp_pa
             "what --method, --bits, --seed would say",
         ),
         (
-            [*RUN, "--quantized", "{file}", "--calibration-size", "0", "--method-arg", "a=1"],
-            "what --method-arg, --calibration-size would say",
+            [*RUN, "--quantized", "{file}", "--calibration-batch-size", "1", "--method-arg", "a=1"],
+            "what --method-arg, --calibration-batch-size would say",
         ),
         ([*RUN, "--quantized", "{file}", "--mean", "0.5,0.5"], "one value, or one for each input channel"),
         ([*RUN[:2], "--data", "folder:no", "--quantized", "{file}"], "there is no no"),
         ([*RUN, "--quantized", "{odd}"], "its preprocessing is not timm's"),
         ([*RUN, "--quantized", "{odder}"], "its notes have no usable 'preprocessing'"),
+        ([*RUN, "--quantized", "{oddest}"], "calibration_batch_size must be a whole number of at least 1, got -1"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(

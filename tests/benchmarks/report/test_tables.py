@@ -172,6 +172,17 @@ def test_numbers_in_csv_are_numbers(bundled: Table) -> None:
     assert (numbers["calibration_size"][1], numbers["seed"][1], numbers["data"][1]) == (32, 0, "somewhere")
 
 
+def test_batches_of_calibration_are_told(bundled: Table) -> None:
+    rows = [replace(row, calibration_size=64 if row.method == "adfq_vit" else 32) for row in bundled.rows]
+    table = replace(bundled, rows=[replace(row, calibration_batch_size=32) for row in rows])
+    frame = tabulate_results(table, measure(table, {}))
+    text = render(table, frame, "md")
+    assert "calibrated on 32 (Base PTQ, PTQ4ViT, RepQ-ViT) and 64 in batches of 32 (ADFQ-ViT), seed 0." in text
+    numbers = pd.read_csv(io.StringIO(render(table, frame, "csv")), dtype=str)
+    sizes = numbers.groupby("method")["calibration_batch_size"].unique()
+    assert (sizes["adfq_vit"].tolist(), sizes["base_ptq"].isna().tolist()) == (["32"], [True])
+
+
 def test_seeds_become_mean_and_standard_deviation(bundled: Table) -> None:
     table = replace(bundled, seeds=[0, 1, 2])
     top1 = {("bundled_vit", "full_precision", "W32/A32"): 91.0, ("bundled_vit", "base_ptq", "W4/A4"): [80.0, 82, 84]}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
 import warnings
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -28,6 +31,28 @@ def test_a_record_says_what_was_measured_with_what(subject: Any, cells: list[Cel
     assert record["cost"]["calibration_seconds"] == record["timing"]["calibration"] > 0
     assert record["cost"]["forward_seconds"] > 0
     assert "outliers" not in record["cost"]  # of per-patch quantizers alone
+
+
+@pytest.mark.parametrize("batch_size", [None, 1])
+def test_seconds_of_calibration_are_without_reading(
+    batch_size: int | None, subject: Any, cells: list[Cell], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, asked = subject.calibration_batches, []
+
+    def read_slowly(*arguments: Any) -> Iterator[torch.Tensor]:
+        asked.append(arguments)
+        for batch in read(*arguments):
+            time.sleep(0.2)
+            yield batch
+
+    monkeypatch.setattr(subject, "calibration_batches", read_slowly)
+    start = time.perf_counter()
+    cell = replace(cells[1], calibration_batch_size=batch_size)
+    model, cost = runner.quantize_model(cell, subject, CPU)
+    reading = 0.2 * (2 if batch_size else 1)
+    assert 0 < cost["calibration_seconds"] <= time.perf_counter() - start - reading
+    assert model.quantization.calibration_size == 2
+    assert asked == [(2, 0, batch_size)]
 
 
 def test_unknown_devices_are_one_clear_line() -> None:

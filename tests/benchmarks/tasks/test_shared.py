@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import time
+import weakref
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from benchmarks.tasks.shared import Stopwatch, count_workers, create_loader, read_batches
+from benchmarks.tasks.shared import Stopwatch, count_workers, create_loader, read_batches, read_images, timed
 
 CPU = torch.device("cpu")
 
@@ -66,3 +67,32 @@ def test_waiting_is_what_reading_takes_and_nothing_else() -> None:
     assert loading.seconds >= 4 * 0.02
     assert model.seconds >= 2 * 0.05
     assert loading.seconds + model.seconds <= whole.seconds
+
+
+@pytest.mark.parametrize(("batch_size", "sizes"), [(None, [5]), (1, [1] * 5), (2, [2, 2, 1]), (5, [5]), (9, [5])])
+def test_images_are_read_when_their_batch_is_asked_for(batch_size: int | None, sizes: list[int]) -> None:
+    read: list[int] = []
+
+    def note(index: int) -> int:
+        read.append(index)
+        return index
+
+    seen = []
+    for batch in read_images([7, 3, 5, 1, 9], note, batch_size):
+        seen += batch
+        assert read == seen  # and none of the batches to come
+        assert len(batch) == sizes.pop(0)
+    assert (seen, sizes) == ([7, 3, 5, 1, 9], [])
+
+
+def test_a_batch_is_gone_before_the_next_one_is_read() -> None:
+    earlier: list[weakref.ref[Tensor]] = []
+
+    def read(index: int) -> Tensor:
+        assert not any(batch() is not None for batch in earlier)
+        return torch.full((3,), float(index))
+
+    batches = timed(map(torch.stack, read_images(range(4), read, 1)), Stopwatch())
+    for _ in range(4):
+        earlier.append(weakref.ref(next(batches)))
+    assert next(batches, None) is None

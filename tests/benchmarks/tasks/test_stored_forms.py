@@ -95,7 +95,7 @@ def test_pictures_of_another_size_are_refused_before_the_work(task: str, scenes:
     shutil.rmtree(root / "val2017")
     shutil.copytree(scenes / "val2017", root / "val2017")
     with pytest.raises(AdfqError, match=r"train2017/000000\.png has 48×48 pixels, and 96×96 in .*train2017\.json$"):
-        load(task, root).calibration_images(1, 0)
+        next(load(task, root).calibration_batches(1, 0))
 
 
 @pytest.mark.parametrize("task", TASKS)

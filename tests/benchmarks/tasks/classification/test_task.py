@@ -76,7 +76,7 @@ def test_slow_images_are_loading_and_not_the_model(load: Callable[..., Classific
 
 def test_calibration_images_come_from_the_train_split_and_follow_the_seed(load: Callable[..., Classification]) -> None:
     subject = load()
-    first, again, other = (subject.calibration_images(4, seed) for seed in (0, 0, 1))
+    first, again, other = (next(subject.calibration_batches(4, seed)) for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     train = torch.stack(
@@ -87,7 +87,10 @@ def test_calibration_images_come_from_the_train_split_and_follow_the_seed(load: 
     )
     assert torch.equal(first, train)
     with pytest.raises(AdfqError, match="24001 calibration images were asked for"):
-        subject.calibration_images(24_001, 0)
+        subject.calibration_batches(24_001, 0)
+    batches = list(subject.calibration_batches(4, 0, 3))
+    assert [len(batch) for batch in batches] == [3, 1]
+    assert torch.equal(torch.cat(batches), first)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
@@ -142,7 +145,7 @@ def test_non_finite_values_name_the_layer(load: Callable[..., Classification], m
         subject.model.blocks[1].mlp.fc1.bias[0] = float("nan")
 
     def measure() -> None:
-        model = adfq.quantize(subject.model, method, calibration=subject.calibration_images(2, 0))
+        model = adfq.quantize(subject.model, method, calibration=next(subject.calibration_batches(2, 0)))
         subject.evaluate(model, CPU, limit=4, batch_size=4)
 
     with pytest.raises(AdfqError, match=r"blocks\.1\.mlp"):
@@ -174,7 +177,7 @@ def fashion_mnist(real_data: Path, method: str, bits: str, limit: int | None, **
         preprocessing=(("crop_pct", 1.0), ("mean", (0.5,)), ("std", (0.5,))),
     )
     subject = load_classification(cell)
-    images = subject.calibration_images(32, 0)
+    images = next(subject.calibration_batches(32, 0))
     width = int(bits[1])
     quantized = adfq.quantize(subject.model, method, width, width, images, **options)
     return subject.evaluate(quantized, CPU, limit, 100)["top1"]

@@ -214,16 +214,37 @@ def test_an_evaluation_leaves_files_that_cocos_tools_read(
 
 
 def test_calibration_images_come_from_the_train_split_and_follow_the_seed(subject: Detection) -> None:
-    first, again, other = (subject.calibration_images(3, seed) for seed in (0, 0, 2))
+    first, again, other = (next(subject.calibration_batches(3, seed)) for seed in (0, 0, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert not first.is_inference()  # gradients are taken of them
     chosen = torch.randperm(5, generator=torch.Generator().manual_seed(0))[:3].tolist()
     assert torch.equal(first, torch.stack([pixels(subject.train.folder / f"{index:06d}.png") for index in chosen]))
     with pytest.raises(AdfqError, match="6 calibration images were asked for, the train split has 5"):
-        subject.calibration_images(6, 0)
+        subject.calibration_batches(6, 0)
     with pytest.raises(AdfqError, match="at least one calibration image"):
-        subject.calibration_images(0, 0)
+        subject.calibration_batches(0, 0)
+
+
+def test_calibration_batches_are_padded_to_their_own_largest_image(load: Callable[..., Detection], root: Path) -> None:
+    chosen = torch.randperm(5, generator=torch.Generator().manual_seed(0))[:3].tolist()
+    smaller = f"{chosen[2]:06d}.png"
+    Image.open(root / "train2017" / smaller).crop((0, 0, 96, 40)).save(root / "train2017" / smaller)
+    edit(
+        root / "annotations" / "instances_train2017.json",
+        lambda content: content["images"][chosen[2]].update(height=40),
+    )
+    subject = load(data=str(root))
+    (together,) = subject.calibration_batches(3, 0)
+    pairs, single = list(subject.calibration_batches(3, 0, 2)), list(subject.calibration_batches(3, 0, 1))
+    assert together.shape == (3, 3, 96, 96)
+    assert [batch.shape for batch in pairs] == [(2, 3, 96, 96), (1, 3, 64, 96)]  # 40 pixels, to whole 32
+    assert [batch.shape for batch in single] == [(1, 3, 96, 96), (1, 3, 96, 96), (1, 3, 64, 96)]
+    for batches in (pairs, single):
+        images = [image for batch in batches for image in batch]
+        assert all(
+            torch.equal(image, whole[:, : image.shape[1]]) for image, whole in zip(images, together, strict=True)
+        )
 
 
 def pixels(file: Path) -> Tensor:
@@ -358,7 +379,7 @@ def test_missing_files(load: Callable[..., Detection], root: Path) -> None:
     train.unlink()
     subject = load(data=str(root))  # to measure full precision, training images are not needed
     with pytest.raises(AdfqError, match=f"there is no {train}"):
-        subject.calibration_images(1, 0)
+        next(subject.calibration_batches(1, 0))
     shutil.rmtree(root / "val2017")
     with pytest.raises(AdfqError, match=r"names 000000\.png, .*, 000002\.png and 3 more, which .*val2017 does"):
         load(data=str(root))
@@ -393,7 +414,7 @@ def test_a_broken_image_is_named(damage: str, workers: int, load: Callable[..., 
             content = broken.read_bytes()
             broken.write_bytes(b"no image" if damage == "text" else content[: len(content) // 2])
     with pytest.raises(AdfqError, match=f"^cannot read {root}/train2017/00000.\\.png: ") as caught:
-        subject.calibration_images(2, 0)
+        next(subject.calibration_batches(2, 0))
     assert "\n" not in str(caught.value)
     # The first ones are whole, so that it is the evaluation that finds the broken one.
     for number in range(4):
@@ -493,7 +514,7 @@ def test_cocos_own_images(real_data: Path, tmp_path: Path) -> None:
     first = json.loads((data / "annotations" / "instances_val2017.json").read_text())["images"][:3]
     assert {item["image_id"] for item in found} == {image["id"] for image in first}
     assert {item["category_id"] for item in found} == {1}
-    images = subject.calibration_images(4, 0)
+    images = next(subject.calibration_batches(4, 0))
     assert images.shape[0] == 4
     assert {images.shape[2] % 32, images.shape[3] % 32} == {0}
     assert images.abs().max() < 5

@@ -76,7 +76,7 @@ def test_quantized_features_are_compared_with_full_precision(load: Callable[...,
             method="base_ptq",
             weight_bits=bits,
             activation_bits=bits,
-            calibration=subject.calibration_images(4, 0),
+            calibration=next(subject.calibration_batches(4, 0)),
         )
         metrics = subject.evaluate(quantized, CPU, limit=16, batch_size=16)
         images = torch.stack([subject.validation[index][0] for index in range(16)])
@@ -118,7 +118,7 @@ def test_features_are_the_class_token_or_the_mean_of_the_patches(
 
 def test_a_saved_encoder_is_measured_without_full_precision(load: Callable[..., Encoder], tmp_path: Path) -> None:
     subject = load()
-    images = subject.calibration_images(4, 0)
+    images = next(subject.calibration_batches(4, 0))
     quantized = adfq.quantize(subject.model, method="base_ptq", weight_bits=4, activation_bits=4, calibration=images)
     cell = create_cell(method="base_ptq", task_arguments=(("head_images", 24),))
     save_quantized(quantized, cell, subject, tmp_path / "x.safetensors")

@@ -387,7 +387,7 @@ def test_images_are_scaled_normalized_and_padded(load: Callable[..., Segmentatio
 
 def test_calibration_images_come_from_the_train_split_and_follow_the_seed(load: Callable[..., Segmentation]) -> None:
     subject = load()
-    first, again, other = (subject.calibration_images(3, seed) for seed in (0, 0, 1))
+    first, again, other = (next(subject.calibration_batches(3, seed)) for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert not first.is_inference()  # gradients are taken of them
@@ -395,7 +395,9 @@ def test_calibration_images_come_from_the_train_split_and_follow_the_seed(load: 
     pixels = np.array([Image.open(subject.train.folder / f"{index:06d}.png") for index in chosen], np.float32)
     assert torch.equal(first, torch.from_numpy(pixels).permute(0, 3, 1, 2).sub(127.5).div(127.5))
     with pytest.raises(AdfqError, match="5 calibration images were asked for, the train split has 4"):
-        subject.calibration_images(5, 0)
+        subject.calibration_batches(5, 0)
+    pair, rest = subject.calibration_batches(3, 0, 2)
+    assert torch.equal(torch.cat([pair, rest]), first)
 
 
 @pytest.mark.parametrize(
@@ -488,7 +490,7 @@ def test_a_broken_image_is_named(damage: str, load: Callable[..., Segmentation],
     for split, work in (
         ("val2017", lambda: evaluate(subject)),
         ("val2017", lambda: subject.evaluation_images(3)),
-        ("train2017", lambda: subject.calibration_images(3, 0)),
+        ("train2017", lambda: next(subject.calibration_batches(3, 0))),
         *([] if damage == "cut" else [("val2017", lambda: load(root))]),  # headers are read before the work
     ):
         message = stated.format(root / split / "12.png", root / "annotations" / f"instances_{split}.json")
@@ -574,7 +576,7 @@ def test_cocos_own_images(real_data: Path) -> None:
     metrics = evaluate(subject, 2)
     assert metrics["images"] == 2
     assert metrics["mean_iou"] > 60
-    assert subject.calibration_images(1, 0).shape == (1, 3, 1024, 1024)
+    assert next(subject.calibration_batches(1, 0)).shape == (1, 3, 1024, 1024)
 
 
 def test_other_annotations_or_prompts_have_other_digests(load: Callable[..., Segmentation], tmp_path: Path) -> None:
