@@ -269,7 +269,33 @@ def test_calibration_of_detectors() -> None:
         for profile in ("bundled", "full")
     }
     assert sizes["bundled"] == {"base_ptq": 32, "ptq4vit": 32, "repq_vit": 32, "adfq_vit": 64}
-    assert sizes["full"] == {"base_ptq": 1, "ptq4vit": 1, "repq_vit": 1, "adfq_vit": 32}
+    assert sizes["full"] == {"base_ptq": 32, "ptq4vit": 32, "repq_vit": 1, "adfq_vit": 32}
+
+
+@pytest.mark.parametrize(
+    ("name", "profile", "calibrated"),
+    [
+        ("1", "full", {"base_ptq": (32, None), "adfq_vit": (1024, 32)}),
+        ("2", "full", {"base_ptq": (32, 1), "repq_vit": (1, None), "adfq_vit": (32, 1)}),
+        ("3", "full", {"base_ptq": (32, 1), "adfq_vit": (32, 1)}),
+        ("3", "mobile", {"base_ptq": (80, 1), "adfq_vit": (80, 1)}),
+        ("4", "full", {"adfq_vit": (1024, 32)}),
+        ("5", "full", {"base_ptq": (32, None), "adfq_vit": (1024, 32)}),
+        ("encoders", "folder", {"base_ptq": (32, None), "adfq_vit": (64, 32)}),
+    ],
+)
+def test_large_models_are_calibrated_in_batches(
+    name: str, profile: str, calibrated: dict[str, tuple[int, int | None]]
+) -> None:
+    cells = reversed([entry.cell for entry in load_table(name, profile).entries(data="somewhere")])
+    found = {cell.method: (cell.calibration_size, cell.calibration_batch_size) for cell in cells}
+    assert found.items() >= calibrated.items()
+
+
+def test_bundled_models_are_calibrated_at_once() -> None:
+    profiles = [(name, BUNDLED) for name in table_names(BUNDLED)] + [("encoders", "real")]
+    rows = [row for name, profile in profiles for row in load_table(name, profile).rows]
+    assert {row.calibration_batch_size for row in rows} == {None}  # as their records are
 
 
 def test_each_model_has_a_column_of_each_metric(detection: Table) -> None:
