@@ -38,7 +38,10 @@ def cell_of(line: str, parse: Callable[[list[str]], argparse.Namespace]) -> Cell
     return create_cell(options)
 
 
-@pytest.mark.parametrize("more", [[], ["--limit", "50", "--calibration-size", "4", "--batch-size", "7"]])
+@pytest.mark.parametrize(
+    "more",
+    [[], ["--limit", "50", "--calibration-size", "4", "--calibration-batch-size", "3", "--batch-size", "7"]],
+)
 @pytest.mark.parametrize("profile", ["bundled", "full", "mobile"])
 def test_every_cell_of_every_table(
     profile: str, more: list[str], parse: Callable[[list[str]], argparse.Namespace]
@@ -48,6 +51,8 @@ def test_every_cell_of_every_table(
         options = parse(["table", name, "--profile", profile, *data, *more])
         (planned,) = make_plan(options.names, select(options), check_files=False).tables
         for entry in planned.entries:
+            if more and entry.row.method != "full_precision":
+                assert entry.cell.calibration_batch_size == 3
             again = cell_of(command_line(entry.cell), parse)
             assert (again, again.id, again.location) == (entry.cell, entry.cell.id, entry.cell.location)
 
