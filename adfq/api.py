@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from adfq.adapters import Architecture, adapt, describe
-from adfq.calibration import check_input, gather_batches
+from adfq.calibration import check_input, read_images
 from adfq.errors import AdfqError, NotApplicableError
 from adfq.method import Bits, FullPrecision, Method, Run
 from adfq.registry import create_method, method_name
@@ -67,10 +67,12 @@ def quantize(
             width, and its documentation says so.
         activation_bits: bit-width of activations, 2 to 8; the default is 4.
         calibration: preprocessed images as a tensor B×C×H×W, or an iterable of batches such as a DataLoader, which is
-            read until there are enough images.
+            read until there are enough images. A batch goes through the model at once, a tensor as a whole: memory
+            depends on the batch, not on the number of images. Batches may differ in size, and wait in a temporary file.
         seed: seed of the method's random numbers; 0 by default. The global generators stay as they were.
-        resume: a folder in which a long optimization keeps finished units; None, the default, keeps nothing. A call
-            with the same arguments continues from it, on a CPU to the same bits. The caller deletes the folder.
+        resume: a folder in which a long calibration or optimization keeps finished units; None, the default, keeps
+            nothing. A call with the same arguments continues from it, on a CPU to the same bits. The caller deletes
+            the folder.
         calibration_size: number of calibration images. None, the default, takes a tensor whole, and from an iterable
             the method's usual number (`Method.calibration_size`), or all where these are fewer.
         **options: options of a method given by name.
@@ -81,7 +83,7 @@ def quantize(
 
     Raises:
         AdfqError: for unknown methods, options and bit-widths, models without an adapter, missing or unusable
-            calibration images.
+            calibration images, a full disk.
         NotApplicableError: for a method that cannot be applied to the model.
         NonFiniteError: for activations or weights that are not finite; it names the layer.
     """
@@ -97,10 +99,8 @@ def quantize(
         model.eval()  # some models return None here
         if isinstance(method, FullPrecision):
             return model
-        run = Run(
-            gather_batches(calibration, calibration_size, method.calibration_size),
-            None if resume is None else Path(resume),
-        )
+        folder = None if resume is None else Path(resume)
+        run = Run(read_images(calibration, calibration_size, method.calibration_size, folder))
         architecture = describe(model)
         network = adapt(model)
         if network.unsupported:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from adfq.bits import Bits
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from adfq.calibration import CalibrationImages
     from adfq.sites import Network, Recipe
 
 #: The name of the method that leaves a model as it is.
@@ -24,13 +22,11 @@ class Run:
     """One application of a method: its inputs beside the network, and its report.
 
     Attributes:
-        images: calibration images, B×C×H×W.
-        resume: a folder for finished parts of a long optimization; None keeps nothing.
+        images: calibration images in batches; their ``folder`` is that of finished parts, None to keep nothing.
         report: findings of the method by subject, in JSON's types; filled by `Method.apply`.
     """
 
-    images: Tensor
-    resume: Path | None = None
+    images: CalibrationImages
     report: dict[str, Any] = field(default_factory=dict)
 
 
@@ -72,7 +68,7 @@ class Method(ABC):
 
         Args:
             network: an adapted model without quantizers.
-            run: calibration images, resume folder and report.
+            run: calibration images and report.
             bits: bit-widths of weights and activations.
 
         Raises:

@@ -8,28 +8,26 @@ QDrop, Wei et al., 2022.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from functools import partial
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from adfq.calibration import calibrating, progress_bar
+from adfq.calibration.finished import Finished
+from adfq.calibration.passes import calibrate_part, pinned
+from adfq.calibration.walk import Call, Enough, Part, Walk
 from adfq.errors import AdfqError
 from adfq.layers import QuantConv2d, QuantMatMul, QuantWeightLayer
 from adfq.method import Method, Run
 from adfq.quantizers import Quantizer, UniformQuantizer
 from adfq.quantizers.adaround import AdaRound
-from adfq.sites import Network
+from adfq.sites import Network, full_precision, is_within, sites_of
 
 _WARM_UP = 0.2  # share of the iterations before rounding is regularized
 _BETA = (20.0, 2.0)  # the regularizer's exponent, from and to
@@ -121,13 +119,13 @@ class Result:
 def optimize_units(network: Network, run: Run, options: OptimizerOptions) -> dict[str, Result]:
     """Calibrate and optimize unit after unit of a network with quantized weights.
 
-    One forward pass serves full precision and the quantized network side by side: every unit finds its inputs in both,
-    is calibrated and optimized, and hands on its outputs in both. A run with a folder to resume from leaves finished
-    units there, and does not optimize them again.
+    Full precision and the quantized network walk side by side: every unit finds its inputs in both, is calibrated and
+    optimized. Memory holds these inputs and the targets of one unit for all images, and a batch of everything else. A
+    run with a folder to resume from leaves finished units there, and does not optimize them again.
 
     Args:
         network: network with quantizers attached and weights quantized; its parameters get no gradients any more.
-        run: images, B×C×H×W, and the folder to resume from.
+        run: calibration images, and the folder to resume from.
         options: options of the optimization.
 
     Returns:
@@ -137,42 +135,34 @@ def optimize_units(network: Network, run: Run, options: OptimizerOptions) -> dic
         NonFiniteError: for activations that hold NaN or infinity; the message names the site.
         AdfqError: for a folder that cannot be written.
     """
-    images = network.place(run.images)
     network.model.requires_grad_(False)
     # A seed for each module, so that what one draws does not depend on those before it.
     seeds = torch.randint(2**62, (len(network.units),)).tolist()
-    finished = _Finished(run.resume, network, images, f"{options} {seeds}")
+    finished = Finished(run.images.folder, network, run.images, f"{options} {seeds}")
+    # Both versions of the network walk in batches of the optimization's size.
+    images = run.images.split(options.optimize_batch_size)
+    walks = Walk(network, images, full_precision=True), Walk(network, images)
     results: dict[str, Result] = {}
-    outputs: list[Tensor] = []
-    hooks = []
 
-    with progress_bar("optimizing modules", len(network.units) * options.iterations) as progress:
+    def optimize(name: str, seed: int, parts: Sequence[Part]) -> None:
+        progress.set_description(f"optimizing {name}")
+        torch.manual_seed(seed)
+        examples, places = _collect(network.model.get_submodule(name), walks, parts)
+        unit = _Reconstruction(network, name, examples, places, run.images.sizes, options)
+        known = finished.restore(name)
+        if known is None:
+            results[name] = unit.run(progress.update)
+            finished.keep(name, unit.state(), asdict(results[name]))
+        else:
+            unit.load_state(known[0])
+            results[name] = Result(**known[1])
+        progress.set_postfix_str(f"error {results[name].before:.3g} → {results[name].after:.3g}")
 
-        def optimize(name: str, seed: int, module: nn.Module, arguments: tuple[Any, ...], keywords: Any) -> Any:
-            progress.set_description(f"optimizing {name}")
-            torch.manual_seed(seed)
-            reconstruction = _Reconstruction(network, name, len(images), options, arguments, keywords)
-            result = finished.restore(name, reconstruction)
-            if result is None:
-                result = reconstruction.run(progress.update)
-                finished.keep(name, reconstruction, result)
-            results[name] = result
-            progress.set_postfix_str(f"error {result.before:.3g} → {result.after:.3g}")
-            outputs.append(torch.cat([reconstruction.targets, reconstruction.quantized_outputs()]).flatten(0, 1))
-            # The module itself runs on one image only, for its output is known.
-            first = {key: tensor[0] for key, tensor in reconstruction.inputs.items()}
-            return _replace(arguments, keywords, first)
-
-        for name, seed in zip(network.units, seeds, strict=True):
-            module = network.model.get_submodule(name)
-            hooks.append(module.register_forward_pre_hook(partial(optimize, name, seed), with_kwargs=True))
-            hooks.append(module.register_forward_hook(lambda *_: outputs.pop()))
-        try:
-            with torch.no_grad():
-                network.run_units(torch.cat([images, images]))
-        finally:
-            for hook in hooks:
-                hook.remove()
+    with progress_bar("optimizing modules", len(network.units) * options.iterations) as progress, torch.no_grad():
+        for parts in zip(*(walk.parts() for walk in walks), strict=True):
+            for name, seed in zip(network.units, seeds, strict=True):
+                if name not in results and is_within(name, parts[0].name):
+                    optimize(name, seed, parts)
     worse = [name for name, result in results.items() if not result.kept]
     if worse:
         warnings.warn(
@@ -181,121 +171,133 @@ def optimize_units(network: Network, run: Run, options: OptimizerOptions) -> dic
     return results
 
 
-class _Finished:
-    """Units that an earlier run of the same network, images and options has optimized."""
+@dataclass
+class _Examples:
+    """Inputs and targets of a unit for images of one size, on the host.
 
-    def __init__(self, folder: Path | None, network: Network, images: Tensor, options: str) -> None:
-        self.folder = folder
-        if self.folder is None:
-            return
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise AdfqError(f"cannot write to {self.folder}: {error.strerror}") from None
-        digest = hashlib.sha256(f"{torch.__version__} {options} {network.model}".encode())
-        for tensor in (images, *network.model.state_dict().values()):
-            digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        self.fingerprint = digest.hexdigest()
+    Tensors are B×k×…, with k rows of the unit's input for each image (Swin's windows). Inputs are all tensor arguments
+    with as many rows as the first, by position or keyword: cross-attention has three. Keywords in the unit's
+    `shared_arguments` are not among them.
 
-    def restore(self, name: str, reconstruction: _Reconstruction) -> Result | None:
-        """Load the state of a finished unit, and return its outcome; None for an unfinished one."""
-        if self.folder is None:
-            return None
-        from safetensors import SafetensorError, safe_open
+    Attributes:
+        call: the unit's arguments for some images; all but the inputs are those of every image.
+        inputs: inputs in full precision.
+        quantized_inputs: inputs in the quantized network.
+        targets: outputs in full precision.
+        count: number of images.
+    """
 
-        try:
-            with safe_open(self.folder / f"{name}.safetensors", "pt") as file:
-                found = json.loads(file.metadata()["adfq"])
-                if found.pop("fingerprint") != self.fingerprint:
-                    return None
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError):  # none, or a damaged one
-            return None
-        reconstruction.load_state(tensors)
-        return Result(**found)
+    call: Call
+    inputs: dict[int | str, Tensor]
+    quantized_inputs: dict[int | str, Tensor]
+    targets: Tensor = field(default_factory=lambda: torch.empty(0))
+    count: int = 0
 
-    def keep(self, name: str, reconstruction: _Reconstruction, result: Result) -> None:
-        """Save a unit's state and outcome."""
-        if self.folder is None:
-            return
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
 
-        path = self.folder / f"{name}.safetensors"
-        header = json.dumps({"fingerprint": self.fingerprint, **asdict(result)})
-        try:
-            save_file(reconstruction.state(), path.with_suffix(".part"), {"adfq": header})
-            os.replace(path.with_suffix(".part"), path)
-        except (OSError, SafetensorError) as error:
-            raise AdfqError(f"cannot write {path}: {error}") from None
+def _inputs_in(call: Call, images: int, shared: Sequence[str]) -> dict[int | str, Tensor]:
+    # Rotary positions, say, may have as many rows by chance.
+    tensors = {key: value for key, value in _by_key(*call) if isinstance(value, Tensor) and key not in shared}
+    rows = len(next(iter(tensors.values())))
+    return {
+        key: tensor.unflatten(0, (images, -1))
+        for key, tensor in tensors.items()
+        if tensor.dim() and len(tensor) == rows
+    }
+
+
+def _collect(unit: nn.Module, walks: Sequence[Walk], parts: Sequence[Part]) -> tuple[list[_Examples], Tensor]:
+    """Return a unit's inputs in both versions of the network.
+
+    Returns:
+        Examples for each size of images, and the place of each image: the index of its examples and that among them.
+    """
+    shared = getattr(unit, "shared_arguments", ())
+    examples: dict[tuple[Any, ...], _Examples] = {}
+    places: list[Tensor] = []
+    total = sum(parts[0].sizes)
+    for index, (walk, part) in enumerate(zip(walks, parts, strict=True)):
+        start = dict.fromkeys(examples, 0)
+        with walk.mode():
+            for images, call in zip(part.sizes, part.calls(unit), strict=True):
+                inputs = _inputs_in(call, images, shared)
+                shape = tuple((key, tensor.shape[1:]) for key, tensor in inputs.items())
+                if shape not in examples:
+                    # Memory that is never written to is none.
+                    both = [
+                        {
+                            key: torch.empty(total, *tensor.shape[1:], dtype=tensor.dtype)
+                            for key, tensor in inputs.items()
+                        }
+                        for _ in walks
+                    ]
+                    examples[shape], start[shape] = _Examples(call, *both), 0
+                found = examples[shape]
+                where = slice(start[shape], start[shape] + images)
+                for key, tensor in inputs.items():
+                    (found.quantized_inputs if index else found.inputs)[key][where] = tensor
+                if not index:
+                    place = torch.arange(where.start, where.stop)
+                    places.append(torch.stack([torch.full_like(place, list(examples).index(shape)), place], 1))
+                start[shape] = found.count = where.stop
+    return list(examples.values()), torch.cat(places)
 
 
 class _Reconstruction:
     """Unit with all data of its optimization.
 
-    Inputs, targets and scores are B×k×…, with k rows of the unit's input for each image (Swin's windows). Inputs are
-    all tensor arguments with as many rows as the first, by position or keyword: cross-attention has three. Keywords in
-    the unit's `shared_arguments` are not among them.
+    Args:
+        network: network with the unit.
+        name: name of the unit.
+        examples: its inputs for each size of images.
+        places: of each image, the index of its examples and that among them; N×2.
+        sizes: numbers of images that are calibrated on at once.
+        options: options of the optimization.
     """
 
     def __init__(
         self,
         network: Network,
         name: str,
-        images: int,
+        examples: list[_Examples],
+        places: Tensor,
+        sizes: Sequence[int],
         options: OptimizerOptions,
-        arguments: tuple[Any, ...],
-        keywords: Mapping[str, Any],
     ) -> None:
-        self.options = options
-        self.module = network.model.get_submodule(name)
-        self.arguments = arguments, keywords
+        self.model, self.name, self.module = network.model, name, network.model.get_submodule(name)
+        self.options, self.examples, self.places, self.sizes = options, examples, places, sizes
+        self.device = next(network.model.parameters()).device
         modules = self.module.named_modules()
         self.layers = {key: layer for key, layer in modules if isinstance(layer, QuantWeightLayer)}
+        self.sites = list(sites_of(network.model, name))
         self.quantizers = network.activation_quantizers(name)
-        self.softmaxes = [module for module in self.module.modules() if isinstance(module, nn.Softmax)]
+        softmaxes = [module for module in self.module.modules() if isinstance(module, nn.Softmax)]
+        self.softmaxes = softmaxes if options.attention_weight else []
         self.channels_first = any(isinstance(layer, QuantConv2d) for layer in self.layers.values())
-        self.inputs, self.quantized_inputs = {}, {}
-        # Rotary positions, say, may have as many rows by chance.
-        shared = getattr(self.module, "shared_arguments", ())
-        tensors = {
-            key: value for key, value in _by_key(arguments, keywords) if isinstance(value, Tensor) and key not in shared
-        }
-        rows = len(next(iter(tensors.values())))
-        for key, tensor in tensors.items():
-            if tensor.dim() and len(tensor) == rows:
-                halves = tensor.unflatten(0, (2 * images, -1)).chunk(2)
-                self.inputs[key], self.quantized_inputs[key] = halves
-        with network.full_precision():
-            self.targets, self.scores = self._targets()
+        images = len(places)
+        with full_precision(self.sites):
+            for found, chosen in self._batches(torch.arange(images)):
+                output = self._forward(found, found.inputs, chosen).unflatten(0, (len(chosen), -1))
+                if not found.targets.numel():
+                    found.targets = torch.empty(found.count, *output.shape[1:], dtype=output.dtype)
+                found.targets[chosen] = output.to(found.targets.device)
         held_back = round(options.held_back * images)
         self.trained_on, self.judged_on = torch.arange(images).tensor_split([images - held_back])
         if not held_back:
             self.judged_on = self.trained_on
 
-    def _targets(self) -> tuple[Tensor, list[Tensor]]:
-        outputs, scores = [], []
-        for chosen in self._batches():
-            with self._scores() as found:
-                outputs.append(self._forward(_choose(self.inputs, chosen)).unflatten(0, (len(chosen), -1)))
-            scores.append([self._distribution(score).unflatten(0, (len(chosen), -1)) for score in found])
-        return torch.cat(outputs), [torch.cat(parts) for parts in zip(*scores, strict=True)]
+    def _batches(self, images: Tensor) -> Iterator[tuple[_Examples, Tensor]]:
+        """Yield images in batches, none of which has two sizes: examples, and indices among them."""
+        for index, found in enumerate(self.examples):
+            which, place = self.places[images].unbind(1)
+            for chosen in place[which == index].split(self.options.optimize_batch_size):
+                yield found, chosen
 
-    def quantized_outputs(self) -> Tensor:
-        """Return the unit's outputs in the quantized network, B×k×…."""
-        outputs = [
-            self._forward(_choose(self.quantized_inputs, chosen)).unflatten(0, (len(chosen), -1))
-            for chosen in self._batches()
-        ]
-        return torch.cat(outputs)
+    def _forward(self, examples: _Examples, inputs: Mapping[int | str, Tensor], chosen: Tensor) -> Tensor:
+        return self._run(examples, {key: tensor[chosen] for key, tensor in inputs.items()})
 
-    def _batches(self) -> tuple[Tensor, ...]:
-        images = len(next(iter(self.inputs.values())))
-        batches: tuple[Tensor, ...] = torch.arange(images).split(self.options.optimize_batch_size)
-        return batches
-
-    def _forward(self, inputs: Mapping[int | str, Tensor]) -> Tensor:
-        arguments, keywords = _replace(*self.arguments, {key: tensor.flatten(0, 1) for key, tensor in inputs.items()})
+    def _run(self, examples: _Examples, inputs: Mapping[int | str, Tensor]) -> Tensor:
+        rows = {key: tensor.flatten(0, 1).to(self.device) for key, tensor in inputs.items()}
+        arguments, keywords = _replace(*examples.call, rows)
         output: Tensor = self.module.forward(*arguments, **keywords)
         return output
 
@@ -307,16 +309,32 @@ class _Reconstruction:
         return error.sum(1).mean()
 
     @contextmanager
-    def _scores(self) -> Iterator[list[Tensor]]:
-        """Collect the input of every softmax of the unit inside the block."""
+    def _scores(self, alone: bool = False) -> Iterator[list[Tensor]]:
+        """Collect the input of every softmax of the unit inside the block, or in a pass that is for these alone."""
         found: list[Tensor] = []
-        wanted = self.softmaxes if self.options.attention_weight else []
-        hooks = [softmax.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0])) for softmax in wanted]
+
+        def collect(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            found.append(inputs[0])
+            if alone and len(found) == len(self.softmaxes):
+                raise Enough
+
+        hooks = [softmax.register_forward_pre_hook(collect) for softmax in self.softmaxes]
         try:
             yield found
+        except Enough:
+            pass
         finally:
             for hook in hooks:
                 hook.remove()
+
+    @torch.no_grad()
+    def _target_scores(self, examples: _Examples, chosen: Tensor) -> list[Tensor]:
+        """Return the distributions of attention in full precision, which memory has no room for of all images."""
+        if not self.softmaxes:
+            return []
+        with full_precision(self.sites), self._scores(alone=True) as found:
+            self._forward(examples, examples.inputs, chosen)
+        return [self._distribution(score) for score in found]
 
     def _distribution(self, scores: Tensor) -> Tensor:
         if self.options.released:
@@ -325,8 +343,7 @@ class _Reconstruction:
 
     def run(self, done: Callable[[], object]) -> Result:
         """Calibrate and optimize the unit."""
-        with calibrating(self.quantizers.items()):
-            self._forward(self.quantized_inputs)
+        self._calibrate()
         calibrated, before = self.state(), self._error()
         self._optimize(done)
         after = self._error()
@@ -334,6 +351,20 @@ class _Reconstruction:
         if not kept:
             self.load_state(calibrated)
         return Result(before, after, kept)
+
+    def _calibrate(self) -> None:
+        batches = [self.places[indices] for indices in torch.arange(len(self.places)).split(list(self.sizes))]
+
+        def run(batch: int) -> Tensor:
+            examples = self.examples[int(batches[batch][0, 0])]
+            return self._forward(examples, examples.quantized_inputs, batches[batch][:, 1])
+
+        if len(batches) == 1:
+            with calibrating(self.quantizers.items()):
+                run(0)
+        else:
+            with pinned(self.quantizers.values()):
+                calibrate_part(self.model, Part(self.name, self.sizes, run), self.quantizers)
 
     def _optimize(self, done: Callable[[], object]) -> None:
         options = self.options
@@ -391,31 +422,37 @@ class _Reconstruction:
         fixed = operands if self.options.released else []
         return [quantizer for quantizer in self.quantizers.values() if not any(quantizer is other for other in fixed)]
 
-    def _draw(self) -> Tensor:
-        """Return the images of an iteration, by their indices."""
-        count, size = len(self.trained_on), self.options.optimize_batch_size
+    def _draw(self) -> tuple[_Examples, Tensor]:
+        """Return the images of an iteration, which have one size: examples, and indices among them."""
+        which, place = self.places[self.trained_on].unbind(1)
+        if len(self.examples) > 1:
+            place = place[which == (which := which[torch.randint(len(which), (1,))])]
+        examples = self.examples[int(which[0])]
+        count, size = len(place), self.options.optimize_batch_size
         if self.options.released:
-            return self.trained_on[torch.randint(count, (size,))]
-        return self.trained_on[torch.randperm(count)[:size]]
+            return examples, place[torch.randint(count, (size,))]
+        return examples, place[torch.randperm(count)[:size]]
 
     def _loss(self, progress: float) -> Tensor:
         """Return the loss of a random batch, `progress` (0 to 1) through the iterations."""
         options = self.options
-        chosen = self._draw()
+        examples, chosen = self._draw()
         mixed = {}
-        for key, tensor in _choose(self.inputs, chosen).items():
-            quantized = torch.rand_like(tensor) < options.mix_probability
-            mixed[key] = torch.where(quantized, self.quantized_inputs[key][chosen], tensor)
+        for key, tensor in examples.inputs.items():
+            full = tensor[chosen]
+            quantized = torch.rand_like(full) < options.mix_probability
+            mixed[key] = torch.where(quantized, examples.quantized_inputs[key][chosen], full)
+        targets = self._target_scores(examples, chosen)
         for layer, rounding in self.roundings:
             layer.learned_weight = rounding.soft().to(layer.weight.dtype)
         with (
-            torch.autocast(self.targets.device.type, torch.bfloat16, enabled=options.autocast),
+            torch.autocast(self.device.type, torch.bfloat16, enabled=options.autocast),
             self._scores() as scores,
         ):
-            output = self._forward(mixed)
-        loss = self._squared_error(output, self.targets[chosen].flatten(0, 1))
-        for score, target in zip(scores, self.scores, strict=True):
-            loss = loss + options.attention_weight * self._divergence(score, target[chosen].flatten(0, 1))
+            output = self._run(examples, mixed)
+        loss = self._squared_error(output, examples.targets[chosen].flatten(0, 1).to(self.device))
+        for score, target in zip(scores, targets, strict=True):
+            loss = loss + options.attention_weight * self._divergence(score, target)
         if progress >= _WARM_UP:
             start, end = _BETA
             beta = start + (end - start) * (progress - _WARM_UP) / (1 - _WARM_UP)
@@ -463,9 +500,10 @@ class _Reconstruction:
     def _error(self) -> float:
         """Return the reconstruction error on the judging images, with the quantized network's inputs."""
         total = 0.0
-        for chosen in self.judged_on.split(self.options.optimize_batch_size):
-            output = self._forward(_choose(self.quantized_inputs, chosen))
-            total += float(self._squared_error(output, self.targets[chosen].flatten(0, 1))) * len(chosen)
+        for examples, chosen in self._batches(self.judged_on):
+            output = self._forward(examples, examples.quantized_inputs, chosen)
+            target = examples.targets[chosen].flatten(0, 1).to(self.device)
+            total += float(self._squared_error(output, target)) * len(chosen)
         return total / len(self.judged_on)
 
     def state(self) -> dict[str, Tensor]:
@@ -505,7 +543,3 @@ def _replace(
     """Replace some arguments of a call."""
     changed = {**dict(_by_key(arguments, keywords)), **values}
     return tuple(changed[index] for index in range(len(arguments))), {key: changed[key] for key in keywords}
-
-
-def _choose(inputs: Mapping[int | str, Tensor], chosen: Tensor) -> dict[int | str, Tensor]:
-    return {key: tensor[chosen] for key, tensor in inputs.items()}

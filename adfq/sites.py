@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -126,6 +126,16 @@ def operators_of(model: nn.Module) -> Iterator[tuple[str, QuantWeightLayer | Qua
             yield name, module
 
 
+def is_within(name: str, part: str) -> bool:
+    """Return True if a module belongs to a part of its model.
+
+    Args:
+        name: name of the module.
+        part: name of the part; ``""`` stands for all of the model.
+    """
+    return not part or f"{name}.".startswith(f"{part}.")
+
+
 def sites_of(model: nn.Module, within: str = "") -> Iterator[Site]:
     """Return every site of a model, quantized or not, in the order of registration.
 
@@ -134,7 +144,7 @@ def sites_of(model: nn.Module, within: str = "") -> Iterator[Site]:
         within: the name of a part of the model; ``""``, the default, stands for all of it.
     """
     for name, operator in operators_of(model):
-        if within and not f"{name}.".startswith(f"{within}."):
+        if not is_within(name, within):
             continue
         if isinstance(operator, QuantMatMul):
             for attribute, role in zip(_ATTRIBUTES[QuantMatMul], operator.roles, strict=True):
@@ -172,7 +182,10 @@ class Network:
             MLPs, patch mergings, heads. Each returns one tensor; an nn.Softmax in it marks its attention scores.
         unsupported: names of linear and convolution layers that the adapter has no rule for.
         excluded: patterns (`fnmatch`) of the names of layers that every method leaves in full precision.
-        forward_units: takes images through all `units`; None where that is `forward_all`.
+        trunk: names of modules in series, in the order of the forward pass: patch embedding, blocks, patch mergings.
+            Later values depend on an earlier module only through the output of the one before them, and through those
+            of `trunk_outputs`. Calibration in batches goes from one to the next (`adfq.calibration.walk`).
+        trunk_outputs: names of modules of the trunk, beside the last, whose outputs are read behind the trunk.
         forward_all: takes images through every layer; None where that is the model itself.
     """
 
@@ -181,7 +194,8 @@ class Network:
     units: tuple[str, ...] = ()
     unsupported: tuple[str, ...] = ()
     input_paddings: Mapping[str, Tensor] = field(default_factory=dict)
-    forward_units: Callable[[Tensor], Any] | None = None
+    trunk: tuple[str, ...] = ()
+    trunk_outputs: tuple[str, ...] = ()
     forward_all: Callable[[Tensor], Any] | None = None
     excluded: tuple[str, ...] = ()
 
@@ -192,14 +206,6 @@ class Network:
             images: B×C×H×W; moved to the model's device and dtype.
         """
         return (self.forward_all or self.model)(self.place(images))
-
-    def run_units(self, images: Tensor) -> None:
-        """Take images through every unit.
-
-        Args:
-            images: B×C×H×W; moved to the model's device and dtype.
-        """
-        (self.forward_units or self.forward_all or self.model)(self.place(images))
 
     def place(self, images: Tensor) -> Tensor:
         """Return images on the model's device and in its dtype."""
@@ -244,19 +250,29 @@ class Network:
         sites = sites_of(self.model, within)
         return {site.name: site.quantizer for site in sites if not site.is_weight and site.quantizer is not None}
 
-    @contextmanager
-    def full_precision(self) -> Iterator[None]:
-        """Switch the model's quantizers off inside the block."""
-        sites = [(site, getattr(site.operator, site.attribute)) for site in sites_of(self.model)]
-        weights = [(layer, layer.learned_weight) for _, layer in self.weight_layers()]
-        try:
-            for site, _ in sites:
-                site.attach(None)
-            for layer, _ in weights:
-                layer.learned_weight = None
-            yield
-        finally:
-            for site, quantizer in sites:
-                site.attach(quantizer)
-            for layer, weight in weights:
-                layer.learned_weight = weight
+    def full_precision(self) -> AbstractContextManager[None]:
+        """Return a context that switches the model's quantizers off."""
+        return full_precision(list(sites_of(self.model)))
+
+
+@contextmanager
+def full_precision(sites: Sequence[Site]) -> Iterator[None]:
+    """Switch quantizers, and learned weights, off inside the block.
+
+    Args:
+        sites: places of the quantizers.
+    """
+    kept = [(site, getattr(site.operator, site.attribute)) for site in sites]
+    layers = [site.operator for site in sites if isinstance(site.operator, QuantWeightLayer) and site.is_weight]
+    learned = [(layer, layer.learned_weight) for layer in layers]
+    try:
+        for site in sites:
+            site.attach(None)
+        for layer in layers:
+            layer.learned_weight = None
+        yield
+    finally:
+        for site, quantizer in kept:
+            site.attach(quantizer)
+        for layer, weight in learned:
+            layer.learned_weight = weight

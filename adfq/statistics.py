@@ -1,7 +1,7 @@
 """Statistics of values that come in parts, such as the batches of a calibration.
 
-A search for a quantizer's range is a generator: it yields a statistic, which wants all values, part by part, and goes on
-with the next one or ends. So one search serves a tensor at hand, and any number of images in bounded memory.
+A search for a quantizer's range is a generator: it yields a statistic, which wants all values, part by part, and goes
+on with the next one or ends. So one search serves a tensor at hand, and any number of images in bounded memory.
 """
 
 from __future__ import annotations

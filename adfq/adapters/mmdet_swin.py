@@ -115,7 +115,7 @@ def adapt(model: nn.Module) -> Network:
     for name, module in list(model.named_modules()):
         if isinstance(module, (nn.Linear, nn.Conv2d)) and not name.startswith(inside):
             replace(model, name, "neck" if name.startswith("neck.") else "head", fixed_positions=False)
-    return replace_fields(network, forward_units=model.backbone, forward_all=partial(detect_densely, model))
+    return replace_fields(network, forward_all=partial(detect_densely, model))
 
 
 def _adapt_backbone(model: nn.Module, prefix: str) -> Network:

@@ -90,7 +90,8 @@ def adapt(model: nn.Module) -> Network:
             )
         modules += adapt_block(model, name, norms)
     modules += adapt_end(model, norms)
-    return Network(model, norms, tuple(modules))
+    blocks = (f"blocks.{index}" for index in range(len(model.get_submodule("blocks"))))  # type: ignore[arg-type]
+    return Network(model, norms, tuple(modules), trunk=("patch_embed", *blocks))
 
 
 def adapt_block(model: nn.Module, block_name: str, norms: dict[str, nn.LayerNorm]) -> list[str]:

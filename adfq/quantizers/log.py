@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adfq.errors import AdfqError
-from adfq.quantizers.base import Quantizer, rescale
 from adfq.parts import in_parts
+from adfq.quantizers.base import Quantizer, rescale
 from adfq.ranges import PERCENTILES
 from adfq.statistics import Errors, Quantiles, Search, Statistic
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from adfq.errors import AdfqError
+from adfq.parts import in_parts
 from adfq.quantizers.base import Quantizer
 from adfq.quantizers.uniform import UniformQuantizer, quantize_uniformly
-from adfq.parts import in_parts
 from adfq.ranges import range_between
 from adfq.statistics import MinMax, Search
 

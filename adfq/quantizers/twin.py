@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from adfq.errors import AdfqError
-from adfq.quantizers.base import Quantizer, straight_through
 from adfq.parts import in_parts
+from adfq.quantizers.base import Quantizer, straight_through
 from adfq.statistics import Errors, MinMax, Search
 
 SPLITS = tuple(2.0**-i for i in range(20))

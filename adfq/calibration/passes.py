@@ -1,0 +1,172 @@
+"""Calibration of a part of a network in several passes over its batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from adfq.calibration.walk import Enough, Part, unknown_like
+from adfq.errors import AdfqError, NonFiniteError
+from adfq.quantizers import Quantizer
+from adfq.statistics import Statistic
+
+
+class _Collector(nn.Module):
+    """The stand-in of a quantizer whose range is being searched, which shows its inputs to a statistic.
+
+    Its output is unknown (NaN): a site behind it sees that, and waits for a later pass.
+
+    Args:
+        site: name of the quantizer's site.
+        quantizer: the quantizer.
+        met: called when an input was shown to the statistic.
+    """
+
+    statistic: Statistic | None
+
+    def __init__(self, site: str, quantizer: Quantizer, met: Callable[[], None]) -> None:
+        super().__init__()
+        self.site, self.met = site, met
+        self.observe, self.search = quantizer.observe, quantizer.search()
+        self.seen = False
+        self.advance()
+        self.begin(1.0)
+
+    def begin(self, share: float) -> None:
+        """Prepare for a batch with a share of all images."""
+        self.share, self.reached, self.used = share, False, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Show an input to the statistic, unless it depends on another site's unknown output; return NaN."""
+        if self.statistic is not None and not self.used and x.numel():
+            self.reached = self.used = True  # a layer that is used several times is calibrated on the first use
+            if not torch.isnan(x.amax()):
+                with naming(self.site):
+                    self.observe(self.statistic, x, self.share)
+                self.seen = True
+                self.met()
+        return unknown_like(x)
+
+    def advance(self) -> None:
+        """Go on to the next statistic; None means that the quantizer is calibrated."""
+        with naming(self.site):
+            self.statistic = next(self.search, None)
+        self.seen = False
+
+
+@torch.no_grad()
+def calibrate_part(
+    model: nn.Module, part: Part, quantizers: Mapping[str, Quantizer], done: Callable[[], object] = lambda: None
+) -> None:
+    """Calibrate a part's quantizers, those that do not depend on one another in the same passes.
+
+    A quantizer sees its site's input as the already quantized layers before it compute it.
+
+    Args:
+        model: model with the part.
+        part: part of a network.
+        quantizers: quantizers that are not calibrated, by the name of their site.
+        done: called after each calibration; nothing by default.
+
+    Raises:
+        AdfqError: for a site that the model does not use; the message names it.
+        NonFiniteError: for activations that hold NaN or infinity; the message names the site.
+    """
+    passes = _Passes(part, quantizers)
+    try:
+        for collector in passes.waiting:
+            model.set_submodule(collector.site, collector)
+        while passes.waiting:
+            passes.run()
+            for site in passes.settle():
+                model.set_submodule(site, quantizers[site])
+                done()
+    finally:
+        for collector in passes.waiting:
+            model.set_submodule(collector.site, quantizers[collector.site])
+
+
+class _Passes:
+    def __init__(self, part: Part, quantizers: Mapping[str, Quantizer]) -> None:
+        self.part = part
+        self.waiting = [_Collector(site, quantizer, self._count) for site, quantizer in quantizers.items()]
+        self.sought: int | None = None  # number of sites that a batch is run for; None if it is not known yet
+        self.met = 0
+
+    def _count(self) -> None:
+        self.met += 1
+        if self.met == self.sought:
+            raise Enough
+
+    def run(self) -> None:
+        """Take all batches through the part, each as far as there is something to see."""
+        images = sum(self.part.sizes)
+        for batch, size in enumerate(self.part.sizes):
+            self.met = 0
+            for collector in self.waiting:
+                collector.begin(size / images)
+            try:
+                self.part.run(batch)
+            except Enough:
+                pass
+            except AdfqError:
+                raise
+            except Exception:  # code behind a site may fail on values that are not known yet
+                if not self.met or self.sought is not None:
+                    raise
+            if not self.met:
+                self._refuse()
+            self.sought = self.sought or self.met
+
+    def _refuse(self) -> None:
+        for collector in self.waiting:
+            if collector.reached:
+                raise NonFiniteError(
+                    f"{collector.site}: cannot calibrate on values that are not finite (NaN or infinity)"
+                )
+        name = self.waiting[0].site
+        raise AdfqError(f"{name} saw no calibration data: the model does not use this layer")
+
+    def settle(self) -> list[str]:
+        """Let the sites that have seen data go on, and return those that are calibrated by that."""
+        for collector in self.waiting:
+            if collector.seen:
+                collector.advance()
+        found = [collector.site for collector in self.waiting if collector.statistic is None]
+        if found:
+            self.waiting = [collector for collector in self.waiting if collector.statistic is not None]
+            self.sought = None  # more sites see data from now on
+        return found
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Put the name of a site or layer before the message of an AdfqError from the block.
+
+    Args:
+        name: name of the site or layer.
+    """
+    try:
+        yield
+    except AdfqError as error:
+        raise type(error)(f"{name}: {error}") from None
+
+
+@contextmanager
+def pinned(quantizers: Iterable[Quantizer]) -> Iterator[None]:
+    """Make quantizers depend on all calibration images inside the block, and not on the batch at hand.
+
+    Args:
+        quantizers: quantizers, calibrated or not.
+    """
+    quantizers = list(quantizers)
+    for quantizer in quantizers:
+        quantizer.pinned = True
+    try:
+        yield
+    finally:
+        for quantizer in quantizers:
+            quantizer.pinned = False

@@ -1,0 +1,226 @@
+"""A network taken through its calibration images part by part, so that only the part at hand holds activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adfq.calibration.images import CalibrationImages
+from adfq.calibration.waiting import Waiting, WaitingRoom, map_tensors
+from adfq.sites import Network
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Enough(BaseException):
+    """The end of a forward pass that has shown what it was run for.
+
+    No Exception, since a model could catch that.
+    """
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a network that runs by itself, batch after batch.
+
+    Attributes:
+        name: name of the module; ``""`` for the network as a whole.
+        sizes: number of images in each batch.
+        run: function from the index of a batch to the output.
+    """
+
+    name: str
+    sizes: Sequence[int]
+    run: Callable[[int], Any]
+
+    def calls(self, module: nn.Module) -> Iterator[Call]:
+        """Yield the arguments that a module inside gets, for each batch; the pass ends there.
+
+        Args:
+            module: a module that runs once in each pass.
+        """
+        for batch in range(len(self.sizes)):
+            found: list[Call] = []
+            hook = module.register_forward_pre_hook(partial(_take, found), with_kwargs=True)
+            try:
+                self.run(batch)
+            except Enough:
+                pass
+            finally:
+                hook.remove()
+            if found:  # else the model does not use it
+                yield found[0]
+
+
+def _take(found: list[Call], module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    found.append((arguments, keywords))
+    raise Enough
+
+
+class Calls:
+    """The arguments of a module in each batch, whose tensors wait in a file where there are several batches.
+
+    Args:
+        calls: arguments, batch by batch.
+        sizes: number of images in each batch.
+        folder: folder of the file; None for the system's temporary one.
+    """
+
+    def __init__(self, calls: Iterator[Call], sizes: Sequence[int], folder: Path | None) -> None:
+        self.sizes = sizes
+        keep = partial(_keep, WaitingRoom(folder)) if len(sizes) > 1 else _detach
+        self._kept: list[Call] = []
+        for call in calls:
+            self._kept.append(map_tensors(keep, call))
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, batch: int) -> Call:
+        call: Call = map_tensors(_load, self._kept[batch])
+        return call
+
+    def part(self, name: str, module: nn.Module) -> Part:
+        """Return the module as a part of its network.
+
+        Args:
+            name: name of the module.
+            module: the module.
+        """
+
+        def run(batch: int) -> Any:
+            arguments, keywords = self[batch]
+            return module(*arguments, **keywords)
+
+        return Part(name, self.sizes, run)
+
+
+def _keep(room: WaitingRoom, leaf: Any) -> Any:
+    return room.keep(leaf) if isinstance(leaf, Tensor) else leaf
+
+
+def _detach(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf
+
+
+def _load(leaf: Any) -> Any:
+    return leaf.load() if isinstance(leaf, (Waiting, _Unknown)) else leaf
+
+
+@dataclass(frozen=True)
+class _Unknown:
+    """The place of a tensor that is not computed."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    def load(self) -> Tensor:
+        return torch.full([1] * len(self.shape), torch.nan, dtype=self.dtype, device=self.device).expand(self.shape)
+
+
+def unknown_like(x: Tensor) -> Tensor:
+    """Return NaN in the shape of a tensor, in no memory: the mark of values that are not known yet.
+
+    Whatever is computed from it is marked too.
+
+    Args:
+        x: floating-point tensor of any shape.
+    """
+    return _Unknown(x.shape, x.dtype, x.device).load()
+
+
+class Walk:
+    """One version of a network, quantized or in full precision, on its way through its trunk.
+
+    At every step only the inputs of one module of the trunk are kept, for all images. The modules before it do not run
+    again: in their places stand outputs of the right shape, which are unknown (NaN) unless later parts read them
+    (`Network.trunk_outputs`).
+
+    Args:
+        network: the network, whose quantizers may change during the walk.
+        images: calibration images.
+        folder: folder for what waits; None for the system's temporary one.
+        full_precision: True to walk without quantizers; False by default.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        images: CalibrationImages,
+        folder: Path | None = None,
+        full_precision: bool = False,
+    ) -> None:
+        self.network, self.images, self.folder = network, images, folder
+        self.mode = network.full_precision if full_precision else nullcontext
+        self._trunk = [network.model.get_submodule(name) for name in network.trunk]
+        self._calls: Calls | None = None  # of the module at hand
+        self._outputs: list[list[Any]] = []  # of the modules behind, by batch
+        self._keep = partial(_keep, WaitingRoom(folder)) if len(images.sizes) > 1 else _detach
+
+    def parts(self) -> Iterator[Part]:
+        """Yield the modules of the trunk, and at last the network as a whole, each when those before it are done."""
+        sizes = self.images.sizes
+        for index, (name, module) in enumerate(zip(self.network.trunk, self._trunk, strict=True)):
+            with self.mode(), torch.no_grad():
+                calls = Calls(self._whole(index).calls(module), sizes, self.folder)
+            if len(calls) < len(sizes):
+                raise RuntimeError(f"{name} is in the trunk, but not every image goes through it")
+            self._calls = calls
+            self._outputs.append([])
+            yield calls.part(name, module)
+        if self._trunk:
+            with self.mode(), torch.no_grad():
+                for batch in range(len(sizes)):
+                    self._output(len(self._trunk) - 1, self._trunk[-1].forward, batch)
+        self._calls = None
+        yield self._whole(len(self._trunk))
+
+    def _whole(self, behind: int) -> Part:
+        """Return the network as a part, without so many modules of the trunk."""
+
+        def run(batch: int) -> Any:
+            with ExitStack() as stack:
+                for index, module in enumerate(self._trunk[:behind]):
+                    output = partial(self._output, index, module.forward, batch)
+                    stack.enter_context(_replaced_forward(module, lambda *_, output=output, **__: output()))
+                return self.network.run(self.images[batch])
+
+        return Part("", self.images.sizes, run)
+
+    def _output(self, index: int, forward: Callable[..., Any], batch: int) -> Any:
+        """Return the output of a module that is behind: what is left of it, or the whole of it for the first time."""
+        known = self._outputs[index]
+        if batch < len(known):
+            return map_tensors(_load, known[batch])
+        assert self._calls is not None
+        arguments, keywords = self._calls[batch]
+        output = forward(*arguments, **keywords)
+        last = index == len(self._trunk) - 1
+        read_later = last or self.network.trunk[index] in self.network.trunk_outputs
+        known.append(map_tensors(self._keep if read_later else _forget, output))
+        return output
+
+
+@contextmanager
+def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    own = vars(module).get("forward")
+    module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own  # type: ignore[method-assign]
+
+
+def _forget(leaf: Any) -> Any:
+    known = not isinstance(leaf, Tensor) or not leaf.is_floating_point()
+    return leaf if known else _Unknown(leaf.shape, leaf.dtype, leaf.device)
