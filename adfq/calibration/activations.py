@@ -23,22 +23,22 @@ if TYPE_CHECKING:
 
 
 def check_input(network: Network, images: CalibrationImages) -> None:
-    """Raise AdfqError unless the model takes images of that shape, by a forward pass of one.
+    """Raise AdfqError unless the model takes images of every shape, by a forward pass of one each.
 
     Args:
         network: network without quantizers.
         images: calibration images.
     """
-    first = images.first
-    try:
-        with torch.no_grad(), torch.random.fork_rng():
-            network.run(first)
-    except (AdfqError, torch.OutOfMemoryError):
-        raise
-    except (AssertionError, RuntimeError, ValueError, IndexError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        shape = "×".join(map(str, first.shape[1:]))
-        raise AdfqError(f"the model does not take calibration images of {shape}: {reason}") from None
+    for image in images.one_of_each_shape():
+        try:
+            with torch.no_grad(), torch.random.fork_rng():
+                network.run(image)
+        except (AdfqError, torch.OutOfMemoryError):
+            raise
+        except (AssertionError, RuntimeError, ValueError, IndexError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            shape = "×".join(map(str, image.shape[1:]))
+            raise AdfqError(f"the model does not take calibration images of {shape}: {reason}") from None
 
 
 def quantize_weights(network: Network) -> None:

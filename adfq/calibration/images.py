@@ -44,11 +44,12 @@ class CalibrationImages:
         """Number of images in each batch."""
         return [sum(part.shape[0] for part in batch) for batch in self._batches]
 
-    @property
-    def first(self) -> Tensor:
-        """The first image, 1×C×H×W."""
-        part = self._batches[0][0].split(1)[0]
-        return part if isinstance(part, Tensor) else part.load()
+    def one_of_each_shape(self) -> Iterator[Tensor]:
+        """Yield the first image of each shape, 1×C×H×W."""
+        parts = {part.shape[1:]: part for batch in reversed(self._batches) for part in reversed(batch)}
+        for part in reversed(parts.values()):
+            image = part.split(1)[0]
+            yield image if isinstance(image, Tensor) else image.load()
 
     def split(self, size: int) -> CalibrationImages:
         """Return the same images in the same order, in batches of some size whatever the present ones are.

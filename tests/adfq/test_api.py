@@ -22,6 +22,7 @@ from adfq import AdfqError, export_onnx, methods, quantize, registry, requantize
 from adfq.adapters import adapt
 from adfq.adfq_vit import ADFQViT
 from adfq.bits import Bits
+from adfq.calibration import CalibrationImages
 from adfq.checkpoint import packed_size
 from adfq.layers import QuantWeightLayer
 from adfq.method import Method, Run
@@ -495,7 +496,7 @@ def test_golden_adfq_vits_scales(
     shared, vectors = load_golden("repq_e2e_vit_21.npz"), load_golden("adfq_e2e_vit_21.npz")
     network = adapt(golden_vit(make_vit, shared))
     method = ADFQViT(fc1_threshold=2.5, patch_embed_bits=bits, iterations=0)
-    method.apply(network, Run(shared["calib"]), Bits(bits, bits))
+    method.apply(network, Run(CalibrationImages([shared["calib"]])), Bits(bits, bits))
     compared = 0
     for name, layer in network.weight_layers():
         expected = vectors[f"w{bits}a{bits}/model.{name}/act_scale"]

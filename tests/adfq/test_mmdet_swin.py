@@ -16,7 +16,7 @@ from adfq import AdfqError
 from adfq.adapters import adapt
 from adfq.adapters.mmcv_ops import provide_mmcv_ops
 from adfq.bits import Bits
-from adfq.calibration import calibrate_activations
+from adfq.calibration import CalibrationImages, calibrate_activations
 from adfq.layers import QuantMatMul, QuantWeightLayer
 from adfq.method import Run
 from adfq.quantizers import PerPatchOutlierQuantizer, RunTimePatchOutlierQuantizer
@@ -192,7 +192,7 @@ def test_modules_come_in_the_order_of_the_forward_pass(swin: nn.Module) -> None:
 def test_reparameterized_norms_and_padding_compute_the_same(swin: nn.Module) -> None:
     images = draw()
     network = adapt(copy.deepcopy(swin))
-    create_method("repq_vit").apply(network, Run(images), Bits(8, 8))
+    create_method("repq_vit").apply(network, Run(CalibrationImages([images])), Bits(8, 8))
     paddings = [m.padding for m in network.model.modules() if isinstance(m, QuantShiftWindowAttention)]
     assert all(padding.abs().max() > 0.01 for padding in paddings)
     with network.full_precision():
@@ -254,9 +254,9 @@ def test_optimization_of_a_detector(detectors: Mapping[str, nn.Module], tmp_path
 
 def test_what_is_calibrated_stays_calibrated(swin: nn.Module) -> None:
     network = adapt(swin)
-    create_method("base_ptq").apply(network, Run(draw()), Bits(4, 4))
+    create_method("base_ptq").apply(network, Run(CalibrationImages([draw()])), Bits(4, 4))
     before = {name: quantizer.scale.clone() for name, quantizer in network.activation_quantizers().items()}
-    calibrate_activations(network, 10 * draw())
+    calibrate_activations(network, CalibrationImages([10 * draw()]))
     for name, quantizer in network.activation_quantizers().items():
         assert torch.equal(quantizer.scale, before[name])
 

@@ -17,6 +17,8 @@ from adfq import AdfqError, reconstruction
 from adfq.adapters import adapt
 from adfq.adfq_vit import ADFQViT
 from adfq.bits import Bits
+from adfq.calibration import CalibrationImages
+from adfq.calibration.walk import Part
 from adfq.layers import QuantWeightLayer
 from adfq.method import Run
 from adfq.quantizers import PerPatchOutlierQuantizer, Quantizer, UniformQuantizer
@@ -197,41 +199,39 @@ def test_learning_rates_of_zero_switch_parts_off(model: nn.Module, make_images: 
 def reconstruct(model: nn.Module, images: Tensor, name: str, **options: Any) -> Any:
     """The reconstruction of one module, calibrated, on the way as `optimize_units` makes it."""
     network = adapt(model)
-    ADFQViT(iterations=0).apply(network, Run(images), Bits(3, 3))
+    ADFQViT(iterations=0).apply(network, Run(CalibrationImages([images])), Bits(3, 3))
     network.model.requires_grad_(False)
-    found: list[Any] = []
-
-    def hook(module: nn.Module, arguments: tuple[Any, ...], keywords: Any) -> None:
-        doubled = (torch.cat([arguments[0], 1.1 * arguments[0]]), *arguments[1:])
-        found.append(
-            reconstruction._Reconstruction(
-                network, name, len(images), OptimizerOptions(**QUICK | options), doubled, keywords
-            )
-        )
-
+    unit = network.model.get_submodule(name)
     with torch.no_grad():
-        handle = network.model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
-        network.model(images)
-        handle.remove()
-    found[0].roundings = []
-    return found[0]
+        (call,) = Part("", [len(images)], lambda _: network.model(images)).calls(unit)
+        inputs = reconstruction._inputs_in(call, len(images), ())
+        examples = reconstruction._Examples(
+            call, inputs, {key: 1.1 * x for key, x in inputs.items()}, count=len(images)
+        )
+        places = torch.tensor([[0, index] for index in range(len(images))])
+        found = reconstruction._Reconstruction(
+            network, name, [examples], places, [len(images)], OptimizerOptions(**QUICK | options)
+        )
+    found.roundings = []
+    return found
 
 
 def test_the_attention_term_compares_distributions_over_keys(make_vit: Any, make_images: Any) -> None:
     images = make_images(4)
     parts = reconstruct(make_vit(), images, "blocks.0.attn", attention_weight=10.0, temperature=4.0)
     plain = reconstruct(make_vit(), images, "blocks.0.attn", attention_weight=0.0)
-    assert plain.scores == []
-    (target,) = parts.scores
+    everything = torch.arange(4)
+    assert plain._target_scores(plain.examples[0], everything) == []
+    (target,) = parts._target_scores(parts.examples[0], everything)
     torch.testing.assert_close(target.sum(-1), torch.ones_like(target.sum(-1)))
     with parts._scores() as scores:
-        parts._forward(parts.inputs)
+        parts._forward(parts.examples[0], parts.examples[0].inputs, everything)
     chosen = scores[0].double()
-    wanted = target.flatten(0, 1).double()
+    wanted = target.double()
     divergence = torch.nn.functional.kl_div((chosen / 4).log_softmax(-1), wanted, reduction="none").sum((0, 1, 2, 3))
     entropy = -(wanted * wanted.log()).sum()
     heads = chosen.shape[0] * chosen.shape[1]
-    measured = parts._divergence(scores[0], target.flatten(0, 1)).double()
+    measured = parts._divergence(scores[0], target).double()
     torch.testing.assert_close(measured, (divergence + entropy) / heads, rtol=1e-5, atol=1e-6)
 
 
@@ -249,8 +249,9 @@ def test_inputs_are_mixed_element_by_element(make_vit: Any, make_images: Any) ->
     seen: list[Tensor] = []
     for probability, expected in ((0.0, [1.0]), (1.0, [1.1]), (0.5, [1.0, 1.1])):
         parts = reconstruct(make_vit(), make_images(4), "blocks.0.mlp", mix_probability=probability)
-        parts.inputs = {0: torch.ones_like(parts.inputs[0])}
-        parts.quantized_inputs = {0: torch.full_like(parts.inputs[0], 1.1)}
+        (examples,) = parts.examples
+        examples.inputs = {0: torch.ones_like(examples.inputs[0])}
+        examples.quantized_inputs = {0: torch.full_like(examples.inputs[0], 1.1)}
         hook = parts.module.fc1.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         parts._loss(0.0)
         hook.remove()
@@ -313,7 +314,7 @@ def test_released_draws_with_replacement_and_keeps_every_state(
     make_vit: Any, make_images: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parts = reconstruct(make_vit(), make_images(4), "blocks.0.mlp", released=True, optimize_batch_size=64)
-    chosen = parts._draw()
+    _, chosen = parts._draw()
     assert (len(chosen), sorted(set(chosen.tolist()))) == (64, [0, 1, 2, 3])
     errors = iter([1.0, 2.0])
     monkeypatch.setattr(parts, "_error", lambda: next(errors))
@@ -323,12 +324,12 @@ def test_released_draws_with_replacement_and_keeps_every_state(
 
 def test_released_compares_probabilities_over_heads(make_vit: Any, make_images: Any) -> None:
     parts = reconstruct(make_vit(), make_images(4), "blocks.0.attn", released=True)
-    (target,) = parts.scores
-    torch.testing.assert_close(target.sum(2), torch.ones_like(target.sum(2)))
-    scores = torch.randn(target.flatten(0, 1).shape, generator=torch.Generator().manual_seed(0))
-    quantized, expected = parts._distribution(scores).double(), target.flatten(0, 1).double()
+    (target,) = parts._target_scores(parts.examples[0], torch.arange(4))
+    torch.testing.assert_close(target.sum(1), torch.ones_like(target.sum(1)))
+    scores = torch.randn(target.shape, generator=torch.Generator().manual_seed(0))
+    quantized, expected = parts._distribution(scores).double(), target.double()
     divergence = (quantized * (quantized / expected).log()).sum() / len(scores)
-    torch.testing.assert_close(parts._divergence(scores, target.flatten(0, 1)).double(), divergence, rtol=1e-3, atol=0)
+    torch.testing.assert_close(parts._divergence(scores, target).double(), divergence, rtol=1e-3, atol=0)
     assert torch.isfinite(parts._loss(0.5))
 
 
@@ -493,7 +494,7 @@ def test_modules_outside_the_forward_pass_are_left_alone(make_vit: Any, make_ima
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         network: Network = adapt(make_vit())
-        run = Run(make_images(4))
+        run = Run(CalibrationImages([make_images(4)]))
         ADFQViT(**QUICK | {"iterations": 1}).apply(network, run, Bits(4, 4))
     assert list(run.report["modules"]) == list(network.units)
 

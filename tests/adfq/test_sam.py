@@ -17,6 +17,7 @@ import adfq
 from adfq import AdfqError
 from adfq.adapters import adapt
 from adfq.bits import Bits
+from adfq.calibration import CalibrationImages
 from adfq.layers import QuantMatMul, QuantWeightLayer
 from adfq.method import Run
 from adfq.quantizers import PerPatchOutlierQuantizer, RunTimePatchOutlierQuantizer
@@ -202,7 +203,7 @@ def test_modules_come_in_the_order_of_the_forward_pass(sam: nn.Module, part: str
 def test_reparameterized_norms_and_padding_compute_the_same(sam: Any) -> None:
     images, encoder = draw(), sam.image_encoder
     network = adapt(copy.deepcopy(encoder))
-    create_method("repq_vit").apply(network, Run(images), Bits(8, 8))
+    create_method("repq_vit").apply(network, Run(CalibrationImages([images])), Bits(8, 8))
     with network.full_precision():
         torch.testing.assert_close(network.run(images)[0], encoder(images), rtol=1e-3, atol=1e-3)
     windowed = [m for m in network.model.modules() if isinstance(m, QuantEncoderAttention) and m.window_size]

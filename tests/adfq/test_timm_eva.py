@@ -19,6 +19,7 @@ import adfq
 from adfq import AdfqError
 from adfq.adapters import adapt, timm_eva
 from adfq.bits import Bits
+from adfq.calibration import CalibrationImages
 from adfq.method import Run
 from adfq.quantizers import UniformQuantizer
 from adfq.sites import Network, Recipe
@@ -119,7 +120,7 @@ def test_reparameterization_leaves_the_full_precision_function_as_it_was(
     images = images_of(model)
     expected = model(images)
     network = adapt(model)
-    RepQViT().apply(network, Run(images), Bits(4, 4))
+    RepQViT().apply(network, Run(CalibrationImages([images])), Bits(4, 4))
     for names in _readers(network).values():  # one range for all readers of a norm
         quantizers = [network.model.get_submodule(f"{name}.input_quantizer") for name in names]
         assert {type(found) for found in quantizers} == {UniformQuantizer}

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from adfq import AdfqError, NotApplicableError, quantize
 from adfq.adapters import adapt
 from adfq.bits import Bits
+from adfq.calibration import CalibrationImages
 from adfq.layers import QuantConv2d, QuantLinear, QuantMatMul, QuantWeightLayer
 from adfq.method import Run
 from adfq.quantizers import Quantizer, TwinGeluQuantizer, TwinSoftmaxQuantizer, UniformQuantizer
@@ -181,7 +182,7 @@ def test_the_search_finds_what_brute_force_finds(kind: str, bits: int, search: s
     network = Network(OneLayer(kind))
     with capturing(network) as captured:
         PTQ4ViT(search=search, rounds=2, gradient_batch_size=3).apply(
-            network, Run(torch.randn(5, 1, 7, 6)), Bits(bits, bits)
+            network, Run(CalibrationImages([torch.randn(5, 1, 7, 6)])), Bits(bits, bits)
         )
     ((layer, seen),) = captured.values()
     assert bool(seen.gradients) == (search == "hessian")
@@ -208,7 +209,7 @@ def test_a_sample_finds_scales_that_are_nearly_the_best_on_everything(
     """Either scale, given the other; the one that was searched first has seen the other's last but one."""
     network = adapt(make_vit(depth=1, patch_size=4))
     with capturing(network) as captured:
-        PTQ4ViT(search=search).apply(network, Run(make_images(40)), Bits(bits, bits))
+        PTQ4ViT(search=search).apply(network, Run(CalibrationImages([make_images(40)])), Bits(bits, bits))
     for name, (layer, seen) in captured.items():
         inputs, output, gradient = seen.all()
         if isinstance(layer, QuantMatMul):
@@ -306,7 +307,7 @@ def test_small_layers_are_not_sampled() -> None:
 @pytest.mark.parametrize("family", ["vit", "swin"])
 def test_what_every_site_gets(family: str, make_vit: MakeModel, make_swin: MakeModel, make_images: MakeImages) -> None:
     network = adapt(make_vit() if family == "vit" else make_swin())
-    PTQ4ViT(rounds=1).apply(network, Run(make_images()), Bits(4, 6))
+    PTQ4ViT(rounds=1).apply(network, Run(CalibrationImages([make_images()])), Bits(4, 6))
     roles = set()
     sites = [site for site in sites_of(network.model) if not site.is_weight and site.quantizer is not None]
     for name, role, quantizer in ((site.name, site.role, site.quantizer) for site in sites):
@@ -384,7 +385,7 @@ def test_without_any_gradient_every_error_weighs_the_same(make_vit: MakeModel, m
     for search in ("hessian", "mse"):
         network = adapt(make_vit(**small))
         network.model.load_state_dict(model.state_dict())
-        PTQ4ViT(search=search, rounds=1).apply(network, Run(images), Bits(4, 4))
+        PTQ4ViT(search=search, rounds=1).apply(network, Run(CalibrationImages([images])), Bits(4, 4))
         blocks[search] = scales(network.model.get_submodule("blocks"))
     assert all(map(torch.equal, blocks["hessian"], blocks["mse"]))
 
@@ -442,7 +443,7 @@ def test_a_layer_that_the_model_does_not_use(search: str, make_vit: MakeModel, m
     network = adapt(make_vit())
     network.model.add_module("spare", QuantLinear(nn.Linear(4, 4), "fc1"))
     with pytest.raises(AdfqError, match="spare saw no calibration data"):
-        PTQ4ViT(search=search).apply(network, Run(make_images()), Bits(4, 4))
+        PTQ4ViT(search=search).apply(network, Run(CalibrationImages([make_images()])), Bits(4, 4))
 
 
 def test_a_gradient_needs_logits(make_vit: MakeModel, make_images: MakeImages) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from adfq import quantize
 from adfq.adapters import adapt
 from adfq.bits import Bits
+from adfq.calibration import CalibrationImages
 from adfq.layers import QuantLinear
 from adfq.method import Run
 from adfq.quantizers import LogQuantizer, UniformQuantizer
@@ -72,7 +73,7 @@ def test_reparameterization_leaves_the_full_precision_function_as_it_was(
     model, images = make(which)
     expected = model(images)
     network = adapt(model)
-    RepQViT().apply(network, Run(images), Bits(4, 4))
+    RepQViT().apply(network, Run(CalibrationImages([images])), Bits(4, 4))
     # Sums of other summands: the tolerance is that of single precision on logits of size 1.
     torch.testing.assert_close(in_full_precision(network)(images), expected, rtol=1e-5, atol=1e-5)
 
@@ -168,7 +169,7 @@ def test_post_layernorm_quantizers_become_per_tensor(
 ) -> None:
     model, images = make(which)
     network = adapt(model)
-    RepQViT().apply(network, Run(images), Bits(4, 4))
+    RepQViT().apply(network, Run(CalibrationImages([images])), Bits(4, 4))
     sites = [site for site in sites_of(network.model) if not site.is_weight and site.quantizer is not None]
     for name, role, quantizer in ((site.name, site.role, site.quantizer) for site in sites):
         if role == "probs":
@@ -185,7 +186,7 @@ def test_every_pair_is_reparameterized_and_nothing_else(make_swin: MakeModel, ma
     network = adapt(make_swin())
     norms = {name: norm.weight.clone() for name, norm in network.input_norms.items()}
     weights = {name: layer.weight.clone() for name, layer in network.weight_layers()}
-    RepQViT().apply(network, Run(make_images()), Bits(4, 4))
+    RepQViT().apply(network, Run(CalibrationImages([make_images()])), Bits(4, 4))
     changed = {name for name, layer in network.weight_layers() if not torch.equal(layer.weight, weights[name])}
     assert changed == set(norms) == {n for n, layer in network.weight_layers() if layer.role in POST_NORM_ROLES}
     assert all(not torch.equal(norm.weight, norms[name]) for name, norm in network.input_norms.items())
@@ -194,7 +195,7 @@ def test_every_pair_is_reparameterized_and_nothing_else(make_swin: MakeModel, ma
 @torch.no_grad()
 def test_weights_are_quantized_anew_after_reparameterization(make_vit: MakeModel, make_images: MakeImages) -> None:
     network = adapt(make_vit())
-    RepQViT().apply(network, Run(make_images()), Bits(4, 4))
+    RepQViT().apply(network, Run(CalibrationImages([make_images()])), Bits(4, 4))
     for name, layer in network.weight_layers():
         expected = UniformQuantizer(4, "row", "percentile").calibrate(layer.weight)
         assert torch.equal(layer.weight_quantizer.scale, expected.scale), name
@@ -214,7 +215,7 @@ def test_a_layernorm_without_bias_stays_per_tensor(
     expected = model(images)
     network = adapt(model)
     weights = {name: layer.weight.clone() for name, layer in network.weight_layers()}
-    RepQViT().apply(network, Run(images), Bits(8, 8))
+    RepQViT().apply(network, Run(CalibrationImages([images])), Bits(8, 8))
     for name, quantizer in network.activation_quantizers().items():
         assert quantizer.scale.shape == (), name
     assert all(torch.equal(layer.weight, weights[name]) for name, layer in network.weight_layers())

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from adfq.adapters import adapt
-from adfq.calibration import check_input
+from adfq.calibration import CalibrationImages, check_input
 from adfq.errors import AdfqError
 from adfq.method import Bits, Method, Run
 from adfq.sites import Network, Site, sites_of
@@ -59,10 +59,11 @@ def collect_sensitivity(
         network = adapt(copy.deepcopy(model).eval())
         if reason := method.supports(network):
             raise AdfqError(f"{label}: {reason}")
-        check_input(network, calibration)
+        run = Run(CalibrationImages([calibration]))
+        check_input(network, run.images)
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            method.apply(network, Run(calibration), bits)
+            method.apply(network, run, bits)
         with network.full_precision():
             reference = _run(network, images, infer, batch_size)
         for part, keep in _parts(network).items():
