@@ -19,7 +19,7 @@ import adfq
 from adfq.adapters import adapt
 from adfq.adfq_vit import ADFQViT
 from adfq.bits import Bits
-from adfq.calibration import calibrate_activations
+from adfq.calibration import calibrate_activations, read_images
 from adfq.quantizers import ShiftLogQuantizer, UniformQuantizer
 from adfq.registry import find_method
 from adfq.sites import sites_of
@@ -93,7 +93,7 @@ def _try_ranges(model: torch.nn.Module, calibration: torch.Tensor, images: torch
             for site in sites_of(network.model):
                 if site.role == "fc2" and not site.is_weight:
                     site.attach(make())
-            calibrate_activations(network, calibration)
+            calibrate_activations(network, read_images(calibration))
             error = _error(network.model, model, images)
             rows.append({"quantizer": quantizer, "range": reach, "bits": bits.activation, "error": error})
     return pd.DataFrame(rows)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from adfq import AdfqError
 from benchmarks.bundled.detectors import COUNTS, DETECTORS
 from benchmarks.cell import Cell
+from benchmarks.run.measuring import quantize_model
 from benchmarks.tasks import coco
 from benchmarks.tasks.detection import describe_detection
 from benchmarks.tasks.detection.models import build_detector, mmdetection, open_config
@@ -226,7 +227,9 @@ def test_calibration_images_come_from_the_train_split_and_follow_the_seed(subjec
         subject.calibration_batches(0, 0)
 
 
-def test_calibration_batches_are_padded_to_their_own_largest_image(load: Callable[..., Detection], root: Path) -> None:
+@pytest.fixture
+def odd_sizes(load: Callable[..., Detection], root: Path) -> Detection:
+    """A subject whose third calibration image with seed 0 is 40 pixels high, not 96."""
     chosen = torch.randperm(5, generator=torch.Generator().manual_seed(0))[:3].tolist()
     smaller = f"{chosen[2]:06d}.png"
     Image.open(root / "train2017" / smaller).crop((0, 0, 96, 40)).save(root / "train2017" / smaller)
@@ -234,7 +237,11 @@ def test_calibration_batches_are_padded_to_their_own_largest_image(load: Callabl
         root / "annotations" / "instances_train2017.json",
         lambda content: content["images"][chosen[2]].update(height=40),
     )
-    subject = load(data=str(root))
+    return load(data=str(root))
+
+
+def test_calibration_batches_are_padded_to_their_own_largest_image(odd_sizes: Detection) -> None:
+    subject = odd_sizes
     (together,) = subject.calibration_batches(3, 0)
     pairs, single = list(subject.calibration_batches(3, 0, 2)), list(subject.calibration_batches(3, 0, 1))
     assert together.shape == (3, 3, 96, 96)
@@ -245,6 +252,28 @@ def test_calibration_batches_are_padded_to_their_own_largest_image(load: Callabl
         assert all(
             torch.equal(image, whole[:, : image.shape[1]]) for image, whole in zip(images, together, strict=True)
         )
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("base_ptq", ()),
+        pytest.param("ptq4vit", (("rounds", 1),), marks=pytest.mark.slow),
+        pytest.param("repq_vit", (), marks=pytest.mark.slow),
+        pytest.param("adfq_vit", (("iterations", 2), ("optimize_batch_size", 2)), marks=pytest.mark.slow),
+    ],
+)
+def test_images_of_several_sizes_are_calibrated_as_they_are(
+    method: str, options: tuple[tuple[str, int], ...], odd_sizes: Detection
+) -> None:
+    fields = {"task": "detection", "model": "m", "data": "d", "method": method, "method_arguments": options}
+    cell = Cell.create(**fields, calibration_size=3, calibration_batch_size=2)
+    model: Any = quantize_model(cell, odd_sizes, CPU)[0]
+    assert model.quantization.calibration_size == 3
+    images = odd_sizes.evaluation_images(1)
+    with torch.inference_mode():
+        outputs, expected = (each.backbone(images)[-1] for each in (model, odd_sizes.model))
+    assert 0 < (outputs - expected).norm() < 0.6 * expected.norm()
 
 
 def pixels(file: Path) -> Tensor:
