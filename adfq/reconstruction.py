@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -148,7 +149,7 @@ def optimize_units(network: Network, run: Run, options: OptimizerOptions) -> dic
         progress.set_description(f"optimizing {name}")
         torch.manual_seed(seed)
         examples, places = _collect(network.model.get_submodule(name), walks, parts)
-        unit = _Reconstruction(network, name, examples, places, run.images.sizes, options)
+        unit = _Reconstruction(network, name, examples, places, run.images.sizes, options, run.images.folder)
         known = finished.restore(name)
         if known is None:
             results[name] = unit.run(progress.update)
@@ -252,6 +253,7 @@ class _Reconstruction:
         places: of each image, the index of its examples and that among them; N×2.
         sizes: numbers of images that are calibrated on at once.
         options: options of the optimization.
+        folder: folder for what waits; None, the default, for the system's temporary one.
     """
 
     def __init__(
@@ -262,7 +264,9 @@ class _Reconstruction:
         places: Tensor,
         sizes: Sequence[int],
         options: OptimizerOptions,
+        folder: Path | None = None,
     ) -> None:
+        self.folder = folder
         self.model, self.name, self.module = network.model, name, network.model.get_submodule(name)
         self.options, self.examples, self.places, self.sizes = options, examples, places, sizes
         self.device = next(network.model.parameters()).device
@@ -364,7 +368,7 @@ class _Reconstruction:
                 run(0)
         else:
             with pinned(self.quantizers.values()):
-                calibrate_part(self.model, Part(self.name, self.sizes, run), self.quantizers)
+                calibrate_part(self.model, Part(self.name, self.sizes, run), self.quantizers, self.folder)
 
     def _optimize(self, done: Callable[[], object]) -> None:
         options = self.options

@@ -107,7 +107,7 @@ def _calibrate_in_batches(
     def calibrate(part: Part) -> None:
         found = waiting(part.name)
         if found and not finished.restore_ranges(part.name, found):
-            calibrate_part(network.model, part, found, done)
+            calibrate_part(network.model, part, found, images.folder, done)
             finished.keep_ranges(part.name, found)
 
     for part in Walk(network, images).parts():

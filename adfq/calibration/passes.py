@@ -4,34 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from adfq.calibration.waiting import Waiting, WaitingRoom
 from adfq.calibration.walk import Enough, Part, unknown_like
 from adfq.errors import AdfqError, NonFiniteError
 from adfq.quantizers import Quantizer
 from adfq.statistics import Statistic
 
+#: Most bytes of a site's inputs that wait in a file for the next pass; else the part computes them once more.
+_KEPT = 2**32
+
 
 class _Collector(nn.Module):
     """The stand-in of a quantizer whose range is being searched, which shows its inputs to a statistic.
 
-    Its output is unknown (NaN): a site behind it sees that, and waits for a later pass.
+    Its output is unknown (NaN): a site behind it sees that, and waits for a later pass. Inputs are kept in a file for
+    the next statistics, which takes less time than computing them again.
 
     Args:
         site: name of the quantizer's site.
         quantizer: the quantizer.
         met: called when an input was shown to the statistic.
+        folder: folder of the file; None for the system's temporary one.
     """
 
     statistic: Statistic | None
 
-    def __init__(self, site: str, quantizer: Quantizer, met: Callable[[], None]) -> None:
+    def __init__(self, site: str, quantizer: Quantizer, met: Callable[[], None], folder: Path | None) -> None:
         super().__init__()
-        self.site, self.met = site, met
+        self.site, self.met, self.folder = site, met, folder
         self.observe, self.search = quantizer.observe, quantizer.search()
-        self.seen = False
+        self.kept: list[tuple[Waiting, float]] | None = []
+        self.room: WaitingRoom | None = None
         self.advance()
         self.begin(1.0)
 
@@ -46,9 +54,26 @@ class _Collector(nn.Module):
             if not torch.isnan(x.amax()):
                 with naming(self.site):
                     self.observe(self.statistic, x, self.share)
+                self._keep(x)
                 self.seen = True
                 self.met()
         return unknown_like(x)
+
+    def _keep(self, x: Tensor) -> None:
+        if x.nbytes > self.share * _KEPT:
+            self.kept = None
+        if self.kept is not None:
+            self.room = self.room or WaitingRoom(self.folder)
+            self.kept.append((self.room.keep(x), self.share))
+
+    def finish(self) -> None:
+        """Go on with statistics as far as inputs are kept."""
+        self.advance()
+        while self.statistic is not None and self.kept:
+            with naming(self.site):
+                for x, share in self.kept:
+                    self.observe(self.statistic, x.load(), share)
+            self.advance()
 
     def advance(self) -> None:
         """Go on to the next statistic; None means that the quantizer is calibrated."""
@@ -59,9 +84,13 @@ class _Collector(nn.Module):
 
 @torch.no_grad()
 def calibrate_part(
-    model: nn.Module, part: Part, quantizers: Mapping[str, Quantizer], done: Callable[[], object] = lambda: None
+    model: nn.Module,
+    part: Part,
+    quantizers: Mapping[str, Quantizer],
+    folder: Path | None,
+    done: Callable[[], object] = lambda: None,
 ) -> None:
-    """Calibrate a part's quantizers, those that do not depend on one another in the same passes.
+    """Calibrate a part's quantizers, those that do not depend on one another in the same pass.
 
     A quantizer sees its site's input as the already quantized layers before it compute it.
 
@@ -69,13 +98,14 @@ def calibrate_part(
         model: model with the part.
         part: part of a network.
         quantizers: quantizers that are not calibrated, by the name of their site.
+        folder: folder for inputs that wait; None for the system's temporary one.
         done: called after each calibration; nothing by default.
 
     Raises:
         AdfqError: for a site that the model does not use; the message names it.
         NonFiniteError: for activations that hold NaN or infinity; the message names the site.
     """
-    passes = _Passes(part, quantizers)
+    passes = _Passes(part, quantizers, folder)
     try:
         for collector in passes.waiting:
             model.set_submodule(collector.site, collector)
@@ -90,9 +120,9 @@ def calibrate_part(
 
 
 class _Passes:
-    def __init__(self, part: Part, quantizers: Mapping[str, Quantizer]) -> None:
+    def __init__(self, part: Part, quantizers: Mapping[str, Quantizer], folder: Path | None) -> None:
         self.part = part
-        self.waiting = [_Collector(site, quantizer, self._count) for site, quantizer in quantizers.items()]
+        self.waiting = [_Collector(site, quantizer, self._count, folder) for site, quantizer in quantizers.items()]
         self.sought: int | None = None  # number of sites that a batch is run for; None if it is not known yet
         self.met = 0
 
@@ -134,7 +164,7 @@ class _Passes:
         """Let the sites that have seen data go on, and return those that are calibrated by that."""
         for collector in self.waiting:
             if collector.seen:
-                collector.advance()
+                collector.finish()
         found = [collector.site for collector in self.waiting if collector.statistic is None]
         if found:
             self.waiting = [collector for collector in self.waiting if collector.statistic is not None]
