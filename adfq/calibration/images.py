@@ -46,8 +46,10 @@ class CalibrationImages:
 
     def one_of_each_shape(self) -> Iterator[Tensor]:
         """Yield the first image of each shape, 1×C×H×W."""
-        parts = {part.shape[1:]: part for batch in reversed(self._batches) for part in reversed(batch)}
-        for part in reversed(parts.values()):
+        parts: dict[torch.Size, Tensor | Waiting] = {}
+        for part in (part for batch in self._batches for part in batch):
+            parts.setdefault(part.shape[1:], part)
+        for part in parts.values():
             image = part.split(1)[0]
             yield image if isinstance(image, Tensor) else image.load()
 

@@ -108,7 +108,9 @@ class WaitingRoom:
         while len(rest):
             read = os.preadv(self._file.fileno(), [rest], offset)
             rest, offset = rest[read:], offset + read
-        return torch.from_numpy(content).view(waiting.dtype).view(waiting.shape).to(waiting.device)
+        flat = torch.from_numpy(content)
+        tensor = flat.view(waiting.dtype) if len(flat) else torch.empty(0, dtype=waiting.dtype)
+        return tensor.view(waiting.shape).to(waiting.device)
 
     def _error(self, error: OSError) -> AdfqError:
         return AdfqError(
