@@ -208,7 +208,10 @@ class _RowErrors(Statistic):
     def __init__(self, candidates: Mapping[int, Tensor], levels: int) -> None:
         self.candidates = candidates
         self.errors = {
-            row: Errors([partial(_quantize_rows, *pair, levels) for pair in pairs[..., None]], _EXPONENT)
+            row: Errors(
+                [partial(_quantize_rows, scale, zero_point, levels) for scale, zero_point in pairs[..., None]],
+                _EXPONENT,
+            )
             for row, pairs in candidates.items()
         }
 

@@ -206,6 +206,11 @@ def _inputs_in(call: Call, images: int, shared: Sequence[str]) -> dict[int | str
     }
 
 
+def _room(inputs: Mapping[int | str, Tensor], images: int) -> dict[int | str, Tensor]:
+    """Return room on the host for the inputs of so many images; what is never written to takes no memory."""
+    return {key: torch.empty(images, *tensor.shape[1:], dtype=tensor.dtype) for key, tensor in inputs.items()}
+
+
 def _collect(unit: nn.Module, walks: Sequence[Walk], parts: Sequence[Part]) -> tuple[list[_Examples], Tensor]:
     """Return a unit's inputs in both versions of the network.
 
@@ -223,15 +228,7 @@ def _collect(unit: nn.Module, walks: Sequence[Walk], parts: Sequence[Part]) -> t
                 inputs = _inputs_in(call, images, shared)
                 shape = tuple((key, tensor.shape[1:]) for key, tensor in inputs.items())
                 if shape not in examples:
-                    # Memory that is never written to is none.
-                    both = [
-                        {
-                            key: torch.empty(total, *tensor.shape[1:], dtype=tensor.dtype)
-                            for key, tensor in inputs.items()
-                        }
-                        for _ in walks
-                    ]
-                    examples[shape], start[shape] = _Examples(call, *both), 0
+                    examples[shape], start[shape] = _Examples(call, _room(inputs, total), _room(inputs, total)), 0
                 found = examples[shape]
                 where = slice(start[shape], start[shape] + images)
                 for key, tensor in inputs.items():
@@ -250,7 +247,7 @@ class _Reconstruction:
         network: network with the unit.
         name: name of the unit.
         examples: its inputs for each size of images.
-        places: of each image, the index of its examples and that among them; N×2.
+        places: index of each image's examples, and its index among them; N×2.
         sizes: numbers of images that are calibrated on at once.
         options: options of the optimization.
         folder: folder for what waits; None, the default, for the system's temporary one.

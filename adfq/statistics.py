@@ -110,7 +110,9 @@ class Quantiles(Statistic):
         self.fractions, self.upper, self.count, self._expected = tuple(fractions), upper, 0, count
         self._kept: list[Tensor] = []
         self._size, self._limit = 0, None
+        self._sure = math.inf
 
+    _sure: float  # number of outermost values that are certainly among the kept ones
     _limit: Tensor | None  # a value that all quantiles lie beyond
 
     def update(self, values: Tensor, share: float) -> None:
@@ -120,6 +122,10 @@ class Quantiles(Statistic):
         needed = self._needed(self._expected)
         if self._limit is not None:
             values = values[values >= self._limit if self.upper else values <= self._limit][None]
+        if not values.shape[1]:
+            return
+        if needed < values.shape[1]:
+            self._sure = min(self._sure, needed)
         self._kept.append(outermost(values, min(needed, values.shape[1]), self.upper))
         self._size += self._kept[-1].shape[1]
         if self._size > 3 * needed or (self._limit is None and len(self._kept) > 1 and self._size >= needed):
@@ -129,6 +135,8 @@ class Quantiles(Statistic):
         """Return the outermost of the kept values in order, and keep no others."""
         if len(self._kept) > 1:
             values = torch.cat(self._kept, 1)
+            if size < values.shape[1]:
+                self._sure = min(self._sure, size)
             self._kept = [values.topk(min(size, values.shape[1]), dim=1, largest=self.upper).values]
             self._size = self._kept[0].shape[1]
             if len(values) == 1 and self._size == size:  # rows of several groups would differ in length
@@ -143,7 +151,7 @@ class Quantiles(Statistic):
     @property
     def complete(self) -> bool:
         """True if enough values were kept."""
-        return self._size >= self._needed(self.count)
+        return self._sure >= self._needed(self.count)
 
     def result(self, transform: Callable[[Tensor], Tensor] = lambda values: values) -> Tensor:
         """Return the quantiles, len(fractions)×G.
@@ -171,7 +179,7 @@ class Quantiles(Statistic):
         return below, above, weights
 
 
-_BLOCK = 32
+_BLOCK = 32  # greatest number of values in a block
 
 
 def outermost(values: Tensor, count: int, largest: bool) -> Tensor:
@@ -182,14 +190,15 @@ def outermost(values: Tensor, count: int, largest: bool) -> Tensor:
         count: number of values wanted of each row.
         largest: True for the largest, False for the smallest.
     """
-    blocks = values.shape[1] // _BLOCK
-    if count < blocks // 2:
+    block = min(_BLOCK, (values.shape[1] - 1) // (2 * count))
+    if block > 1:
         # The values lie in the `count` blocks with the outermost extremes, so that few of the many are sorted.
-        body, rest = values.split((_BLOCK * blocks, values.shape[1] - _BLOCK * blocks), dim=1)
-        body = body.unflatten(1, (_BLOCK, blocks))
+        blocks = values.shape[1] // block
+        body, rest = values.split((block * blocks, values.shape[1] - block * blocks), dim=1)
+        body = body.unflatten(1, (block, blocks))
         ends = body.amax(1) if largest else body.amin(1)
         chosen = ends.topk(count, dim=1, largest=largest, sorted=False).indices
-        values = torch.cat((body.gather(2, chosen[:, None].expand(-1, _BLOCK, -1)).flatten(1), rest), dim=1)
+        values = torch.cat((body.gather(2, chosen[:, None].expand(-1, block, -1)).flatten(1), rest), dim=1)
     return values.topk(count, dim=1, largest=largest).values
 
 

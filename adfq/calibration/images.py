@@ -106,6 +106,7 @@ def read_images(
         elif len(images):
             room = room or WaitingRoom(folder)
             batches.append(room.keep(images))
+        del batch, images  # not beside the next one
         if wanted is not None and found >= wanted:
             break
     if not found:

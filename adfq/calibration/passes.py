@@ -67,7 +67,7 @@ class _Collector(nn.Module):
             self.kept.append((self.room.keep(x), self.share))
 
     def finish(self) -> None:
-        """Go on with statistics as far as inputs are kept."""
+        """Show kept inputs to further statistics, as far as there are any."""
         self.advance()
         while self.statistic is not None and self.kept:
             with naming(self.site):
@@ -76,7 +76,7 @@ class _Collector(nn.Module):
             self.advance()
 
     def advance(self) -> None:
-        """Go on to the next statistic; None means that the quantizer is calibrated."""
+        """Set the next statistic; None means that the quantizer is calibrated."""
         with naming(self.site):
             self.statistic = next(self.search, None)
         self.seen = False

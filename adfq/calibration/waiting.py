@@ -104,7 +104,7 @@ class WaitingRoom:
             waiting: from `keep`.
         """
         content = np.empty(waiting.shape.numel() * waiting.dtype.itemsize, np.uint8)
-        rest, offset = memoryview(content), waiting.offset
+        rest, offset = content.data, waiting.offset
         while len(rest):
             read = os.preadv(self._file.fileno(), [rest], offset)
             rest, offset = rest[read:], offset + read

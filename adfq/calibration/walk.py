@@ -161,8 +161,8 @@ class Walk:
         self.network, self.images, self.folder = network, images, folder
         self.mode = network.full_precision if full_precision else nullcontext
         self._trunk = [network.model.get_submodule(name) for name in network.trunk]
-        self._calls: Calls | None = None  # of the module at hand
-        self._outputs: list[list[Any]] = []  # of the modules behind, by batch
+        self._calls: Calls | None = None  # calls of the module at hand
+        self._outputs: list[list[Any]] = []  # outputs of the modules behind, by batch
         self._keep = partial(_keep, WaitingRoom(folder)) if len(images.sizes) > 1 else _detach
 
     def parts(self) -> Iterator[Part]:
@@ -212,13 +212,13 @@ class Walk:
 @contextmanager
 def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     own = vars(module).get("forward")
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     try:
         yield
     finally:
         del module.forward
         if own is not None:
-            module.forward = own  # type: ignore[method-assign]
+            module.forward = own
 
 
 def _forget(leaf: Any) -> Any:

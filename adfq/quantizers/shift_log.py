@@ -36,14 +36,14 @@ class ShiftLogQuantizer(LogQuantizer):
     """
 
     minimum: Tensor
-    lowest: Tensor  # the calibration's minimum, while calibration images come in batches
+    _lowest: Tensor  # the calibration's minimum, while calibration images come in batches
 
     def __init__(self, bits: int, base: float = 2**0.5, shift: str = "dynamic") -> None:
         super().__init__(bits, base)
         if shift not in SHIFTS:
             raise AdfqError(f"unknown shift {shift!r}; there are {', '.join(SHIFTS)}")
         self.shift = shift
-        self.register_buffer("lowest", torch.empty(0), persistent=False)
+        self.register_buffer("_lowest", torch.empty(0), persistent=False)
         if shift == "static":
             self.register_buffer("minimum", torch.empty(0))
 
@@ -51,7 +51,7 @@ class ShiftLogQuantizer(LogQuantizer):
         ends = yield from high_values()
         minimum = ends.lowest
         self.scale = yield from self._search_scale(ends, lambda x: (x - minimum).add_(_EPSILON))
-        self.lowest = minimum
+        self._lowest = minimum
         if self.shift == "static":
             self.minimum = minimum
 
@@ -59,7 +59,7 @@ class ShiftLogQuantizer(LogQuantizer):
         if self.shift == "static":
             minimum = self.minimum
         elif self.pinned:
-            minimum = self.lowest
+            minimum = self._lowest
         else:
             minimum = x.detach().min()
 

@@ -58,7 +58,7 @@ class UniformQuantizer(Quantizer):
     """
 
     zero_point: Tensor
-    placeholder: Tensor  # mask of the scales that come from no data; empty for those that were not found here
+    _placeholder: Tensor  # mask of the scales that come from no data; empty for those that were not found here
 
     def __init__(self, bits: int, granularity: str = "tensor", range: str = "minmax") -> None:
         super().__init__(bits)
@@ -69,13 +69,13 @@ class UniformQuantizer(Quantizer):
         self.granularity = granularity
         self.range = range
         self.register_buffer("zero_point", torch.empty(0))
-        self.register_buffer("placeholder", torch.empty(0, dtype=torch.bool), persistent=False)
+        self.register_buffer("_placeholder", torch.empty(0, dtype=torch.bool), persistent=False)
         self._shape: list[int] = []
 
     @property
     def has_range(self) -> Tensor:
         """Mask of the scales that come from data: bool, the shape of `scale`."""
-        return ~self.placeholder if self.placeholder.numel() else super().has_range
+        return ~self._placeholder if self._placeholder.numel() else super().has_range
 
     def _groups(self, x: Tensor) -> Tensor:
         kept = self._kept_dimensions(x)
@@ -87,7 +87,7 @@ class UniformQuantizer(Quantizer):
         found = yield from RANGES[self.range](self.levels)
         self.scale, self.zero_point = found.scale.reshape(self._shape), found.zero_point.reshape(self._shape)
         tiny = torch.finfo(found.scale.dtype).tiny * self.levels
-        self.placeholder = ((found.scale == 1) & (found.largest < tiny)).reshape(self._shape)
+        self._placeholder = ((found.scale == 1) & (found.largest < tiny)).reshape(self._shape)
 
     def _kept_dimensions(self, x: Tensor) -> list[int]:
         if self.granularity != "tensor" and x.dim() < (3 if self.granularity == "patch" else 2):

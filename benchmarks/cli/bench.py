@@ -48,7 +48,7 @@ def _bench(options: argparse.Namespace) -> None:
     training = f"; forwards and backwards takes {full['training']:.2f} s" if "training" in full else ""
     print(
         f"Times and memory as multiples of full precision's forward pass, which takes {full['forward']:.2f} s{memory}"
-        f"{training}. Medians of {options.repeats}. Methods that optimize are calibrated without it; "
+        f"{training}. Medians of {options.repeats}. Batches are a quarter of the images. Methods that optimize are calibrated without it; "
         f"an iteration of it, over all modules, is a multiple of one pass of the model forwards and backwards.\n"
     )
     if loading := found.get("loading"):

@@ -37,14 +37,19 @@ _ROUNDS = 4
 # Number of forward passes whose median counts: the first ones fetch memory that calibration has given back.
 _PASSES = 3
 
+# Batches of calibration in batches.
+_BATCHES = 4
+
 # An iteration is what a run of more iterations takes longer than one of fewer.
 _FEWER, _MORE = 1, 3
 
 _COLUMNS = {
     "calibration": "Calibration",
+    "batched": "Calibration in batches",
     "forward": "Quantized forward",
     "iteration": "Optimization iteration",
     "calibration_memory": "Calibration memory",
+    "batched_memory": "Calibration memory in batches",
     "forward_memory": "Forward memory",
 }
 
@@ -76,9 +81,10 @@ def benchmark(
     Returns:
         ``full_precision``: medians of ``forward`` and ``training`` (forwards and backwards) in seconds, of
         ``images_per_second`` forwards, and of ``forward_memory`` in MB, None if the system does not tell; ``methods``:
-        by name, medians of ``calibration`` and ``forward`` as multiples of full precision's forward, of ``iteration``
-        as a multiple of its training for optimizing methods, of ``calibration_memory`` and ``forward_memory`` as
-        multiples of its memory; ``loading``, for data that are not drawn: the median of ``images_per_second`` that
+        by name, medians of ``calibration`` on all images at once, of ``batched``, that in four batches, and of
+        ``forward`` as multiples of full precision's forward, of ``iteration`` as a multiple of its training for
+        optimizing methods, of ``calibration_memory``, ``batched_memory`` and ``forward_memory`` as multiples of its
+        memory; ``loading``, for data that are not drawn: the median of ``images_per_second`` that
         evaluation could have, and ``workers``, the number of processes that read and preprocess.
 
     Raises:
@@ -128,6 +134,10 @@ def _arguments(method: str, iterations: int) -> tuple[tuple[str, Any], ...]:
     return (("iterations", iterations),) if _optimizes(method) else ()
 
 
+def _in_batches(cell: Cell) -> Cell:
+    return replace(cell, calibration_batch_size=math.ceil(cell.calibration_size / _BATCHES))
+
+
 def _optimizes(method: str) -> bool:
     return issubclass(find_method(method), OptimizingMethod)
 
@@ -144,10 +154,12 @@ class _Run:
         """Measure the peak memory of full precision and of each method."""
         self._keep_memory(self.full, self.subject.model)
         for cell in cells:
-            model, cost = quantize_model(cell, self.subject, self.device)
-            if cost["calibration_memory"] is not None:
-                self.methods[cell.method]["calibration_memory"].append(cost["calibration_memory"])
-            self._keep_memory(self.methods[cell.method], model)
+            found = self.methods[cell.method]
+            for key, asked in (("batched_memory", _in_batches(cell)), ("calibration_memory", cell)):
+                model, cost = quantize_model(asked, self.subject, self.device)
+                if cost["calibration_memory"] is not None:
+                    found[key].append(cost["calibration_memory"])
+            self._keep_memory(found, model)
 
     def _keep_memory(self, found: dict[str, list[float]], model: nn.Module) -> None:
         with torch.inference_mode(), peak_memory(self.device) as peak:
@@ -161,6 +173,8 @@ class _Run:
         self.full["forward"].append(self._forward(self.subject.model))
         model, cost = quantize_model(cell, self.subject, self.device)
         found["calibration"].append(cost["calibration_seconds"])
+        _, cost = quantize_model(_in_batches(cell), self.subject, self.device)
+        found["batched"].append(cost["calibration_seconds"])
         found["forward"].append(self._forward(model))
         if _optimizes(cell.method):
             self.full["training"].append(time_of(self._train, self.device))
@@ -192,9 +206,11 @@ class _Run:
         memory = full.get("forward_memory", math.nan)
         unit = {
             "calibration": full["forward"],
+            "batched": full["forward"],
             "forward": full["forward"],
             "iteration": full.get("training", math.nan),
             "calibration_memory": memory,
+            "batched_memory": memory,
             "forward_memory": memory,
         }
         return {

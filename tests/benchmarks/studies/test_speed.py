@@ -31,9 +31,9 @@ def test_methods_are_measured_against_full_precision(capsys: pytest.CaptureFixtu
     assert found["data"] == "bundled"
     assert "loading" not in found  # scenes are drawn
     assert list(found["methods"]) == ["base_ptq", "adfq_vit"]
-    memory = {"calibration_memory", "forward_memory"}  # which not every system tells
-    assert set(found["methods"]["base_ptq"]) - memory == {"calibration", "forward"}
-    assert set(found["methods"]["adfq_vit"]) - memory == {"calibration", "forward", "iteration"}
+    memory = {"calibration_memory", "batched_memory", "forward_memory"}  # which not every system tells
+    assert set(found["methods"]["base_ptq"]) - memory == {"calibration", "batched", "forward"}
+    assert set(found["methods"]["adfq_vit"]) - memory == {"calibration", "batched", "forward", "iteration"}
     assert all(math.isfinite(value) for values in found["methods"].values() for value in values.values())
     assert found["environment"]["threads"] == torch.get_num_threads()
 
@@ -64,13 +64,13 @@ def test_loading_is_measured_apart_from_the_model(pictures: Path, capsys: pytest
 def test_medians_are_multiples_of_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     medians = [9, *(value for full, quantized in ((1, 3), (2, 5), (4, 100)) for value in (full, quantized))]
     seconds = iter([value for median in medians for value in (1000, median, 0)])  # three passes in a row
-    costs = iter([{"calibration_seconds": value, "calibration_memory": None} for value in (90.0, 8.0, 6.0, 7.0)])
+    costs = iter([{"calibration_seconds": value, "calibration_memory": None} for value in (99.0, 90.0, 8.0, 16.0, 6.0, 18.0, 7.0, 17.0)])
     monkeypatch.setattr(speed, "time_of", lambda *_: float(next(seconds)))
     monkeypatch.setattr(speed, "quantize_model", lambda *_: (nn.Identity(), next(costs)))
     found = benchmark("bundled_vit", ["base_ptq"], "W4A4", 1, 3, torch.device("cpu"))
     assert found["full_precision"]["forward"] == 2
     values = found["methods"]["base_ptq"]
-    assert (values["calibration"], values["forward"]) == (3.5, 2.5)
+    assert (values["calibration"], values["batched"], values["forward"]) == (3.5, 8.5, 2.5)
     assert "| Base PTQ " in render(found)
 
 
@@ -86,7 +86,7 @@ def test_an_iteration_is_what_more_iterations_take_longer(monkeypatch: pytest.Mo
     monkeypatch.setattr(speed, "quantize_model", quantize)
     found = benchmark("bundled_vit", ["adfq_vit"], "W4A4", 2, 1, torch.device("cpu"))
     assert found["methods"]["adfq_vit"]["iteration"] == 2.0  # 3 seconds each, where 1.5 are one training pass
-    assert [arguments.get("optimize_batch_size") for arguments in asked] == [None, None, 2, 2]  # memory first
+    assert [arguments.get("optimize_batch_size") for arguments in asked] == [None] * 4 + [2, 2]  # memory first
 
 
 @pytest.mark.parametrize(
