@@ -64,7 +64,12 @@ def test_loading_is_measured_apart_from_the_model(pictures: Path, capsys: pytest
 def test_medians_are_multiples_of_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     medians = [9, *(value for full, quantized in ((1, 3), (2, 5), (4, 100)) for value in (full, quantized))]
     seconds = iter([value for median in medians for value in (1000, median, 0)])  # three passes in a row
-    costs = iter([{"calibration_seconds": value, "calibration_memory": None} for value in (99.0, 90.0, 8.0, 16.0, 6.0, 18.0, 7.0, 17.0)])
+    costs = iter(
+        [
+            {"calibration_seconds": value, "calibration_memory": None}
+            for value in (99.0, 90.0, 8.0, 16.0, 6.0, 18.0, 7.0, 17.0)
+        ]
+    )
     monkeypatch.setattr(speed, "time_of", lambda *_: float(next(seconds)))
     monkeypatch.setattr(speed, "quantize_model", lambda *_: (nn.Identity(), next(costs)))
     found = benchmark("bundled_vit", ["base_ptq"], "W4A4", 1, 3, torch.device("cpu"))
