@@ -122,13 +122,14 @@ def _adapt_backbone(model: nn.Module, prefix: str) -> Network:
     replace(model, f"{prefix}patch_embed.projection", "patch_embed", fixed_positions=False)
     norms: dict[str, nn.LayerNorm] = {}
     paddings: dict[str, Tensor] = {}
-    modules = [f"{prefix}patch_embed.projection"]
+    modules, trunk = [f"{prefix}patch_embed.projection"], [f"{prefix}patch_embed"]
     for name, module in list(model.named_modules()):
         if not name.startswith(prefix):
             continue
         if isinstance(module, PatchMerging):
             replace(model, f"{name}.reduction", "reduction", fixed_positions=False)
             modules.append(f"{name}.reduction")
+            trunk.append(name)
             if keeps_forward(module, PatchMerging):
                 pair(norms, f"{name}.reduction", module.norm)
         elif isinstance(module, SwinBlock):
@@ -141,11 +142,16 @@ def _adapt_backbone(model: nn.Module, prefix: str) -> Network:
             replace(model, f"{name}.ffn.layers.0.0", "fc1", fixed_positions=False)
             replace(model, f"{name}.ffn.layers.1", "fc2", fixed_positions=False)
             modules += [f"{name}.attn", f"{name}.ffn.layers"]
+            trunk.append(name)
             if keeps_forward(module, SwinBlock) and keeps_forward(module.ffn, FFN):
                 pair(norms, f"{name}.attn.w_msa.qkv", module.norm1)
                 pair(norms, f"{name}.ffn.layers.0.0", module.norm2)
             paddings[f"{name}.attn.w_msa.qkv"] = attention.padding
-    return Network(model, norms, tuple(modules), input_paddings=paddings)
+    stages: Any = model.get_submodule(f"{prefix}stages")
+    ends = [f"{prefix}stages.{index}.blocks.{len(stage.blocks) - 1}" for index, stage in enumerate(stages)]
+    return Network(
+        model, norms, tuple(modules), input_paddings=paddings, trunk=tuple(trunk), trunk_outputs=tuple(ends[:-1])
+    )
 
 
 def detect_densely(model: Any, images: Tensor) -> list[Tensor]:

@@ -117,13 +117,14 @@ def adapt(model: nn.Module) -> Network:
         model: MobileSamEncoder.
     """
     norms: dict[str, nn.LayerNorm] = {}
-    modules = []
+    modules, trunk = [], []
     for name, module in list(model.named_modules()):
         if isinstance(module, ConvNorm):
             _fold(model, name)
             replace(model, f"{name}.conv", _convolution_role(name), fixed_positions=False)
         elif isinstance(module, (PatchEmbed, MBConv, PatchMerging)):
             modules.append(name)
+            trunk.append(name)
         elif isinstance(module, TinyVitBlock):
             norm = module.attn.norm
             replace_attention(model, f"{name}.attn", Attention, QuantTinyAttention)
@@ -133,7 +134,11 @@ def adapt(model: nn.Module) -> Network:
             if keeps_forward(module.mlp, NormMlp):
                 pair(norms, f"{name}.mlp.fc1", module.mlp.norm)
             modules += [f"{name}.attn", f"{name}.local_conv", f"{name}.mlp"]
-    return Network(model, norms, (*modules, adapt_neck(model)), forward_all=lambda images: [model(images)])
+            trunk.append(name)
+    neck = adapt_neck(model)
+    return Network(
+        model, norms, (*modules, neck), trunk=(*trunk, neck), forward_all=lambda images: [model(images)]
+    )
 
 
 def adapt_neck(encoder: nn.Module) -> str:

@@ -153,6 +153,7 @@ def adapt(model: nn.Module) -> Network:
         {f"image_encoder.{name}": norm for name, norm in network.input_norms.items()},
         tuple(modules),
         input_paddings={f"image_encoder.{name}": padding for name, padding in network.input_paddings.items()},
+        trunk=tuple(f"image_encoder.{name}" for name in network.trunk),
         forward_all=partial(segment_densely, model),
         excluded=("prompt_encoder.*",),
     )
@@ -162,7 +163,7 @@ def _adapt_encoder(encoder: Any) -> Network:
     replace(encoder, "patch_embed.proj", "patch_embed", fixed_positions=False)
     norms: dict[str, nn.LayerNorm] = {}
     paddings: dict[str, Tensor] = {}
-    modules = ["patch_embed"]
+    modules, trunk = ["patch_embed"], ["patch_embed"]
     for index, block in enumerate(encoder.blocks):
         name = f"blocks.{index}"
         if not keeps_forward(block, Block):
@@ -173,13 +174,19 @@ def _adapt_encoder(encoder: Any) -> Network:
         replace(encoder, f"{name}.mlp.lin1", "fc1", fixed_positions=False)
         replace(encoder, f"{name}.mlp.lin2", "fc2", fixed_positions=False)
         modules += [f"{name}.attn", f"{name}.mlp"]
+        trunk.append(name)
         pair(norms, f"{name}.attn.qkv", block.norm1)
         if keeps_forward(block.mlp, MLPBlock) and not block.mlp._forward_pre_hooks:
             pair(norms, f"{name}.mlp.lin1", block.norm2)
         paddings[f"{name}.attn.qkv"] = block.attn.padding
-    modules.append(mobile_sam.adapt_neck(encoder))
+    modules.append(neck := mobile_sam.adapt_neck(encoder))
     return Network(
-        encoder, norms, tuple(modules), input_paddings=paddings, forward_all=lambda images: [encoder(images)]
+        encoder,
+        norms,
+        tuple(modules),
+        input_paddings=paddings,
+        trunk=(*trunk, neck),
+        forward_all=lambda images: [encoder(images)],
     )
 
 

@@ -80,7 +80,7 @@ def adapt(model: nn.Module) -> Network:
     """
     replace(model, "patch_embed.proj", "patch_embed")
     norms: dict[str, nn.LayerNorm] = {}
-    units = ["patch_embed"]
+    units, trunk = ["patch_embed"], ["patch_embed"]
     for index, block in enumerate(model.get_submodule("blocks").children()):
         name = f"blocks.{index}"
         if not isinstance(block, Block):
@@ -90,8 +90,9 @@ def adapt(model: nn.Module) -> Network:
         pair_attention(model, f"{name}.attn", norms, before[0])
         adapt_mlp(model, f"{name}.mlp", "fc1", norms, before[1])
         units += [f"{name}.attn", f"{name}.mlp"]
+        trunk.append(name)
     units += adapt_end(model, norms)
-    return Network(model, norms, tuple(units))
+    return Network(model, norms, tuple(units), trunk=tuple(trunk))
 
 
 def model_names() -> list[str]:

@@ -24,11 +24,12 @@ def adapt(model: nn.Module) -> Network:
     """
     replace(model, "patch_embed.proj", "patch_embed")
     norms: dict[str, nn.LayerNorm] = {}
-    modules = ["patch_embed"]
+    modules, trunk = ["patch_embed"], ["patch_embed"]
     for name, module in list(model.named_modules()):
         if isinstance(module, PatchMerging):
             replace(model, f"{name}.reduction", "reduction")
             modules.append(name)
+            trunk.append(name)
             if keeps_forward(module, PatchMerging):
                 pair(norms, f"{name}.reduction", module.norm)
         elif isinstance(module, SwinTransformerBlock):
@@ -36,6 +37,7 @@ def adapt(model: nn.Module) -> Network:
             replace(model, f"{name}.mlp.fc1", "fc1")
             replace(model, f"{name}.mlp.fc2", "fc2")
             modules += [f"{name}.attn", f"{name}.mlp"]
+            trunk.append(name)
             if not keeps_forward(module, SwinTransformerBlock):
                 continue
             # Windows that the input does not fill are padded with zeros after the norm; those are not its output.
@@ -49,7 +51,7 @@ def adapt(model: nn.Module) -> Network:
     if isinstance(model.get_submodule("head.fc"), nn.Linear):
         replace(model, "head.fc", "head")
         modules.append("head.fc")
-    return Network(model, norms, tuple(modules))
+    return Network(model, norms, tuple(modules), trunk=tuple(trunk))
 
 
 def model_names() -> list[str]:

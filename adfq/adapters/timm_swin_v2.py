@@ -128,7 +128,7 @@ def adapt(model: nn.Module) -> Network:
     """
     replace(model, "patch_embed.proj", "patch_embed")
     norms: dict[str, nn.LayerNorm] = {}
-    modules = ["patch_embed"]
+    modules, trunk = ["patch_embed"], ["patch_embed"]
     for name, module in list(model.named_modules()):
         if isinstance(module, (SwinTransformerV2Block, SwinTransformerV2CrBlock)):
             kind = SwinTransformerV2Block if isinstance(module, SwinTransformerV2Block) else SwinTransformerV2CrBlock
@@ -137,16 +137,19 @@ def adapt(model: nn.Module) -> Network:
             replace(model, f"{name}.mlp.fc1", "residual")
             replace(model, f"{name}.mlp.fc2", "fc2")
             modules += [f"{name}.attn", f"{name}.mlp"]
+            trunk.append(name)
         elif name.endswith(".downsample") and is_present(module):
             norm_first = keeps_forward(module, NormFirstMerging)
             replace(model, f"{name}.reduction", "reduction" if norm_first else "residual")
             modules.append(name)
+            trunk.append(name)
             if norm_first:
                 pair(norms, f"{name}.reduction", module.get_submodule("norm"))
     if isinstance(model.get_submodule("head.fc"), nn.Linear):
         replace(model, "head.fc", "head")
         modules.append("head.fc")
-    return Network(model, norms, tuple(modules), excluded=("*.attn.cpb_mlp.*", "*.attn.meta_mlp.*"))
+    excluded = ("*.attn.cpb_mlp.*", "*.attn.meta_mlp.*")
+    return Network(model, norms, tuple(modules), trunk=tuple(trunk), excluded=excluded)
 
 
 def model_names() -> list[str]:
