@@ -194,6 +194,25 @@ class _Examples:
     targets: Tensor = field(default_factory=lambda: torch.empty(0))
     count: int = 0
 
+    def takes(self, call: Call, inputs: Mapping[int | str, Tensor]) -> bool:
+        """Return True if a batch with such inputs may join: a mask, say, depends on the images' height and width."""
+        known, others = (
+            [(key, value) for key, value in _by_key(*arguments) if key not in inputs] for arguments in (self.call, call)
+        )
+        shapes = [{key: tensor.shape[1:] for key, tensor in tensors.items()} for tensors in (self.inputs, inputs)]
+        return shapes[0] == shapes[1] and _is_same(known, others)
+
+
+def _is_same(first: Any, second: Any) -> bool:
+    """Return True for equal nested tuples, lists and dictionaries of tensors and anything else."""
+    if isinstance(first, Tensor) or isinstance(second, Tensor):
+        return isinstance(first, Tensor) and isinstance(second, Tensor) and torch.equal(first, second)
+    if isinstance(first, dict) and isinstance(second, dict):
+        return _is_same(list(first.items()), list(second.items()))
+    if isinstance(first, (tuple, list)) and isinstance(second, (tuple, list)):
+        return len(first) == len(second) and all(map(_is_same, first, second))
+    return first is second or bool(first == second)
+
 
 def _inputs_in(call: Call, images: int, shared: Sequence[str]) -> dict[int | str, Tensor]:
     # Rotary positions, say, may have as many rows by chance.
@@ -218,26 +237,33 @@ def _collect(unit: nn.Module, walks: Sequence[Walk], parts: Sequence[Part]) -> t
         Examples for each size of images, and the place of each image: the index of its examples and that among them.
     """
     shared = getattr(unit, "shared_arguments", ())
-    examples: dict[tuple[Any, ...], _Examples] = {}
+    examples: list[_Examples] = []
     places: list[Tensor] = []
     total = sum(parts[0].sizes)
     for index, (walk, part) in enumerate(zip(walks, parts, strict=True)):
-        start = dict.fromkeys(examples, 0)
         with walk.mode():
-            for images, call in zip(part.sizes, part.calls(unit), strict=True):
+            for batch, (images, call) in enumerate(zip(part.sizes, part.calls(unit), strict=True)):
                 inputs = _inputs_in(call, images, shared)
-                shape = tuple((key, tensor.shape[1:]) for key, tensor in inputs.items())
-                if shape not in examples:
-                    examples[shape], start[shape] = _Examples(call, _room(inputs, total), _room(inputs, total)), 0
-                found = examples[shape]
-                where = slice(start[shape], start[shape] + images)
-                for key, tensor in inputs.items():
-                    (found.quantized_inputs if index else found.inputs)[key][where] = tensor
                 if not index:
-                    place = torch.arange(where.start, where.stop)
-                    places.append(torch.stack([torch.full_like(place, list(examples).index(shape)), place], 1))
-                start[shape] = found.count = where.stop
-    return list(examples.values()), torch.cat(places)
+                    places.append(_place(examples, call, inputs, images, total))
+                which, first = places[batch][0].tolist()
+                found = examples[which].quantized_inputs if index else examples[which].inputs
+                for key, tensor in inputs.items():
+                    found[key][first : first + images] = tensor
+    return examples, torch.cat(places)
+
+
+def _place(
+    examples: list[_Examples], call: Call, inputs: Mapping[int | str, Tensor], images: int, total: int
+) -> Tensor:
+    """Return the place of a batch's images, among examples with such inputs and the same other arguments."""
+    index, fit = next(((i, found) for i, found in enumerate(examples) if found.takes(call, inputs)), (-1, None))
+    if fit is None:
+        index, fit = len(examples), _Examples(call, _room(inputs, total), _room(inputs, total))
+        examples.append(fit)
+    place = torch.arange(fit.count, fit.count + images)
+    fit.count += images
+    return torch.stack([torch.full_like(place, index), place], 1)
 
 
 class _Reconstruction:
@@ -287,10 +313,16 @@ class _Reconstruction:
             self.judged_on = self.trained_on
 
     def _batches(self, images: Tensor) -> Iterator[tuple[_Examples, Tensor]]:
-        """Yield images in batches, none of which has two sizes: examples, and indices among them."""
+        """Yield images in batches of the optimization's size: examples, and indices among them."""
+        for found, chosen in self._by_examples(images):
+            for part in chosen.split(self.options.optimize_batch_size):
+                yield found, part
+
+    def _by_examples(self, images: Tensor) -> Iterator[tuple[_Examples, Tensor]]:
+        """Yield examples, and the images among them as indices of theirs."""
+        which, place = self.places[images].unbind(1)
         for index, found in enumerate(self.examples):
-            which, place = self.places[images].unbind(1)
-            for chosen in place[which == index].split(self.options.optimize_batch_size):
+            if len(chosen := place[which == index]):
                 yield found, chosen
 
     def _forward(self, examples: _Examples, inputs: Mapping[int | str, Tensor], chosen: Tensor) -> Tensor:
@@ -354,18 +386,27 @@ class _Reconstruction:
         return Result(before, after, kept)
 
     def _calibrate(self) -> None:
-        batches = [self.places[indices] for indices in torch.arange(len(self.places)).split(list(self.sizes))]
+        batches = [
+            batch
+            for images in torch.arange(len(self.places)).split(list(self.sizes))
+            for batch in self._by_examples(images)
+        ]
 
         def run(batch: int) -> Tensor:
-            examples = self.examples[int(batches[batch][0, 0])]
-            return self._forward(examples, examples.quantized_inputs, batches[batch][:, 1])
+            examples, chosen = batches[batch]
+            return self._forward(examples, examples.quantized_inputs, chosen)
 
         if len(batches) == 1:
             with calibrating(self.quantizers.items()):
                 run(0)
         else:
             with pinned(self.quantizers.values()):
-                calibrate_part(self.model, Part(self.name, self.sizes, run), self.quantizers, self.folder)
+                calibrate_part(
+                    self.model,
+                    Part(self.name, [len(chosen) for _, chosen in batches], run),
+                    self.quantizers,
+                    self.folder,
+                )
 
     def _optimize(self, done: Callable[[], object]) -> None:
         options = self.options

@@ -30,8 +30,12 @@ class QuantCosineAttention(nn.Module):
 
     Args:
         attention: module to replace, whose parameters are shared.
+
+    Attributes:
+        shared_arguments: keyword arguments that are the same for all images.
     """
 
+    shared_arguments = ("mask",)
     k_bias: Tensor | None
     relative_coords_table: Tensor
     relative_position_index: Tensor

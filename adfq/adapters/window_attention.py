@@ -16,8 +16,12 @@ class QuantWindowAttention(nn.Module):
 
     Args:
         attention: module to replace, whose parameters are shared.
+
+    Attributes:
+        shared_arguments: keyword arguments that are the same for all images.
     """
 
+    shared_arguments = ("mask",)
     relative_position_index: Tensor
 
     def __init__(self, attention: Any) -> None:
