@@ -136,9 +136,7 @@ def adapt(model: nn.Module) -> Network:
             modules += [f"{name}.attn", f"{name}.local_conv", f"{name}.mlp"]
             trunk.append(name)
     neck = adapt_neck(model)
-    return Network(
-        model, norms, (*modules, neck), trunk=(*trunk, neck), forward_all=lambda images: [model(images)]
-    )
+    return Network(model, norms, (*modules, neck), trunk=(*trunk, neck), forward_all=lambda images: [model(images)])
 
 
 def adapt_neck(encoder: nn.Module) -> str:

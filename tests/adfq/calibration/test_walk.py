@@ -1,0 +1,167 @@
+"""The walk along a trunk: in batches, every family is calibrated to what one batch gives, and nothing runs twice."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from timm.models.beit import Beit
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
+from timm.models.swin_transformer_v2_cr import SwinTransformerV2Cr
+from timm.models.vision_transformer import ParallelThingsBlock, VisionTransformer
+from torch import Tensor, nn
+
+import adfq.reconstruction
+from adfq.adapters import adapt
+from adfq.bits import Bits
+from adfq.calibration import CalibrationImages
+from adfq.method import Run
+from adfq.quantizers import Quantizer
+from adfq.registry import create_method
+from adfq.sites import is_within
+
+Randomize = Callable[[nn.Module], nn.Module]
+
+VIT: dict[str, Any] = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
+SWIN: dict[str, Any] = {
+    "img_size": 16,
+    "patch_size": 2,
+    "embed_dim": 12,
+    "depths": (2, 1),
+    "num_heads": (1, 2),
+    "window_size": 4,
+    "num_classes": 5,
+}
+FAMILIES: dict[str, Callable[[], nn.Module]] = {
+    "ViT": partial(VisionTransformer, **VIT),
+    "ViT of parallel blocks": partial(VisionTransformer, **VIT, block_fn=ParallelThingsBlock),
+    "ViT with attention pooling": partial(VisionTransformer, **VIT, global_pool="map", class_token=False),
+    "ViT of Sequentials": lambda: group_blocks(VisionTransformer(**VIT)),
+    "distilled DeiT": partial(VisionTransformerDistilled, **VIT),
+    "Swin": partial(SwinTransformer, **SWIN),
+    "Swin V2": partial(SwinTransformerV2, **SWIN),
+    "Swin V2 Cr": partial(SwinTransformerV2Cr, **SWIN),
+    "BEiT": partial(Beit, **VIT, use_shared_rel_pos_bias=True),
+    "EVA": partial(Eva, **VIT),
+}
+SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "base_ptq": ("base_ptq", {}),
+    "repq_vit": ("repq_vit", {}),
+    "adfq_vit, calibrated": ("adfq_vit", {"iterations": 0}),
+    "adfq_vit, optimized": ("adfq_vit", {"iterations": 2, "optimize_batch_size": 2}),
+}
+OPTIMIZED = ("ViT with attention pooling", "Swin", "EVA")  # in the fast suite
+
+
+def group_blocks(model: Any) -> nn.Module:
+    model.blocks = nn.Sequential(nn.Sequential(*model.blocks))
+    grouped: nn.Module = model
+    return grouped
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+def assert_same_in_batches(
+    model: nn.Module, images: Tensor, setting: str, sizes: int | list[int], exact: bool = True
+) -> None:
+    """Compare batches to one batch.
+
+    In double precision the sums of one image and of several round to the same floats, so that no code flips.
+    """
+    method, options = SETTINGS[setting]
+    if exact:
+        model, images = copy.deepcopy(model).double(), images.double()
+    whole = adfq.quantize(model, method, 4, 4, images, **options)
+    in_batches = adfq.quantize(model, method, 4, 4, list(images.split(sizes)), **options)
+    expected, found = whole.state_dict(), in_batches.state_dict()
+    ranges = [
+        f"{name}.{key}"
+        for name, module in whole.named_modules()
+        if isinstance(module, Quantizer)
+        for key in module.state_dict()
+    ]
+    assert ranges
+    assert list(found) == list(expected)
+    if exact:
+        assert [name for name in ranges if not torch.equal(found[name], expected[name])] == []
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-8, msg=f"{name}: {{}}".format)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.filterwarnings("ignore:optimization made")
+def test_batches_give_what_one_batch_gives(family: str, randomize: Randomize) -> None:
+    # As many images as fill the optimization's batches and one more: its windows are as many as a mask has.
+    setting = "adfq_vit, optimized" if family in OPTIMIZED else "repq_vit"
+    assert_same_in_batches(randomize(FAMILIES[family]()), draw(3, 3, 16, 16), setting, [2, 1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2, 5])
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.filterwarnings("ignore:optimization made")
+def test_batches_of_every_size(family: str, setting: str, size: int, randomize: Randomize) -> None:
+    assert_same_in_batches(randomize(FAMILIES[family]()), draw(5, 3, 16, 16), setting, size)
+
+
+def assert_walks(model: nn.Module, images: Tensor) -> None:
+    """Calibrate in batches, and check that units lie in series and that no module runs when a later one is at hand."""
+    network = adapt(copy.deepcopy(model))
+    places = [next((i for i, name in enumerate(network.trunk) if is_within(u, name)), 10**6) for u in network.units]
+    assert places == sorted(places)
+    assert len(set(places)) > 2
+    ran: list[int] = []
+    for index, name in enumerate(network.trunk):
+        module = network.model.get_submodule(name)
+        module.forward = partial(_counted, ran, index, module.forward)  # type: ignore[method-assign]
+    batches = CalibrationImages(images.split(1))
+    create_method("adfq_vit", {"iterations": 0}).apply(network, Run(batches), Bits(4, 4))
+    assert ran == sorted(ran)
+    assert set(ran) == set(range(len(network.trunk)))
+
+
+def _counted(ran: list[int], index: int, forward: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+    ran.append(index)
+    return forward(*arguments, **keywords)
+
+
+@pytest.mark.filterwarnings("ignore:optimization made")
+def test_images_of_another_height_and_width_keep_their_own_masks(
+    randomize: Randomize, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same number of windows, but another shape, moves tokens of other places into a window."""
+    model = randomize(SwinTransformer(**SWIN, strict_img_size=False, dynamic_img_size=True))
+    batches = [draw(2, 3, 16, 32), draw(2, 3, 32, 16)]
+    reference, outputs = adapt(copy.deepcopy(model)).model, []
+    unit = "layers.0.blocks.1.attn"
+    reference.get_submodule(unit).register_forward_hook(lambda *call: outputs.append(call[-1]))
+    with torch.no_grad():
+        for images in batches:
+            reference(images)
+    targets = []
+    run = adfq.reconstruction._Reconstruction.run
+
+    def look(self: Any, done: Any) -> Any:
+        if self.name == unit:
+            targets.extend(found.targets.flatten(0, 1) for found in self.examples)
+        return run(self, done)
+
+    monkeypatch.setattr(adfq.reconstruction._Reconstruction, "run", look)
+    adfq.quantize(model, "adfq_vit", 4, 4, batches, ppoq=False, iterations=1, calibration_size=4)
+    for found, expected in zip(targets, outputs, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_runs_again_when_a_later_part_is_at_hand(family: str, randomize: Randomize) -> None:
+    assert_walks(randomize(FAMILIES[family]()), draw(2, 3, 16, 16))
