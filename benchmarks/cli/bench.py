@@ -48,8 +48,9 @@ def _bench(options: argparse.Namespace) -> None:
     training = f"; forwards and backwards takes {full['training']:.2f} s" if "training" in full else ""
     print(
         f"Times and memory as multiples of full precision's forward pass, which takes {full['forward']:.2f} s{memory}"
-        f"{training}. Medians of {options.repeats}. Batches are a quarter of the images. Methods that optimize are calibrated without it; "
-        f"an iteration of it, over all modules, is a multiple of one pass of the model forwards and backwards.\n"
+        f"{training}. Medians of {options.repeats}. Batches are a quarter of the images. Methods that optimize are "
+        f"calibrated without it; an iteration of it, over all modules, is a multiple of one pass of the model "
+        f"forwards and backwards.\n"
     )
     if loading := found.get("loading"):
         print(
