@@ -1,0 +1,155 @@
+"""PTQ4ViT (ECCV 2022, arXiv 2111.12293): twin uniform quantization, scales found by a Hessian-guided search."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from adfq.bits import Bits
+from adfq.calibration import progress_bar
+from adfq.errors import AdfqError, NotApplicableError
+from adfq.layers import QuantMatMul, QuantWeightLayer
+from adfq.method import Method, Run
+from adfq.quantizers import TwinGeluQuantizer, TwinSoftmaxQuantizer, UniformQuantizer
+from adfq.sites import Network, Recipe
+from baselines.ptq4vit.observers import COARSE, FINE, Observer, check_finite
+from baselines.ptq4vit.search import search_scales
+
+SEARCHES = ("hessian", "mse")
+
+_ROUNDING = 1e-6  # a spread below this share of the values is that of rounding
+_LOSS_SCALE = 256.0  # scores do not depend on it; in half precision, small gradients would vanish without it
+
+
+@dataclass(frozen=True)
+class PTQ4ViT(Method):
+    """PTQ4ViT: symmetric uniform quantization, twin uniform after softmax and GELU, scales searched per layer.
+
+    The input image stays in full precision. A weight has one scale, but a fused projection to queries, keys and values
+    one for each of these, and the patch embedding one per output channel. An activation has one scale. Behind another
+    activation function than GELU a uniform quantizer stands in place of the twin one.
+
+    The two scales of a layer are searched in turn for the smallest error of its output, with all other layers in full
+    precision. Errors are weighted by the squared gradient of the loss (section "Hessian guided metric").
+
+    The gradient is that of the empirical Fisher information: of the cross-entropy against a label drawn from the
+    model's own prediction, or of its like for a detector's outputs (`_fisher_loss`). The released code differentiates
+    a distance between the prediction and itself, which is 0 but for rounding. Errors are taken on a sample of the
+    output's rows (`baselines.ptq4vit.samples.Sample`), whose size does not depend on the number of images.
+
+    Attributes:
+        search: ``"hessian"``, or ``"mse"`` for errors that all weigh the same.
+        rounds: number of searches over both scales of a layer.
+        gradient_batch_size: images in one pass forwards and backwards. More take more memory, but less time on a GPU.
+        released: True sums both grids after softmax, as the released code does.
+    """
+
+    label = "PTQ4ViT"
+    paper = "arXiv 2111.12293"
+
+    search: str = "hessian"
+    rounds: int = 3
+    gradient_batch_size: int = 1
+    released: bool = False
+
+    def __post_init__(self) -> None:
+        if self.search not in SEARCHES:
+            raise AdfqError(f"unknown search {self.search!r}; there are {', '.join(SEARCHES)}")
+        if self.rounds < 1 or self.gradient_batch_size < 1:
+            raise AdfqError("rounds and gradient_batch_size must be at least 1")
+
+    def recipe(self, bits: Bits) -> Recipe:
+        """Return the quantizer of each site role."""
+        return Recipe(
+            activation=partial(UniformQuantizer, bits.activation),
+            weight=partial(UniformQuantizer, bits.weight),
+            activations={
+                "patch_embed": lambda: None,
+                "probs": partial(TwinSoftmaxQuantizer, bits.activation, self.released),
+                "fc2": partial(TwinGeluQuantizer, bits.activation),
+            },
+            weights={"patch_embed": partial(UniformQuantizer, bits.weight, "row")},
+        )
+
+    def apply(self, network: Network, run: Run, bits: Bits) -> None:
+        """Quantize a network in place; see `adfq.method.Method.apply`.
+
+        Raises:
+            NotApplicableError: for a model whose output is neither images × classes nor a list (``"hessian"``).
+        """
+        weighted = self.search == "hessian"
+        for name, layer in network.weight_layers():
+            check_finite(f"{name}.weight", layer.weight)
+        layers: list[tuple[str, QuantWeightLayer | QuantMatMul]] = [*network.weight_layers(), *network.matmuls()]
+        observers = [Observer(name, layer, weighted) for name, layer in layers]
+        with progress_bar("searching scales", len(run.images) + len(observers)) as progress:
+            hooks = [observer.layer.register_forward_hook(observer.observe) for observer in observers]
+            try:
+                for batch in run.images.split(self.gradient_batch_size):
+                    _run(network, batch, weighted)
+                    progress.update(len(batch))
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            network.attach(self.recipe(bits))
+            for _, layer in network.weight_layers():
+                if layer.parts > 1:
+                    layer.weight_quantizer = UniformQuantizer(bits.weight, "row")
+            while observers:
+                observer = observers.pop(0)  # and its sample with it
+                observer.check_lobe()
+                search_scales(observer.product(COARSE), observer.product(FINE), self.rounds)
+                progress.update()
+
+
+def _run(network: Network, images: Tensor, backward: bool) -> None:
+    """Run the model once, and backwards once, through every layer and without gradients of weights.
+
+    Gradients go back to the images, and to biases, frozen ones too: a mask decoder's tokens and the queries of
+    attention pooling, for example, are not computed from images.
+    """
+    images = network.place(images).clone().requires_grad_(backward)
+    biases = [layer.bias for _, layer in network.weight_layers() if layer.bias is not None]
+    frozen = [bias for bias in biases if not bias.requires_grad]
+    try:
+        for bias in frozen:
+            bias.requires_grad_(backward)
+        with torch.set_grad_enabled(backward):
+            outputs = network.run(images)
+            if backward:
+                torch.autograd.grad(_LOSS_SCALE * _fisher_loss(outputs), [images, *biases], allow_unused=True)
+    finally:
+        for bias in frozen:
+            bias.requires_grad_(False)
+
+
+def _fisher_loss(outputs: Tensor | list[Tensor]) -> Tensor:
+    """Return a loss whose squared gradients are the empirical Fisher information of the outputs.
+
+    For logits (B×classes) it is the cross-entropy against a label drawn from the prediction. Several outputs, as a
+    detector has, count as means of Gaussians, each with the variance of its tensor: the loss is the distance to a value
+    drawn from these. An output whose values are all equal has no variance, and is left out.
+    """
+    if isinstance(outputs, Tensor):
+        if outputs.dim() != 2:
+            raise NotApplicableError(
+                f"a gradient needs logits, images × classes; the model gives {tuple(outputs.shape)}"
+            )
+        outputs = outputs.float()
+        check_finite("logits", outputs)
+        labels = outputs.detach().softmax(-1).multinomial(1)[:, 0]
+        return F.cross_entropy(outputs, labels, reduction="sum")
+    losses = []
+    for output in outputs:
+        check_finite("outputs", output)
+        values = output.detach().float()
+        spread, drawn = values.std(correction=0), torch.randn_like(values)
+        if spread > _ROUNDING * values.abs().amax():
+            losses.append((output.float() / spread * drawn).sum())
+    if not losses:
+        raise NotApplicableError("a gradient needs outputs that vary; all values of each output are equal")
+    return torch.stack(losses).sum()
