@@ -36,7 +36,7 @@ class Size(NamedTuple):
 # Every candidate is tried on the coarse sample, a part of the fine one, and the best on the fine one. The scale found
 # is the best on everything for most layers, and within a few percent of its score for the others. Matrices differ more
 # than a matrix's rows, of which few have most of the gradient.
-COARSE = Size(rows=128, matrices=32, matrix_rows=4)
+COARSE = Size(rows=128, matrices=32, matrix_rows=8)
 FINE = Size(rows=2048, matrices=96, matrix_rows=16)
 
 _LOBE = 1.01 * GELU_DEPTH  # in half precision, GELU's own values lie a little lower
