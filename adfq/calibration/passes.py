@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from adfq.calibration.unknown import Trace
 from adfq.calibration.waiting import Waiting, WaitingRoom
 from adfq.calibration.walk import Enough, Part, unknown_like
 from adfq.errors import AdfqError, NonFiniteError
@@ -37,27 +38,36 @@ class _Collector(nn.Module):
     def __init__(self, site: str, quantizer: Quantizer, met: Callable[[], None], folder: Path | None) -> None:
         super().__init__()
         self.site, self.met, self.folder = site, met, folder
-        self.observe, self.search = quantizer.observe, quantizer.search()
-        self.kept: list[tuple[Waiting, float]] | None = []
+        self.quantizer = [quantizer]  # in a list, no submodule
         self.room: WaitingRoom | None = None
-        self.advance()
-        self.begin(1.0)
+        self.restart()
+        self.begin(1.0, None)
 
-    def begin(self, share: float) -> None:
-        """Prepare for a batch with a share of all images."""
-        self.share, self.reached, self.used = share, False, False
+    def restart(self) -> None:
+        """Forget the inputs so far."""
+        self.observe, self.search = self.quantizer[0].observe, self.quantizer[0].search()
+        self.kept: list[tuple[Waiting, float]] | None = []
+        self.advance()
+
+    def begin(self, share: float, trace: Trace | None) -> None:
+        """Prepare for a batch with a share of all images; what is unknown is NaN, or in the trace if there is one."""
+        self.share, self.trace, self.reached, self.met_here = share, trace, False, False
+
+    def end(self, cut_off: bool) -> None:
+        """Note whether the batch should have been seen, if not now then in a later pass."""
+        self.missed |= not self.met_here and (self.reached or cut_off)
 
     def forward(self, x: Tensor) -> Tensor:
         """Show an input to the statistic, unless it depends on another site's unknown output; return NaN."""
-        if self.statistic is not None and not self.used and x.numel():
-            self.reached = self.used = True  # a layer that is used several times is calibrated on the first use
-            if not torch.isnan(x.amax()):
+        if self.statistic is not None and not self.reached and x.numel():
+            self.reached = True  # a layer that is used several times is calibrated on the first use
+            if not torch.isnan(x.amax()) if self.trace is None else x not in self.trace:
                 with naming(self.site):
                     self.observe(self.statistic, x, self.share)
                 self._keep(x)
-                self.seen = True
+                self.seen = self.met_here = True
                 self.met()
-        return unknown_like(x)
+        return unknown_like(x) if self.trace is None else self.trace.mark(unknown_like(x))
 
     def _keep(self, x: Tensor) -> None:
         if x.nbytes > self.share * _KEPT:
@@ -79,7 +89,7 @@ class _Collector(nn.Module):
         """Set the next statistic; None means that the quantizer is calibrated."""
         with naming(self.site):
             self.statistic = next(self.search, None)
-        self.seen = False
+        self.seen = self.missed = False
 
 
 @torch.no_grad()
@@ -136,20 +146,34 @@ class _Passes:
         images = sum(self.part.sizes)
         for batch, size in enumerate(self.part.sizes):
             self.met = 0
+            # The network as a whole may do anything, and something else for each batch; its trunk and units do not.
+            trace = None if self.part.name else Trace()
             for collector in self.waiting:
-                collector.begin(size / images)
-            try:
+                collector.begin(size / images, trace)
+            cut_off = self._run(batch, trace)
+            for collector in self.waiting:
+                collector.end(cut_off)
+            if trace is None:
+                if not self.met:
+                    self._refuse()
+                self.sought = self.sought or self.met
+        if not any(collector.seen for collector in self.waiting):
+            self._refuse()
+
+    def _run(self, batch: int, trace: Trace | None) -> bool:
+        """Take a batch through the part, and return True if the pass ended where a value is not known yet."""
+        try:
+            with nullcontext() if trace is None else trace:
                 self.part.run(batch)
-            except Enough:
-                pass
-            except AdfqError:
+        except Enough:
+            return trace is not None
+        except AdfqError:
+            raise
+        except Exception:  # code behind a site may fail on values that are not known yet
+            if not self.met or self.sought is not None:
                 raise
-            except Exception:  # code behind a site may fail on values that are not known yet
-                if not self.met or self.sought is not None:
-                    raise
-            if not self.met:
-                self._refuse()
-            self.sought = self.sought or self.met
+            return True
+        return False
 
     def _refuse(self) -> None:
         for collector in self.waiting:
@@ -161,10 +185,18 @@ class _Passes:
         raise AdfqError(f"{name} saw no calibration data: the model does not use this layer")
 
     def settle(self) -> list[str]:
-        """Let the sites that have seen data go on, and return those that are calibrated by that."""
+        """Let the sites that have seen all their data go on, and return those that are calibrated by that."""
+        if all(collector.missed for collector in self.waiting if collector.seen):
+            raise AdfqError(
+                f"{self.waiting[0].site}: the model uses its layers in another order in each batch; calibrate it on "
+                "one batch"
+            )
         for collector in self.waiting:
-            if collector.seen:
+            if collector.seen and collector.missed:
+                collector.restart()
+            elif collector.seen:
                 collector.finish()
+            collector.missed = False
         found = [collector.site for collector in self.waiting if collector.statistic is None]
         if found:
             self.waiting = [collector for collector in self.waiting if collector.statistic is not None]
