@@ -277,3 +277,33 @@ def test_a_detector_cannot_be_saved_or_exported_yet(swin: nn.Module, tmp_path: P
     with pytest.raises(AdfqError, match=r"a SwinTransformer cannot be exported: only classifiers"):
         adfq.export_onnx(quantized, tmp_path / "swin.onnx")
     assert not list(tmp_path.iterdir())
+
+
+# --- calibration in batches -----------------------------------------------------------------------------------------
+
+
+def of_several_images() -> Tensor:
+    return torch.cat([draw(), 0.7 * draw().flip(-1)])[:3]
+
+
+def test_batches_give_a_cascade_what_one_batch_gives(
+    detectors: Mapping[str, nn.Module], same_in_batches: Callable[..., None], walks: Callable[..., None]
+) -> None:
+    """The second stage pools features at boxes of the first one."""
+    same_in_batches(detectors["cascade"], of_several_images(), "base_ptq", [2, 1])
+    walks(detectors["cascade"], draw())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["backbone", *KINDS])
+@pytest.mark.filterwarnings("ignore:optimization made")
+def test_batches_of_every_size(
+    kind: str,
+    setting: str,
+    size: int,
+    swin: nn.Module,
+    detectors: Mapping[str, nn.Module],
+    same_in_batches: Callable[..., None],
+) -> None:
+    same_in_batches({"backbone": swin, **detectors}[kind], of_several_images(), setting, size)

@@ -169,3 +169,23 @@ def test_attention_to_extra_keys_stays_and_is_told(detectors: Mapping[str, nn.Mo
     attention.attn = nn.MultiheadAttention(32, 8, add_bias_kv=True, batch_first=True).eval()
     with pytest.warns(UserWarning, match=r"left in full precision: encoder\.layers\.0\.self_attn\.attn\.out_proj"):
         adfq.quantize(detector, "base_ptq", 8, 8, draw())
+
+
+# --- calibration in batches -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore:optimization made")
+def test_batches_give_what_one_batch_gives(
+    kind: str, setting: str, size: int, detectors: Mapping[str, nn.Module], same_in_batches: Callable[..., None]
+) -> None:
+    """Mask2Former attends to where a mask is, and DINO asks at the best of its proposals."""
+    same_in_batches(detectors[kind], torch.cat([draw(), draw().flip(-1), 0.6 * draw().flip(-2)]), setting, size)
+
+
+def test_nothing_runs_again_when_a_later_part_is_at_hand(
+    detectors: Mapping[str, nn.Module], walks: Callable[..., None]
+) -> None:
+    walks(detectors["DETR"], torch.cat([draw(), draw().flip(-1)]))

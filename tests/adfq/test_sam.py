@@ -26,6 +26,7 @@ from adfq.registry import create_method, methods
 pytest.importorskip("segment_anything")
 
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+from segment_anything.modeling.prompt_encoder import PositionEmbeddingRandom
 
 from adfq.adapters.mobile_sam import MobileSamEncoder
 from adfq.adapters.sam import QuantEncoderAttention, decode, segment_densely
@@ -376,3 +377,34 @@ def test_tiny_vit_in_the_official_layout(tmp_path: Path) -> None:
     expected = official_tiny_vit(encoder, draw(), heads=(2, 2, 2, 3), windows=3)
     found = sam.get_submodule("image_encoder.trunk").forward_features(draw())
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+# --- calibration in batches -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def in_double_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the prompt encoder take coordinates in double precision; it casts them to single."""
+    encode = PositionEmbeddingRandom._pe_encoding
+    monkeypatch.setattr(PositionEmbeddingRandom, "_pe_encoding", lambda self, coords: encode(self, coords.double()))
+
+
+@pytest.mark.usefixtures("in_double_precision")
+def test_batches_give_what_one_batch_gives(sam: nn.Module, same_in_batches: Callable[..., None]) -> None:
+    same_in_batches(sam, draw(3), "base_ptq", [2, 1])
+
+
+def test_nothing_runs_again_when_a_later_part_is_at_hand(sam: Any, walks: Callable[..., None]) -> None:
+    walks(sam, draw(2))
+    walks(sam.image_encoder, draw(2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("part", ["", "image_encoder"])
+@pytest.mark.usefixtures("in_double_precision")
+@pytest.mark.filterwarnings("ignore:optimization made")
+def test_batches_of_every_size(
+    part: str, setting: str, size: int, sam: nn.Module, same_in_batches: Callable[..., None]
+) -> None:
+    same_in_batches(sam.get_submodule(part), draw(3), setting, size)

@@ -20,14 +20,9 @@ from torch import Tensor, nn
 
 import adfq.reconstruction
 from adfq.adapters import adapt
-from adfq.bits import Bits
-from adfq.calibration import CalibrationImages
-from adfq.method import Run
-from adfq.quantizers import Quantizer
-from adfq.registry import create_method
-from adfq.sites import is_within
 
 Randomize = Callable[[nn.Module], nn.Module]
+SameInBatches = Callable[[nn.Module, Tensor, str, "int | list[int]"], None]
 
 VIT: dict[str, Any] = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
 SWIN: dict[str, Any] = {
@@ -51,12 +46,6 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "BEiT": partial(Beit, **VIT, use_shared_rel_pos_bias=True),
     "EVA": partial(Eva, **VIT),
 }
-SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "base_ptq": ("base_ptq", {}),
-    "repq_vit": ("repq_vit", {}),
-    "adfq_vit, calibrated": ("adfq_vit", {"iterations": 0}),
-    "adfq_vit, optimized": ("adfq_vit", {"iterations": 2, "optimize_batch_size": 2}),
-}
 OPTIMIZED = ("ViT with attention pooling", "Swin", "EVA")  # in the fast suite
 
 
@@ -70,69 +59,22 @@ def draw(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
-def assert_same_in_batches(
-    model: nn.Module, images: Tensor, setting: str, sizes: int | list[int], exact: bool = True
-) -> None:
-    """Compare batches to one batch.
-
-    In double precision the sums of one image and of several round to the same floats, so that no code flips.
-    """
-    method, options = SETTINGS[setting]
-    if exact:
-        model, images = copy.deepcopy(model).double(), images.double()
-    whole = adfq.quantize(model, method, 4, 4, images, **options)
-    in_batches = adfq.quantize(model, method, 4, 4, list(images.split(sizes)), **options)
-    expected, found = whole.state_dict(), in_batches.state_dict()
-    ranges = [
-        f"{name}.{key}"
-        for name, module in whole.named_modules()
-        if isinstance(module, Quantizer)
-        for key in module.state_dict()
-    ]
-    assert ranges
-    assert list(found) == list(expected)
-    if exact:
-        assert [name for name in ranges if not torch.equal(found[name], expected[name])] == []
-    for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-8, msg=f"{name}: {{}}".format)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.filterwarnings("ignore:optimization made")
-def test_batches_give_what_one_batch_gives(family: str, randomize: Randomize) -> None:
+def test_batches_give_what_one_batch_gives(family: str, randomize: Randomize, same_in_batches: SameInBatches) -> None:
     # As many images as fill the optimization's batches and one more: its windows are as many as a mask has.
     setting = "adfq_vit, optimized" if family in OPTIMIZED else "repq_vit"
-    assert_same_in_batches(randomize(FAMILIES[family]()), draw(3, 3, 16, 16), setting, [2, 1])
+    same_in_batches(randomize(FAMILIES[family]()), draw(3, 3, 16, 16), setting, [2, 1])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 5])
-@pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.filterwarnings("ignore:optimization made")
-def test_batches_of_every_size(family: str, setting: str, size: int, randomize: Randomize) -> None:
-    assert_same_in_batches(randomize(FAMILIES[family]()), draw(5, 3, 16, 16), setting, size)
-
-
-def assert_walks(model: nn.Module, images: Tensor) -> None:
-    """Calibrate in batches, and check that units lie in series and that no module runs when a later one is at hand."""
-    network = adapt(copy.deepcopy(model))
-    places = [next((i for i, name in enumerate(network.trunk) if is_within(u, name)), 10**6) for u in network.units]
-    assert places == sorted(places)
-    assert len(set(places)) > 2
-    ran: list[int] = []
-    for index, name in enumerate(network.trunk):
-        module = network.model.get_submodule(name)
-        module.forward = partial(_counted, ran, index, module.forward)  # type: ignore[method-assign]
-    batches = CalibrationImages(images.split(1))
-    create_method("adfq_vit", {"iterations": 0}).apply(network, Run(batches), Bits(4, 4))
-    assert ran == sorted(ran)
-    assert set(ran) == set(range(len(network.trunk)))
-
-
-def _counted(ran: list[int], index: int, forward: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
-    ran.append(index)
-    return forward(*arguments, **keywords)
+def test_batches_of_every_size(
+    family: str, setting: str, size: int, randomize: Randomize, same_in_batches: SameInBatches
+) -> None:
+    same_in_batches(randomize(FAMILIES[family]()), draw(5, 3, 16, 16), setting, size)
 
 
 @pytest.mark.filterwarnings("ignore:optimization made")
@@ -163,5 +105,7 @@ def test_images_of_another_height_and_width_keep_their_own_masks(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_nothing_runs_again_when_a_later_part_is_at_hand(family: str, randomize: Randomize) -> None:
-    assert_walks(randomize(FAMILIES[family]()), draw(2, 3, 16, 16))
+def test_nothing_runs_again_when_a_later_part_is_at_hand(
+    family: str, randomize: Randomize, walks: Callable[[nn.Module, Tensor], None]
+) -> None:
+    walks(randomize(FAMILIES[family]()), draw(2, 3, 16, 16))
