@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -86,11 +87,12 @@ class PTQ4ViT(Method):
             check_finite(f"{name}.weight", layer.weight)
         layers: list[tuple[str, QuantWeightLayer | QuantMatMul]] = [*network.weight_layers(), *network.matmuls()]
         observers = [Observer(name, layer, weighted) for name, layer in layers]
+        uniform = iter(torch.rand(len(run.images)).tolist())  # an image's label is the same in every grouping of images
         with progress_bar("searching scales", len(run.images) + len(observers)) as progress:
             hooks = [observer.layer.register_forward_hook(observer.observe) for observer in observers]
             try:
                 for batch in run.images.split(self.gradient_batch_size):
-                    _run(network, batch, weighted)
+                    _run(network, batch, list(islice(uniform, len(batch))) if weighted else None)
                     progress.update(len(batch))
             finally:
                 for hook in hooks:
@@ -106,12 +108,18 @@ class PTQ4ViT(Method):
                 progress.update()
 
 
-def _run(network: Network, images: Tensor, backward: bool) -> None:
+def _run(network: Network, images: Tensor, uniform: list[float] | None) -> None:
     """Run the model once, and backwards once, through every layer and without gradients of weights.
 
     Gradients go back to the images, and to biases, frozen ones too: a mask decoder's tokens and the queries of
     attention pooling, for example, are not computed from images.
+
+    Args:
+        network: network with observers.
+        images: B×C×H×W.
+        uniform: the random number of each image (`_fisher_loss`); None for no run backwards.
     """
+    backward = uniform is not None
     images = network.place(images).clone().requires_grad_(backward)
     biases = [layer.bias for _, layer in network.weight_layers() if layer.bias is not None]
     frozen = [bias for bias in biases if not bias.requires_grad]
@@ -120,19 +128,23 @@ def _run(network: Network, images: Tensor, backward: bool) -> None:
             bias.requires_grad_(backward)
         with torch.set_grad_enabled(backward):
             outputs = network.run(images)
-            if backward:
-                torch.autograd.grad(_LOSS_SCALE * _fisher_loss(outputs), [images, *biases], allow_unused=True)
+            if uniform is not None:
+                torch.autograd.grad(_LOSS_SCALE * _fisher_loss(outputs, uniform), [images, *biases], allow_unused=True)
     finally:
         for bias in frozen:
             bias.requires_grad_(False)
 
 
-def _fisher_loss(outputs: Tensor | list[Tensor]) -> Tensor:
+def _fisher_loss(outputs: Tensor | list[Tensor], uniform: list[float]) -> Tensor:
     """Return a loss whose squared gradients are the empirical Fisher information of the outputs.
 
     For logits (B×classes) it is the cross-entropy against a label drawn from the prediction. Several outputs, as a
     detector has, count as means of Gaussians, each with the variance of its tensor: the loss is the distance to a value
     drawn from these. An output whose values are all equal has no variance, and is left out.
+
+    Args:
+        outputs: logits, or several outputs of any shape.
+        uniform: a random number from 0 to 1 for each image's label; without effect on several outputs.
     """
     if isinstance(outputs, Tensor):
         if outputs.dim() != 2:
@@ -141,7 +153,9 @@ def _fisher_loss(outputs: Tensor | list[Tensor]) -> Tensor:
             )
         outputs = outputs.float()
         check_finite("logits", outputs)
-        labels = outputs.detach().softmax(-1).multinomial(1)[:, 0]
+        cumulative = outputs.detach().softmax(-1).double().cumsum(-1)
+        points = cumulative.new_tensor(uniform)[:, None] * cumulative[:, -1:]
+        labels = torch.searchsorted(cumulative, points, right=True)[:, 0].clamp_(max=outputs.shape[1] - 1)
         return F.cross_entropy(outputs, labels, reduction="sum")
     losses = []
     for output in outputs:
