@@ -14,6 +14,7 @@ import jinja2
 import pandas as pd
 
 from adfq.errors import AdfqError
+from adfq.registry import method_label
 from benchmarks.bundled import BUNDLED
 from benchmarks.plan import RECORDED, Selection, make_plan
 from benchmarks.report.figures import style
@@ -23,7 +24,7 @@ from benchmarks.run.plans import TableResults, read_plan, read_records
 
 ROOT = Path(__file__).resolve().parents[1]
 STORES = ROOT / "results"  # a folder for each profile
-PAGES = ("results", "encoders")
+PAGES = ("results", "encoders", "memory")
 
 
 def write_page(name: str) -> str:
@@ -42,6 +43,8 @@ def write_page(name: str) -> str:
             "ranges": _tabulate_ranges(),
             "facts": _collect_facts(),
         }
+    if name == "memory":
+        given |= _tabulate_memory()
     return environment.get_template(f"{name}.md.jinja").render(**given)
 
 
@@ -71,6 +74,30 @@ def _tabulate_sensitivity(bits: str) -> str:
     order = [frame[name].drop_duplicates() for name in ("part", "method")]
     texts = chosen.loc[order[0], order[1]].map("{:.1f}".format).replace("nan", "–")
     return str(texts.rename_axis("quantized").to_markdown(disable_numparse=True, stralign="right"))
+
+
+def _tabulate_memory() -> dict[str, str]:
+    """Return the peaks of scripts/measure_memory.py before and now, as Markdown, and the two commits."""
+    frame = pd.read_csv(STORES / "bench" / "calibration.csv", keep_default_na=False)
+    keys = ["model", "size", "method", "arguments", "images", "batch"]
+    old = frame["commit"] == frame["commit"].iloc[0]
+    halves = [
+        rows.drop_duplicates(keys, keep="last").set_index(keys)[["peak_mb", "seconds"]]
+        for rows in (frame[old], frame[~old])
+    ]
+    wide = halves[0].join(halves[1], lsuffix=", before", rsuffix=", now", how="outer").reset_index().sort_values(keys)
+    for column in wide.columns[len(keys) :]:
+        wide[column] = wide[column].map(lambda value: "–" if pd.isna(value) else f"{value:,.0f}")
+    wide["method"] = [
+        f"{method_label(method)} ({text})" if text else method_label(method)
+        for method, text in zip(wide["method"], wide["arguments"], strict=True)
+    ]
+    wide = wide.drop(columns="arguments").rename(
+        columns=lambda name: name.replace("peak_mb", "MB").replace("seconds", "s")
+    )
+    table = str(wide.to_markdown(index=False, disable_numparse=True))
+    before, now = (", ".join(rows["commit"].drop_duplicates()) for rows in (frame[old], frame[~old]))
+    return {"before": before, "now": now, "table": table}
 
 
 def _tabulate_ranges() -> str:
