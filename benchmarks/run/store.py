@@ -82,9 +82,14 @@ class ResultStore:
             raise AdfqError(f"cannot write results to {self.directory}: {error.strerror}") from None
         return lock
 
-    def known(self, cell: Cell) -> list[Record]:
-        """Return all records of a cell, of any provenance; a damaged one is set aside."""
-        found = self.read(f"{cell.id}*.json", set_aside=True)
+    def known(self, cell: Cell, set_aside: bool = True) -> list[Record]:
+        """Return all records of a cell, of any provenance.
+
+        Args:
+            cell: the cell.
+            set_aside: whether a damaged record is renamed; False leaves it where it is.
+        """
+        found = self.read(f"{cell.id}*.json", set_aside)
         return [record for _, record in found if record["config"] == cell.config]
 
     def get(self, cell: Cell, provenance: Mapping[str, Any]) -> Record | None:

@@ -93,6 +93,7 @@ class Task:
         options: options of the command line that not every task has.
         arguments: those options that decide results (`Cell.task_arguments`), with their defaults.
         libraries: libraries that compute beside torch and timm.
+        downloads: whether weights are downloaded where a cell is pretrained.
     """
 
     load: Callable[..., Subject]
@@ -106,3 +107,4 @@ class Task:
     options: tuple[str, ...] = ()
     arguments: Mapping[str, Any] = field(default_factory=dict)
     libraries: tuple[str, ...] = ()
+    downloads: bool = False

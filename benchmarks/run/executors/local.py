@@ -199,15 +199,7 @@ class Processes:
 
     def _open(self) -> Any:
         if self.pool is None:
-            # It starts a process anew that has grown, as with a larger model.
-            warnings.filterwarnings("ignore", "A worker was restarted", UserWarning)
-            share = max(1, loky.cpu_count() // self.slots)
-            self.pool = loky.ProcessPoolExecutor(
-                self.slots,
-                initializer=_prepare_process,
-                initargs=(share, os.getpid()),
-                env=dict.fromkeys([*_THREADS, CORES], str(share)),
-            )
+            self.pool = open_pool(self.slots, self.slots)
         return self.pool
 
     def close(self) -> None:
@@ -216,6 +208,24 @@ class Processes:
             # Killed processes leave semaphores behind, about which Python warns.
             self.pool.shutdown(wait=True, kill_workers=len(self.free) < self.slots)
             self.pool = None
+
+
+def open_pool(processes: int, slots: int) -> Any:
+    """Open a pool of processes, each with its share of the cores.
+
+    Args:
+        processes: number of processes.
+        slots: number of processes that share the cores.
+    """
+    # It starts a process anew that has grown, as with a larger model.
+    warnings.filterwarnings("ignore", "A worker was restarted", UserWarning)
+    share = max(1, loky.cpu_count() // slots)
+    return loky.ProcessPoolExecutor(
+        processes,
+        initializer=_prepare_process,
+        initargs=(share, os.getpid()),
+        env=dict.fromkeys([*_THREADS, CORES], str(share)),
+    )
 
 
 def count_processes(cell_memory: float | None) -> int:
@@ -269,16 +279,7 @@ class Worker:
 
     def _measure(self, job: Job, messages: list[str]) -> Record:
         cell = job.cell
-        # Everything but method, bits and how they are measured.
-        wanted = (
-            cell.task,
-            cell.model,
-            cell.model_arguments,
-            cell.pretrained,
-            cell.location,
-            cell.preprocessing,
-            cell.task_arguments,
-        )
+        wanted = subject_key(cell)
         if self.subject is None or self.loaded != wanted:
             self.subject = None  # two large models need not fit
             self.subject, self.loaded = load_subject(cell), wanted
@@ -296,6 +297,19 @@ class Worker:
         except NotApplicableError as error:
             record = record_not_applicable(cell, self.subject, self.device, str(error))
         return {**record, "warnings": messages}
+
+
+def subject_key(cell: Cell) -> tuple[Any, ...]:
+    """Return what decides a cell's model and data: everything but method, bits and how they are measured."""
+    return (
+        cell.task,
+        cell.model,
+        cell.model_arguments,
+        cell.pretrained,
+        cell.location,
+        cell.preprocessing,
+        cell.task_arguments,
+    )
 
 
 def run_in_process(job: Job, device: str) -> Record | Failure:

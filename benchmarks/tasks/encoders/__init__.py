@@ -53,4 +53,5 @@ TASK = Task(
     data="folder:/path/to/imagenet",
     batch_size=100,
     arguments=ARGUMENTS,
+    downloads=True,
 )
