@@ -31,7 +31,7 @@ from benchmarks.run.store import ResultStore
 from benchmarks.run.trials import TOO_LARGE, Loaded, Stage, Trial, load_in_process, rehearse_in_process
 
 #: Time for the trials of a method on a model, in seconds.
-SECONDS = 20.0
+SECONDS = 30.0
 
 _KILLED = "its process was killed, by the system for its memory perhaps"
 

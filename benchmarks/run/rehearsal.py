@@ -22,6 +22,8 @@ _MB = 1e6
 # Iterations of an optimization that are tried: the second number less the first tells the cost of one.
 _FEWER, _MORE = 1, 3
 
+_GROWTH = 4  # of a batch from one trial to the next
+
 _DISK_INTERVAL = 0.02  # seconds between two looks at a folder
 
 _MEMORY_SHARE = 0.8  # of the available memory that a trial may be expected to take
@@ -62,9 +64,9 @@ class Cost(NamedTuple):
 def rehearse(run: Callable[[Size], Cost], whole: Size, seconds: float, device: torch.device) -> Cost:
     """Return the cost of a piece of work, carried on from trials on fewer images.
 
-    Batches grow from one image until trials have taken `seconds`, until the next one might not fit, or up to the whole
-    batch. The last two sizes tell the cost of an image in a batch. A trial of more batches tells that of an image
-    beside the batch, and one of more iterations that of an iteration. Slopes below 0 count as 0.
+    Batches grow, each time by a factor of 4, until trials have taken `seconds`, until the next one might not fit, or up
+    to the whole batch. The last two sizes tell the cost of an image in a batch. A trial of more batches tells that of
+    an image beside the batch, and one of more iterations that of an iteration. Slopes below 0 count as 0.
 
     Args:
         run: function from a size to its measured cost.
@@ -80,9 +82,10 @@ def rehearse(run: Callable[[Size], Cost], whole: Size, seconds: float, device: t
         return trials[size]
 
     fewer = min(_FEWER, whole.iterations)
-    first = Size(1, 1, fewer)
-    if tried(first)[0] < seconds / 4:  # the first time is a slow one
-        del trials[first]
+    smallest = Size(1, 1, fewer)
+    once = tried(smallest)  # slow, and with memory that libraries take but once
+    if once[0] < seconds / 8:
+        del trials[smallest]
     batch, previous = _grow(lambda size: tried(Size(size, size, fewer)), whole.batch, seconds, device)
     base = tried(Size(batch, batch, fewer))
     in_batch = _slope(base, tried(Size(previous, previous, fewer)), batch - previous)
@@ -92,6 +95,7 @@ def rehearse(run: Callable[[Size], Cost], whole: Size, seconds: float, device: t
         more = min(whole.images, batch + max(batch, int(seconds / 2 / max(image, 1e-3))))
         beside = _slope(tried(Size(batch, more, fewer)), base, more - batch)
     found = base + in_batch * (whole.batch - batch) + beside * (whole.images - whole.batch)
+    found[1:] += np.maximum(once - tried(smallest), 0.0)[1:]
     if whole.iterations > fewer:
         iteration = _iteration(tried, batch)
         slope = 0.0
@@ -107,8 +111,7 @@ def _grow(
     """Return the largest batch that was tried, and the one before it; both are 1 where the whole batch is."""
     batch = previous = 1
     spent = tried(1)[0]
-    while batch < largest:
-        following = min(2 * batch, largest)
+    for following in _sizes(largest):
         if batch > 1:
             now = tried(batch)
             expected = now + (now - tried(previous)) * (following - batch) / (batch - previous)
@@ -118,6 +121,15 @@ def _grow(
         batch, previous = following, batch
         spent += tried(batch)[0]
     return batch, previous
+
+
+def _sizes(largest: int) -> list[int]:
+    """Return sizes of batches above 1 that grow to the largest by a factor of 4."""
+    sizes = []
+    while largest > 1:
+        sizes.append(largest)
+        largest = math.ceil(largest / _GROWTH)
+    return sizes[::-1]
 
 
 def _slope(more: NDArray[np.float64], less: NDArray[np.float64], images: int) -> NDArray[np.float64]:

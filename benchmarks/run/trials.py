@@ -31,6 +31,8 @@ from benchmarks.tasks.shared import one_line
 
 _MB = 1e6
 
+_EVALUATION = 0.25  # time for trials of evaluation, as a share of that for trials of calibration
+
 # A cell's cost is measured on so many images, once before and three times (`benchmarks.run.cost`).
 _COST_IMAGES, _COST_PASSES = 32, 4
 
@@ -145,7 +147,7 @@ class Stage:
 
         Args:
             cell: the cell.
-            seconds: time for the trials of calibration, and of evaluation half as much (`rehearse`).
+            seconds: time for the trials of calibration, and of evaluation a quarter of that (`rehearse`).
         """
         try:
             with collect_warnings():
@@ -163,6 +165,7 @@ class Stage:
         subject, device = self._load(cell), self.device
         calibration, model = None, subject.model
         if cell.method != FULL_PRECISION:
+            next(subject.calibration_batches(cell.calibration_size, cell.seed, 1))  # are there as many images?
             made: list[nn.Module] = []
 
             def calibrate(size: Size) -> Cost:
@@ -183,7 +186,7 @@ class Stage:
 
         heads = _head_images(subject)
         whole = Size(batch, images if heads is None else (images + heads) // 2)  # a trial has as many of both
-        evaluation = rehearse(evaluate, whole, seconds / 2, device)
+        evaluation = rehearse(evaluate, whole, _EVALUATION * seconds, device)
         passes = 1 + _COST_PASSES * min(_COST_IMAGES, batch) / images
         return Trial(calibration, evaluation._replace(seconds=passes * evaluation.seconds), images, _size(model))
 
@@ -225,7 +228,7 @@ def shorten(cell: Cell, size: Size) -> Cell:
     share = size.batch / max(batches.values())
     smaller = {name: max(1, math.ceil(share * value)) for name, value in batches.items()}
     fields: dict[str, Any] = {"calibration_size": size.images}
-    if smaller.pop("calibration_batch_size") and getattr(cell, "calibration_batch_size", None) is not None:
+    if smaller.pop("calibration_batch_size") and cell.calibration_batch_size is not None:
         fields["calibration_batch_size"] = size.batch
     arguments = {**dict(cell.method_arguments), **smaller}
     if size_of(cell).iterations:
@@ -237,7 +240,7 @@ def _batches(cell: Cell) -> dict[str, int]:
     """Return the number of images in batches of calibration and of a method, by option."""
     method = create_method(cell.method, dict(cell.method_arguments))
     options = {name: getattr(method, name) for name in method.options() if name.endswith("batch_size")}
-    options["calibration_batch_size"] = getattr(cell, "calibration_batch_size", None) or cell.calibration_size
+    options["calibration_batch_size"] = cell.calibration_batch_size or cell.calibration_size
     return {name: min(value, cell.calibration_size) for name, value in options.items()}
 
 
