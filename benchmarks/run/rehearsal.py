@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import psutil
@@ -19,8 +20,8 @@ from benchmarks.run.cost import peak_memory, time_of
 
 _MB = 1e6
 
-# Iterations of an optimization that are tried: the second number less the first tells the cost of one.
-_FEWER, _MORE = 1, 3
+# Iterations of an optimization that all trials have, and numbers of those that some have more.
+_FEWER, _MORE = 1, (2, 10)
 
 _GROWTH = 4  # of a batch from one trial to the next
 
@@ -61,7 +62,15 @@ class Cost(NamedTuple):
     temporary: float
 
 
-def rehearse(run: Callable[[Size], Cost], whole: Size, seconds: float, device: torch.device) -> Cost:
+class _Tried(Protocol):
+    """Cost of a trial: with as few images as it can have, and as few iterations, unless they are given."""
+
+    def __call__(self, batch: int, images: int = ..., iterations: int = ...) -> NDArray[np.float64]: ...
+
+
+def rehearse(
+    run: Callable[[Size], Cost], whole: Size, seconds: float, device: torch.device, batches: int = 1
+) -> Cost:
     """Return the cost of a piece of work, carried on from trials on fewer images.
 
     Batches grow, each time by a factor of 4, until trials have taken `seconds`, until the next one might not fit, or up
@@ -73,41 +82,40 @@ def rehearse(run: Callable[[Size], Cost], whole: Size, seconds: float, device: t
         whole: size to carry the cost on to.
         seconds: time for the trials. The fewest that tell all slopes are made even if they take longer.
         device: device that the work runs on.
+        batches: number of batches that a trial has at least, for work that goes another way with a single one.
     """
     trials: dict[Size, NDArray[np.float64]] = {}
+    fewer = min(_FEWER, whole.iterations)
 
-    def tried(size: Size) -> NDArray[np.float64]:
+    def tried(batch: int, images: int = 0, iterations: int = fewer) -> NDArray[np.float64]:
+        size = Size(batch, images or batches * batch, iterations)
         if size not in trials:
             trials[size] = np.array(run(size))
         return trials[size]
 
-    fewer = min(_FEWER, whole.iterations)
-    smallest = Size(1, 1, fewer)
-    once = tried(smallest)  # slow, and with memory that libraries take but once
+    once = tried(1)  # slow, and with memory that libraries take but once
     if once[0] < seconds / 8:
-        del trials[smallest]
-    batch, previous = _grow(lambda size: tried(Size(size, size, fewer)), whole.batch, seconds, device)
-    base = tried(Size(batch, batch, fewer))
-    in_batch = _slope(base, tried(Size(previous, previous, fewer)), batch - previous)
-    beside = in_batch
-    if whole.images > whole.batch:
-        image = in_batch[0] if batch > previous else base[0]
-        more = min(whole.images, batch + max(batch, int(seconds / 2 / max(image, 1e-3))))
-        beside = _slope(tried(Size(batch, more, fewer)), base, more - batch)
-    found = base + in_batch * (whole.batch - batch) + beside * (whole.images - whole.batch)
-    found[1:] += np.maximum(once - tried(smallest), 0.0)[1:]
+        trials.clear()
+    batch, previous = _grow(tried, whole.batch, seconds, device)
+    base, smallest = tried(batch), tried(1)
+    in_batch = _slope(base, tried(previous), batch - previous)
+    found = base + in_batch * (whole.batch - batch)
+    if whole.images > batches * whole.batch:
+        image = (in_batch if batch > previous else base)[0] / batches
+        more = batches * batch + max(batch, int(seconds / 2 / max(image, 1e-3)))
+        more = min(whole.images, more)
+        beside = _slope(tried(batch, more), base, more - batches * batch)
+        found += beside * (whole.images - batches * whole.batch)
+    found[1:] += np.maximum(once - smallest, 0.0)[1:]
     if whole.iterations > fewer:
-        iteration = _iteration(tried, batch)
-        slope = 0.0
+        iteration, slope = _iteration(tried, batch, fewer, seconds), 0.0
         if batch < whole.batch:
-            slope = max(0.0, iteration - _iteration(tried, previous)) / (batch - previous)
+            slope = max(0.0, iteration - _iteration(tried, previous, fewer, seconds)) / (batch - previous)
         found[0] += (whole.iterations - fewer) * (iteration + slope * (whole.batch - batch))
     return Cost(*found.tolist())
 
 
-def _grow(
-    tried: Callable[[int], NDArray[np.float64]], largest: int, seconds: float, device: torch.device
-) -> tuple[int, int]:
+def _grow(tried: _Tried, largest: int, seconds: float, device: torch.device) -> tuple[int, int]:
     """Return the largest batch that was tried, and the one before it; both are 1 where the whole batch is."""
     batch = previous = 1
     spent = tried(1)[0]
@@ -136,10 +144,14 @@ def _slope(more: NDArray[np.float64], less: NDArray[np.float64], images: int) ->
     return np.maximum(more - less, 0.0) / max(images, 1)  # NaN stays
 
 
-def _iteration(tried: Callable[[Size], NDArray[np.float64]], batch: int) -> float:
+def _iteration(tried: _Tried, batch: int, fewer: int, seconds: float) -> float:
     """Return the seconds of an iteration, with batches in proportion to the largest."""
-    more, fewer = (tried(Size(batch, batch, iterations))[0] for iterations in (_MORE, _FEWER))
-    return max(0.0, float(more - fewer)) / (_MORE - _FEWER)
+    base, each = tried(batch)[0], 0.0
+    for more in _MORE:
+        each = max(0.0, float(tried(batch, iterations=fewer + more)[0] - base)) / more
+        if more * each > base / 2 or _MORE[-1] * each > seconds / 4:  # above what times differ by anyway
+            break
+    return each
 
 
 def available_memory(device: torch.device) -> float:
@@ -205,9 +217,11 @@ def _peak_sizes(*folders: Path) -> Iterator[Sequence[float]]:
 
 
 def _size_of(folder: Path) -> float:
-    """Return the size in MB of a folder's files."""
-    size = 0
-    for file in folder.rglob("*"):
-        with suppress(OSError):  # deleted meanwhile
-            size += file.stat().st_size if file.is_file() else 0
-    return size / _MB
+    """Return the size in MB of a folder's files, with those that this process has open but that have no name."""
+    sizes: dict[tuple[int, int], int] = {}
+    for file in (*folder.rglob("*"), *Path("/proc/self/fd").glob("*")):
+        with suppress(OSError):  # gone meanwhile
+            if file.is_relative_to(folder) or os.readlink(file).startswith(f"{folder}/"):
+                status = file.stat()
+                sizes[status.st_dev, status.st_ino] = status.st_size
+    return sum(sizes.values()) / _MB

@@ -173,7 +173,9 @@ class Stage:
                 small = shorten(cell, size)
                 return measure(lambda folder: made.append(quantize_model(small, subject, device, folder)[0]), device)
 
-            calibration = rehearse(calibrate, size_of(cell), seconds, device)
+            whole = size_of(cell)
+            batches = 1 if whole.images == whole.batch or cell.calibration_batch_size is None else 2
+            calibration = rehearse(calibrate, whole, seconds, device, batches)
             (model,) = made
         images = count_images(cell, subject)
         batch = min(cell.batch_size, images)
@@ -227,13 +229,17 @@ def shorten(cell: Cell, size: Size) -> Cell:
     batches = _batches(cell)
     share = size.batch / max(batches.values())
     smaller = {name: max(1, math.ceil(share * value)) for name, value in batches.items()}
-    fields: dict[str, Any] = {"calibration_size": size.images}
-    if smaller.pop("calibration_batch_size") and cell.calibration_batch_size is not None:
-        fields["calibration_batch_size"] = size.batch
+    passed = smaller.pop("calibration_batch_size")
+    batch_size = None if cell.calibration_batch_size is None or passed >= size.images else passed
     arguments = {**dict(cell.method_arguments), **smaller}
     if size_of(cell).iterations:
         arguments |= {"iterations": size.iterations, "held_back": 0.0}  # few iterations have as many checks as many
-    return replace(cell, method_arguments=tuple(sorted(arguments.items())), **fields)
+    return replace(
+        cell,
+        method_arguments=tuple(sorted(arguments.items())),
+        calibration_size=size.images,
+        calibration_batch_size=batch_size,
+    )
 
 
 def _batches(cell: Cell) -> dict[str, int]:
