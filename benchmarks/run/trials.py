@@ -27,7 +27,7 @@ from benchmarks.run.provenance import provenance
 from benchmarks.run.records import Record
 from benchmarks.run.rehearsal import Cost, Size, measure, rehearse, resident_memory
 from benchmarks.tasks import Subject, find_task, load_subject
-from benchmarks.tasks.shared import one_line
+from benchmarks.tasks.shared import Stopwatch, one_line
 
 _MB = 1e6
 
@@ -184,7 +184,7 @@ class Stage:
             few: Any = subject
             if (heads := _head_images(subject)) is not None:
                 few = replace(few, head_images=min(size.images, heads))
-            return measure(lambda _: few.evaluate(model, device, size.images, size.batch), device)
+            return measure(lambda _: few.evaluate(model, device, size.images, size.batch, Stopwatch()), device)
 
         heads = _head_images(subject)
         whole = Size(batch, images if heads is None else (images + heads) // 2)  # a trial has as many of both
