@@ -25,7 +25,7 @@ from benchmarks.run.console import warn
 from benchmarks.run.executors.local import create_local_executor, open_pool, subject_key
 from benchmarks.run.provenance import environment
 from benchmarks.run.records import Record
-from benchmarks.run.rehearsal import Cost, available_memory
+from benchmarks.run.rehearsal import available_memory
 from benchmarks.run.runner import resolve_device
 from benchmarks.run.store import ResultStore
 from benchmarks.run.trials import TOO_LARGE, Loaded, Stage, Trial, load_in_process, rehearse_in_process
@@ -304,18 +304,17 @@ def _forecast_row(
     )
     if trial.evaluation is None:
         return row
-    evaluation, calibration = trial.evaluation, trial.calibration or Cost(0.0, 0.0, 0.0, 0.0, 0.0)
+    evaluation, calibration = trial.evaluation, trial.calibration
+    both = [cost for cost in (calibration, evaluation) if cost]
     return replace(
         row,
-        seconds=calibration.seconds + evaluation.seconds,
-        memory=_known_size(loaded.memory + max(calibration.memory, trial.model + evaluation.memory)),
-        host_memory=_known_size(
-            loaded.host_memory + max(calibration.host_memory, trial.model + evaluation.host_memory)
-        ),
-        calibration_memory=_known_size(calibration.memory),
-        evaluation_memory=_known_size(evaluation.memory),
-        resume=calibration.resume,
-        temporary=max(calibration.temporary, evaluation.temporary),
+        seconds=sum(cost.seconds for cost in both),
+        memory=_known_size(max(cost.memory for cost in both)),
+        host_memory=_known_size(max(cost.host_memory for cost in both)),
+        calibration_memory=_known_size(calibration.memory - loaded.memory) if calibration else 0.0,
+        evaluation_memory=_known_size(max(0.0, evaluation.memory - loaded.memory - trial.model)),
+        resume=max(cost.resume for cost in both),
+        temporary=max(cost.temporary for cost in both),
     )
 
 

@@ -23,8 +23,6 @@ _MB = 1e6
 # Iterations of an optimization that all trials have, and numbers of those that some have more.
 _FEWER, _MORE = 1, (2, 10)
 
-_GROWTH = 4  # of a batch from one trial to the next
-
 _DISK_INTERVAL = 0.02  # seconds between two looks at a folder
 
 _MEMORY_SHARE = 0.8  # of the available memory that a trial may be expected to take
@@ -45,11 +43,11 @@ class Size(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Cost of a piece of work; memory is above that in use before, and NaN where the system does not tell.
+    """Cost of a piece of work; memory is NaN where the system does not tell.
 
     Attributes:
         seconds: duration.
-        memory: peak memory of the device, in MB.
+        memory: peak memory on the device, in MB, with what was in use before.
         host_memory: peak memory of the process, in MB; the same as `memory` on a CPU.
         resume: peak size of the folder for an interrupted optimization, in MB.
         temporary: peak size of temporary files, in MB.
@@ -68,13 +66,11 @@ class _Tried(Protocol):
     def __call__(self, batch: int, images: int = ..., iterations: int = ...) -> NDArray[np.float64]: ...
 
 
-def rehearse(
-    run: Callable[[Size], Cost], whole: Size, seconds: float, device: torch.device, batches: int = 1
-) -> Cost:
+def rehearse(run: Callable[[Size], Cost], whole: Size, seconds: float, device: torch.device, batches: int = 1) -> Cost:
     """Return the cost of a piece of work, carried on from trials on fewer images.
 
-    Batches grow, each time by a factor of 4, until trials have taken `seconds`, until the next one might not fit, or up
-    to the whole batch. The last two sizes tell the cost of an image in a batch. A trial of more batches tells that of
+    Batches grow up to the whole one, as far as `seconds` and memory allow by what the last trials have cost. The last
+    two sizes tell the cost of an image in a batch. A trial of more batches tells that of
     an image beside the batch, and one of more iterations that of an iteration. Slopes below 0 count as 0.
 
     Args:
@@ -93,11 +89,11 @@ def rehearse(
             trials[size] = np.array(run(size))
         return trials[size]
 
-    once = tried(1)  # slow, and with memory that libraries take but once
-    if once[0] < seconds / 8:
+    resting = resident_memory(device)
+    if tried(1)[0] < seconds / 8:  # the first time is a slow one
         trials.clear()
-    batch, previous = _grow(tried, whole.batch, seconds, device)
-    base, smallest = tried(batch), tried(1)
+    batch, previous = _grow(tried, whole.batch, seconds, available_memory(device), resting)
+    base = tried(batch)
     in_batch = _slope(base, tried(previous), batch - previous)
     found = base + in_batch * (whole.batch - batch)
     if whole.images > batches * whole.batch:
@@ -106,7 +102,6 @@ def rehearse(
         more = min(whole.images, more)
         beside = _slope(tried(batch, more), base, more - batches * batch)
         found += beside * (whole.images - batches * whole.batch)
-    found[1:] += np.maximum(once - smallest, 0.0)[1:]
     if whole.iterations > fewer:
         iteration, slope = _iteration(tried, batch, fewer, seconds), 0.0
         if batch < whole.batch:
@@ -115,29 +110,33 @@ def rehearse(
     return Cost(*found.tolist())
 
 
-def _grow(tried: _Tried, largest: int, seconds: float, device: torch.device) -> tuple[int, int]:
-    """Return the largest batch that was tried, and the one before it; both are 1 where the whole batch is."""
-    batch = previous = 1
-    spent = tried(1)[0]
-    for following in _sizes(largest):
-        if batch > 1:
-            now = tried(batch)
-            expected = now + (now - tried(previous)) * (following - batch) / (batch - previous)
-            grows = following / batch  # memory may begin to grow behind what does not depend on images
-            if spent + expected[0] > seconds or grows * now[1] > _MEMORY_SHARE * available_memory(device):
+def _grow(tried: _Tried, largest: int, seconds: float, available: float, resting: float) -> tuple[int, int]:
+    """Return the largest batch that was tried, and the one before it; both are 1 where the whole batch is.
+
+    Args:
+        tried: see `_Tried`.
+        largest: the whole batch.
+        seconds: time for the trials.
+        available: free memory, in MB.
+        resting: memory in use before all trials, in MB.
+    """
+    batch, previous = 1, 0
+    rest = seconds - tried(1)[0]
+    before = np.zeros_like(tried(1))
+    while batch < largest:
+        now = tried(batch)
+        image = max(1e-6, (now[0] - before[0]) / (batch - previous))
+        following = batch + min(largest, (rest - now[0]) / image)
+        if now[1] > resting:  # it may begin to grow behind what does not depend on images
+            following = min(following, _MEMORY_SHARE * available / (now[1] - resting) * batch)
+        following = min(largest, int(following))
+        if following < 2 * batch and following < largest:
+            if batch > 1:
                 break
-        batch, previous = following, batch
-        spent += tried(batch)[0]
-    return batch, previous
-
-
-def _sizes(largest: int) -> list[int]:
-    """Return sizes of batches above 1 that grow to the largest by a factor of 4."""
-    sizes = []
-    while largest > 1:
-        sizes.append(largest)
-        largest = math.ceil(largest / _GROWTH)
-    return sizes[::-1]
+            following = 2
+        batch, previous, before = following, batch, now
+        rest -= tried(batch)[0]
+    return batch, max(previous, 1)
 
 
 def _slope(more: NDArray[np.float64], less: NDArray[np.float64], images: int) -> NDArray[np.float64]:
@@ -178,10 +177,16 @@ def measure(work: Callable[[Path], Any], device: torch.device) -> Cost:
     with tempfile.TemporaryDirectory() as name:
         resume, temporary = (Path(name, part) for part in ("resume", "temporary"))
         temporary.mkdir()
-        with _temporary_files_in(temporary), _peak_sizes(resume, temporary) as sizes:
-            with peak_memory(torch.device("cpu")) as host, peak_memory(device) as peak:
-                seconds = time_of(lambda: work(resume), device)
-    memory, host_memory = (math.nan if each.megabytes is None else each.megabytes for each in (peak, host))
+        with (
+            _temporary_files_in(temporary),
+            _peak_sizes(resume, temporary) as sizes,
+            peak_memory(torch.device("cpu")) as host,
+            peak_memory(device) as peak,
+        ):
+            before, host_before = resident_memory(device), resident_memory(torch.device("cpu"))
+            seconds = time_of(lambda: work(resume), device)
+    memory = math.nan if peak.megabytes is None else before + peak.megabytes
+    host_memory = math.nan if host.megabytes is None else host_before + host.megabytes
     return Cost(seconds, memory, host_memory, *sizes)
 
 

@@ -76,6 +76,32 @@ def test_methods_are_chosen_beside_full_precision(tmp_path: Path, capsys: pytest
     assert (tmp_path / "table1-bundled.csv").is_file()  # tables go to the store's folder by default
 
 
+def test_a_dry_run_says_what_a_table_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [
+        *TABLE,
+        "--calibration-size",
+        "1",
+        "--limit",
+        "1",
+        "--methods",
+        "base_ptq",
+        "--store",
+        str(tmp_path / "no"),
+    ]
+    assert main([*command, "--dry-run", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(row["method"], row["cells"], row["measured"]) for row in found["rows"]] == [
+        *(("Full precision", 1, 0), ("Base PTQ", 1, 0))
+    ]
+    assert (found["cells"], found["calibration_images"], found["evaluation_images"]) == (2, 1, 2)
+    assert list(tmp_path.iterdir()) == []
+
+    assert main([*command, "--calibration-size", "24001", "--dry-run"]) == 2
+    text = capsys.readouterr().out
+    assert "2 cells, of which 0 are measured and 2 would run" in text
+    assert "- Bundled Swin, Base PTQ: 24001 calibration images were asked for, the train split has 24000" in text
+
+
 DESCRIBE = ["describe", "classification", "--model", "bundled_vit", "--data", "bundled"]
 
 
@@ -149,6 +175,9 @@ def test_a_description_is_of_the_options_given(capsys: pytest.CaptureFixture[str
         (["table", "1", "--profile", "full", "--data", "folder:nowhere"], "there are no data in nowhere"),
         (["table", "mine.toml"], "cannot read mine.toml: No such file"),
         (["table", "1", "--methods", "magic"], "unknown method 'magic'"),
+        (["table", "1", "--dry-run", "--profile", "full"], "needs --data"),
+        (["table", "1", "--dry-run", "--executor", "ray"], "tries methods on this machine"),
+        (["table", "1", "--json"], "--json is for the forecast of --dry-run"),
         (["table", "1", "--bits", "W9A9"], "from 2 to 8"),
         (
             ["table", "1", "--models", "bundled_swin", "--limit", "1", "--calibration-size", "0", "--jobs", "0"],

@@ -125,7 +125,9 @@ def test_totals_are_those_of_cells_to_measure() -> None:
 def test_what_does_not_fit_is_named() -> None:
     assert made(ROW).misfits == []
     assert made(replace(ROW, memory=9e3)).misfits == ["ViT, AMO: 9.0 GB of memory, 8.0 GB are free"]
-    assert made(replace(ROW, temporary=2e3)).misfits == ["ViT, AMO: 2.0 GB of disk for temporary files, 1.0 GB are free"]
+    assert made(replace(ROW, temporary=2e3)).misfits == [
+        "ViT, AMO: 2.0 GB of disk for temporary files, 1.0 GB are free"
+    ]
     assert made(replace(ROW, resume=3e4)).misfits == ["ViT, AMO: 30.0 GB of disk in the store, 20.0 GB are free"]
     assert made(replace(ROW, cells=0, memory=9e3)).misfits == []
     (line,) = made(ROW, jobs=3, jobs_a_device=3).misfits
