@@ -245,8 +245,8 @@ def forecast(
 def _free(device: torch.device, folder: Path) -> tuple[float, float, float, float]:
     """Return free memory of the device and of the machine, and free disk of the store and for temporary files."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    disks = (shutil.disk_usage(path).free / 1e6 for path in (there, tempfile.gettempdir()))
-    return available_memory(device), available_memory(torch.device("cpu")), *disks
+    resume, temporary = (shutil.disk_usage(path).free / 1e6 for path in (there, tempfile.gettempdir()))
+    return available_memory(device), available_memory(torch.device("cpu")), resume, temporary
 
 
 def _group(plan: Plan) -> list[dict[Cell, Entry]]:
@@ -341,7 +341,8 @@ class _Place:
         try:
             if self.stage:
                 return self.stage.load(cells, known)
-            return self._submit(load_in_process, cells, known)
+            loaded: Loaded = self._submit(load_in_process, cells, known)
+            return loaded
         except (AdfqError, BrokenProcessPool) as error:
             reason = str(error) if isinstance(error, AdfqError) else _KILLED
             return Loaded(0.0, 0.0, 0.0, [False] * len(cells), (), reason, usable=False)
@@ -351,7 +352,8 @@ class _Place:
         if self.stage:
             return self.stage.rehearse(cell, seconds)
         try:
-            return self._submit(rehearse_in_process, cell, seconds)
+            trial: Trial = self._submit(rehearse_in_process, cell, seconds)
+            return trial
         except BrokenProcessPool:
             return Trial(refusal=f"{TOO_LARGE}: {_KILLED}")
 

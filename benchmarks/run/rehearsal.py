@@ -25,7 +25,7 @@ _FEWER, _MORE = 1, (2, 10)
 
 _DISK_INTERVAL = 0.02  # seconds between two looks at a folder
 
-_MEMORY_SHARE = 0.8  # of the available memory that a trial may be expected to take
+_MEMORY_SHARE = 0.8  # a trial may be expected to take this share of the available memory
 
 
 class Size(NamedTuple):

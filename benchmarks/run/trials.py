@@ -194,7 +194,8 @@ class Stage:
 
 
 def _size(model: nn.Module) -> float:
-    return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()) / _MB
+    size: int = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    return size / _MB
 
 
 def count_images(cell: Cell, subject: Subject) -> int:
