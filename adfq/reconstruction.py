@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from adfq.calibration import calibrating, progress_bar
 from adfq.calibration.finished import Finished
 from adfq.calibration.passes import calibrate_part, pinned
-from adfq.calibration.walk import Call, Enough, Part, Walk
+from adfq.calibration.walk import Call, Enough, Part, Walk, with_checked_trunk
 from adfq.errors import AdfqError
 from adfq.layers import QuantConv2d, QuantMatMul, QuantWeightLayer
 from adfq.method import Method, Run
@@ -142,7 +142,8 @@ def optimize_units(network: Network, run: Run, options: OptimizerOptions) -> dic
     finished = Finished(run.images.folder, network, run.images, f"{options} {seeds}")
     # Both versions of the network walk in batches of the optimization's size.
     images = run.images.split(options.optimize_batch_size)
-    walks = Walk(network, images, full_precision=True), Walk(network, images)
+    walked = with_checked_trunk(network, images)
+    walks = Walk(walked, images, full_precision=True), Walk(walked, images)
     results: dict[str, Result] = {}
 
     def optimize(name: str, seed: int, parts: Sequence[Part]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from adfq.calibration.finished import Finished
 from adfq.calibration.images import CalibrationImages
 from adfq.calibration.passes import calibrate_part, naming, pinned
-from adfq.calibration.walk import Calls, Part, Walk
+from adfq.calibration.walk import Calls, Part, Walk, with_checked_trunk
 from adfq.errors import AdfqError
 from adfq.quantizers import Quantizer
 from adfq.sites import Network, is_within
@@ -110,7 +110,7 @@ def _calibrate_in_batches(
             calibrate_part(network.model, part, found, images.folder, done)
             finished.keep_ranges(part.name, found)
 
-    for part in Walk(network, images).parts():
+    for part in Walk(with_checked_trunk(network, images), images).parts():
         for name in network.units:
             if name != part.name and is_within(name, part.name) and waiting(name):
                 unit = network.model.get_submodule(name)

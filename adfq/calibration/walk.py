@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,19 +34,24 @@ class Part:
         name: name of the module; ``""`` for the network as a whole.
         sizes: number of images in each batch.
         run: function from the index of a batch to the output.
+        own: the module itself and its arguments, batch by batch; None, the default, for the network as a whole.
     """
 
     name: str
     sizes: Sequence[int]
     run: Callable[[int], Any]
+    own: tuple[nn.Module, Sequence[Call] | Calls] | None = None
 
     def calls(self, module: nn.Module) -> Iterator[Call]:
-        """Yield the arguments that a module inside gets, for each batch; the pass ends there.
+        """Yield the arguments that a module inside, or the part's own, gets for each batch; the pass ends there.
 
         Args:
             module: a module that runs once in each pass.
         """
         for batch in range(len(self.sizes)):
+            if self.own is not None and module is self.own[0]:
+                yield self.own[1][batch]
+                continue
             found: list[Call] = []
             hook = module.register_forward_pre_hook(partial(_take, found), with_kwargs=True)
             try:
@@ -97,9 +102,9 @@ class Calls:
 
         def run(batch: int) -> Any:
             arguments, keywords = self[batch]
-            return module(*arguments, **keywords)
+            return module.forward(*arguments, **keywords)  # hooks before it have had their effect on these
 
-        return Part(name, self.sizes, run)
+        return Part(name, self.sizes, run, (module, self))
 
 
 def _keep(room: WaitingRoom, leaf: Any) -> Any:
@@ -146,24 +151,17 @@ class Walk:
 
     Args:
         network: the network, whose quantizers may change during the walk.
-        images: calibration images.
-        folder: folder for what waits; None for the system's temporary one.
+        images: calibration images; their ``folder`` is that of what waits.
         full_precision: True to walk without quantizers; False by default.
     """
 
-    def __init__(
-        self,
-        network: Network,
-        images: CalibrationImages,
-        folder: Path | None = None,
-        full_precision: bool = False,
-    ) -> None:
-        self.network, self.images, self.folder = network, images, folder
+    def __init__(self, network: Network, images: CalibrationImages, full_precision: bool = False) -> None:
+        self.network, self.images, self.folder = network, images, images.folder
         self.mode = network.full_precision if full_precision else nullcontext
         self._trunk = [network.model.get_submodule(name) for name in network.trunk]
         self._calls: Calls | None = None  # calls of the module at hand
         self._outputs: list[list[Any]] = []  # outputs of the modules behind, by batch
-        self._keep = partial(_keep, WaitingRoom(folder)) if len(images.sizes) > 1 else _detach
+        self._keep = partial(_keep, WaitingRoom(self.folder)) if len(images.sizes) > 1 else _detach
 
     def parts(self) -> Iterator[Part]:
         """Yield the modules of the trunk, and at last the network as a whole, each when those before it are done."""
@@ -179,7 +177,7 @@ class Walk:
         if self._trunk:
             with self.mode(), torch.no_grad():
                 for batch in range(len(sizes)):
-                    self._output(len(self._trunk) - 1, self._trunk[-1].forward, batch)
+                    self._output(len(self._trunk) - 1, self._trunk[-1].forward, batch, [])
         self._calls = None
         yield self._whole(len(self._trunk))
 
@@ -187,16 +185,20 @@ class Walk:
         """Return the network as a part, without so many modules of the trunk."""
 
         def run(batch: int) -> Any:
+            used: list[int] = []
             with ExitStack() as stack:
                 for index, module in enumerate(self._trunk[:behind]):
-                    output = partial(self._output, index, module.forward, batch)
+                    output = partial(self._output, index, module.forward, batch, used)
                     stack.enter_context(_replaced_forward(module, lambda *_, output=output, **__: output()))
                 return self.network.run(self.images[batch])
 
         return Part("", self.images.sizes, run)
 
-    def _output(self, index: int, forward: Callable[..., Any], batch: int) -> Any:
+    def _output(self, index: int, forward: Callable[..., Any], batch: int, used: list[int]) -> Any:
         """Return the output of a module that is behind: what is left of it, or the whole of it for the first time."""
+        if index in used:
+            raise RuntimeError(f"{self.network.trunk[index]} is in the trunk, but runs more than once")
+        used.append(index)
         known = self._outputs[index]
         if batch < len(known):
             return map_tensors(_load, known[batch])
@@ -207,6 +209,33 @@ class Walk:
         read_later = last or self.network.trunk[index] in self.network.trunk_outputs
         known.append(map_tensors(self._keep if read_later else _forget, output))
         return output
+
+
+def with_checked_trunk(network: Network, images: CalibrationImages) -> Network:
+    """Return the network without its trunk unless that is one, as one image shows in full precision.
+
+    A subclass of a supported model may use a block twice, or read outputs of blocks before the last.
+
+    Args:
+        network: network, whose quantizers need no range yet.
+        images: calibration images.
+    """
+    walk = Walk(network, CalibrationImages([next(images.one_of_each_shape())]), full_precision=True)
+    try:
+        for part in walk.parts():
+            with walk.mode(), torch.no_grad():
+                values = part.own[1][0] if part.own else part.run(0)
+            if _holds_nan(values):
+                return replace(network, trunk=())
+    except Exception:  # whatever a model does with outputs that are not what it computed
+        return replace(network, trunk=())
+    return network
+
+
+def _holds_nan(tree: Any) -> bool:
+    found: list[bool] = []
+    map_tensors(lambda leaf: found.append(isinstance(leaf, Tensor) and bool(leaf.isnan().any())), tree)
+    return any(found)
 
 
 @contextmanager

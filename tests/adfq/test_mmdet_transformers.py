@@ -185,6 +185,7 @@ def test_batches_give_what_one_batch_gives(
     same_in_batches(detectors[kind], torch.cat([draw(), draw().flip(-1), 0.6 * draw().flip(-2)]), setting, size)
 
 
+@pytest.mark.slow
 def test_nothing_runs_again_when_a_later_part_is_at_hand(
     detectors: Mapping[str, nn.Module], walks: Callable[..., None]
 ) -> None:

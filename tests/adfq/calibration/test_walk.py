@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import runpy
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -109,3 +111,61 @@ def test_nothing_runs_again_when_a_later_part_is_at_hand(
     family: str, randomize: Randomize, walks: Callable[[nn.Module, Tensor], None]
 ) -> None:
     walks(randomize(FAMILIES[family]()), draw(2, 3, 16, 16))
+
+
+class ReadsAnEarlierBlock(VisionTransformer):
+    def forward_features(self, x: Tensor, **_: Any) -> Tensor:
+        outputs = [self._pos_embed(self.patch_embed(x))]
+        for block in self.blocks:
+            outputs.append(block(outputs[-1]))
+        features: Tensor = self.norm(outputs[1] + outputs[-1])
+        return features
+
+
+class UsesBlocksTwice(VisionTransformer):
+    def forward_features(self, x: Tensor, **_: Any) -> Tensor:
+        features: Tensor = self.norm(self.blocks(self.blocks(self._pos_embed(self.patch_embed(x)))))
+        return features
+
+
+class UsesEachBlockTwice(VisionTransformer):
+    def forward_features(self, x: Tensor, **_: Any) -> Tensor:
+        x = self._pos_embed(self.patch_embed(x))
+        for block in self.blocks:
+            x = block(block(x))
+        features: Tensor = self.norm(x)
+        return features
+
+
+class Hooked(VisionTransformer):
+    def __init__(self, **shape: Any) -> None:
+        super().__init__(**shape)
+        self.blocks[1].register_forward_pre_hook(lambda _, inputs: (1.5 * inputs[0],))
+        self.blocks[0].register_forward_hook(lambda _, __, output: 0.7 * output)
+
+
+@pytest.mark.parametrize("cls", [ReadsAnEarlierBlock, UsesBlocksTwice, UsesEachBlockTwice, Hooked])
+def test_a_subclass_that_takes_another_way(
+    cls: type[VisionTransformer], randomize: Randomize, same_in_batches: SameInBatches
+) -> None:
+    same_in_batches(randomize(cls(**VIT)), draw(3, 3, 16, 16), "base_ptq", [2, 1])
+
+
+@pytest.mark.slow
+def test_every_name_of_timm(randomize: Randomize, same_in_batches: SameInBatches) -> None:
+    survey = runpy.run_path(str(Path(__file__).parents[3] / "scripts" / "write_architectures.py"))["survey"]
+    faults, walked = {}, []
+
+    def check(variant: Any, model: Any) -> None:
+        images = draw(2, 3, *model.patch_embed.img_size)
+        walked.append(variant.name)
+        assert len(adapt(copy.deepcopy(randomize(model))).trunk) > 2
+        try:
+            same_in_batches(model, images, "repq_vit", 1)
+        except AssertionError as error:
+            faults[variant.name] = str(error)
+
+    quantized = [outcome for outcome in survey(check) if outcome.variant.family and outcome.reason is None]
+    assert faults == {}
+    assert len(quantized) > 200
+    assert len(walked) > 50
