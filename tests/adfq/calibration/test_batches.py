@@ -62,7 +62,7 @@ def test_batches_of_any_size_give_what_one_batch_gives(
     method, options = SETTINGS[setting]
     model, images = make_vit(), make_images(14)
     whole = quantize(model, method, 4, 4, images, **options)
-    for sizes in ([1] * 14, [7, 7], [14], [5, 8, 1]):
+    for sizes in ([1] * 14, [7, 7], [5, 8, 1]):
         in_batches = quantize(model, method, 4, 4, list(images.split(sizes)), **options)
         assert_same(in_batches, whole)
 
@@ -136,6 +136,7 @@ torch.save(quantized(torch.ones(1, 3, 64, 64)), sys.argv[2])
 """
 
 
+@pytest.mark.slow  # three processes
 def test_a_killed_calibration_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     def start(folder: str, file: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen([sys.executable, "-c", _SCRIPT, str(tmp_path / folder), str(tmp_path / file)])
