@@ -114,7 +114,10 @@ def _calibrate_in_batches(
         for name in network.units:
             if name != part.name and is_within(name, part.name) and waiting(name):
                 unit = network.model.get_submodule(name)
-                calibrate(Calls(part.calls(unit), part.sizes, images.folder).part(name, unit))
+                limits = list(waiting(part.name).values())  # sites of no unit
+                calls = Calls(part.calls(unit, limits), part.sizes, images.folder)
+                if len(calls) == len(part.sizes):
+                    calibrate(calls.part(name, unit))
         calibrate(part)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -42,30 +42,39 @@ class Part:
     run: Callable[[int], Any]
     own: tuple[nn.Module, Sequence[Call] | Calls] | None = None
 
-    def calls(self, module: nn.Module) -> Iterator[Call]:
+    def calls(self, module: nn.Module, limits: Iterable[nn.Module] = ()) -> Iterator[Call]:
         """Yield the arguments that a module inside, or the part's own, gets for each batch; the pass ends there.
+
+        A batch that does not get there has none.
 
         Args:
             module: a module that runs once in each pass.
+            limits: modules where a pass ends too; none by default.
         """
         for batch in range(len(self.sizes)):
             if self.own is not None and module is self.own[0]:
                 yield self.own[1][batch]
                 continue
             found: list[Call] = []
-            hook = module.register_forward_pre_hook(partial(_take, found), with_kwargs=True)
+            hooks = [limit.register_forward_pre_hook(_stop) for limit in limits]
+            hooks.append(module.register_forward_pre_hook(partial(_take, found), with_kwargs=True))
             try:
                 self.run(batch)
             except Enough:
                 pass
             finally:
-                hook.remove()
-            if found:  # else the model does not use it
+                for hook in hooks:
+                    hook.remove()
+            if found:
                 yield found[0]
 
 
 def _take(found: list[Call], module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
     found.append((arguments, keywords))
+    raise Enough
+
+
+def _stop(*_: Any) -> None:
     raise Enough
 
 

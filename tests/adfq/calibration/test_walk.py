@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import runpy
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ from timm.models.swin_transformer_v2_cr import SwinTransformerV2Cr
 from timm.models.vision_transformer import ParallelThingsBlock, VisionTransformer
 from torch import Tensor, nn
 
+import adfq.api
 import adfq.reconstruction
 from adfq.adapters import adapt
+from adfq.sites import Network
 
 Randomize = Callable[[nn.Module], nn.Module]
 SameInBatches = Callable[[nn.Module, Tensor, str, "int | list[int]"], None]
@@ -149,6 +152,33 @@ def test_a_subclass_that_takes_another_way(
     cls: type[VisionTransformer], randomize: Randomize, same_in_batches: SameInBatches
 ) -> None:
     same_in_batches(randomize(cls(**VIT)), draw(3, 3, 16, 16), "base_ptq", [2, 1])
+
+
+@pytest.mark.parametrize("trunk", [True, False])
+def test_units_need_not_cover_the_model(
+    trunk: bool, randomize: Randomize, same_in_batches: SameInBatches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adapter from elsewhere may name fewer units, and no trunk."""
+
+    def adapt_with_fewer_units(model: nn.Module) -> Network:
+        network = adapt(model)
+        units = tuple(name for name in network.units if name not in ("patch_embed", "blocks.0.attn"))
+        return replace(network, units=units, trunk=network.trunk if trunk else ())
+
+    monkeypatch.setattr(adfq.api, "adapt", adapt_with_fewer_units)
+    same_in_batches(randomize(VisionTransformer(**VIT)), draw(3, 3, 16, 16), "base_ptq", [2, 1])
+
+
+class Headless(VisionTransformer):
+    """Has a head, and does not use it."""
+
+    def forward(self, x: Tensor, **_: Any) -> Tensor:
+        return self.forward_features(x)
+
+
+def test_a_unit_that_the_model_does_not_use_is_named() -> None:
+    with pytest.raises(adfq.AdfqError, match=r"^head\.input_quantizer saw no calibration data"):
+        adfq.quantize(Headless(**VIT), "base_ptq", 4, 4, list(draw(2, 3, 16, 16).split(1)))
 
 
 @pytest.mark.slow
