@@ -307,3 +307,18 @@ def test_batches_of_every_size(
     same_in_batches: Callable[..., None],
 ) -> None:
     same_in_batches({"backbone": swin, **detectors}[kind], of_several_images(), setting, size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["mask_rcnn", "cascade"])
+def test_the_mask_head_alone_depends_on_batches(kind: str, detectors: Mapping[str, nn.Module]) -> None:
+    """It sees 100 proposals of a batch; here there are 10 of each image."""
+    images = torch.randn(12, 3, *SIZE, generator=torch.Generator().manual_seed(2)).double()
+    model = detectors[kind].double()
+    whole, in_batches = (
+        adfq.quantize(model, "base_ptq", 4, 4, calibration, calibration_size=12).state_dict()
+        for calibration in (images, images.split(4))
+    )
+    differing = {name for name, tensor in whole.items() if not torch.equal(in_batches[name], tensor)}
+    assert differing
+    assert all(name.startswith("roi_head.mask_head.") for name in differing)
