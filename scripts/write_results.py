@@ -85,7 +85,7 @@ def _tabulate_memory() -> dict[str, str]:
         rows.drop_duplicates(keys, keep="last").set_index(keys)[["peak_mb", "seconds"]]
         for rows in (frame[old], frame[~old])
     ]
-    wide = halves[0].join(halves[1], lsuffix=", before", rsuffix=", now", how="outer").reset_index().sort_values(keys)
+    wide = halves[0].merge(halves[1], "outer", keys, suffixes=(", before", ", now")).reset_index().sort_values(keys)
     for column in wide.columns[len(keys) :]:
         wide[column] = wide[column].map(lambda value: "–" if pd.isna(value) else f"{value:,.0f}")
     wide["method"] = [
@@ -96,7 +96,7 @@ def _tabulate_memory() -> dict[str, str]:
         columns=lambda name: name.replace("peak_mb", "MB").replace("seconds", "s")
     )
     table = str(wide.to_markdown(index=False, disable_numparse=True))
-    before, now = (", ".join(rows["commit"].drop_duplicates()) for rows in (frame[old], frame[~old]))
+    before, now = (", ".join(rows["commit"].str[:7].drop_duplicates()) for rows in (frame[old], frame[~old]))
     return {"before": before, "now": now, "table": table}
 
 
