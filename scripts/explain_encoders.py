@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+from torch import Tensor
 
 import adfq
 from adfq.adapters import adapt
@@ -21,8 +23,10 @@ from adfq.adfq_vit import ADFQViT
 from adfq.bits import Bits
 from adfq.calibration import calibrate_activations, read_images
 from adfq.quantizers import ShiftLogQuantizer, UniformQuantizer
+from adfq.quantizers.log import HighValues
 from adfq.registry import find_method
 from adfq.sites import sites_of
+from adfq.statistics import Search
 from benchmarks.cell import Cell
 from benchmarks.plan import load_table
 from benchmarks.report.figures.distributions import collect_distributions, draw_distributions
@@ -74,8 +78,9 @@ def main() -> None:
 class _WholeRange(ShiftLogQuantizer):
     """SLQ that clips no value of the calibration."""
 
-    def _find_scale(self, x: torch.Tensor) -> torch.Tensor:
-        return x.max()
+    def _search_scale(self, ends: HighValues, shift: Callable[[Tensor], Tensor] = lambda x: x) -> Search[Tensor]:
+        yield from ()
+        return shift(ends.quantiles.outermost)[0]
 
 
 def _try_ranges(model: torch.nn.Module, calibration: torch.Tensor, images: torch.Tensor) -> pd.DataFrame:

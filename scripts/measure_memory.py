@@ -47,12 +47,7 @@ def open_sam(name: str, data: str, checkpoint: str | None) -> tuple[nn.Module, i
     file = checkpoint or _random_checkpoint(name)
     cell = Cell.create(task="segmentation", model=name, data=data, checkpoint=file, method="full_precision")
     subject: Any = load_subject(cell)
-    count = len(subject.train.images)
-    if hasattr(subject, "calibration_batches"):
-        images = subject.calibration_batches(count, 0, 1)
-    else:  # before there were batches
-        images = iter(subject.calibration_images(min(count, 16), 0).split(1))
-    return subject.model, 1024, images
+    return subject.model, 1024, subject.calibration_batches(len(subject.train.images), 0, 1)
 
 
 def _random_checkpoint(name: str) -> str:
