@@ -73,7 +73,7 @@ def percentile_search(levels: int) -> Search[Found]:
     Args:
         levels: number of codes, 2^bits.
     """
-    ends = yield from ends_of(PERCENTILES)
+    ends = yield from ends_of(PERCENTILES, [1 - p for p in PERCENTILES])
     uppers, lowers = ends.upper.result(), ends.lower.result()
     empty = (lowers == 0) & (uppers == 0)
     if empty[-1].any():  # nearly empty rows: the extremes serve
@@ -92,17 +92,18 @@ class Ends(Statistic):
     """Quantiles near both ends of each group.
 
     Args:
-        fractions: fractions p near 1; those near 0 are 1 - p.
+        uppers: fractions near 1.
+        lowers: fractions near 0; 0 itself gives the smallest value.
         count: see `Quantiles`.
 
     Attributes:
-        upper: quantiles p.
-        lower: quantiles 1 - p.
+        upper: quantiles near the upper end.
+        lower: quantiles near the lower end.
     """
 
-    def __init__(self, fractions: Sequence[float], count: int = 0) -> None:
-        self.upper = Quantiles(fractions, upper=True, count=count)
-        self.lower = Quantiles([1 - p for p in fractions], upper=False, count=count)
+    def __init__(self, uppers: Sequence[float], lowers: Sequence[float], count: int = 0) -> None:
+        self.upper = Quantiles(uppers, upper=True, count=count)
+        self.lower = Quantiles(lowers, upper=False, count=count)
 
     def update(self, values: Tensor, share: float) -> None:
         """Take in a part of the values, see `Statistic.update`."""
@@ -111,15 +112,16 @@ class Ends(Statistic):
         self.lower.update(values, share)
 
 
-def ends_of(fractions: Sequence[float]) -> Search[Ends]:
+def ends_of(uppers: Sequence[float], lowers: Sequence[float]) -> Search[Ends]:
     """Search for quantiles near both ends.
 
     Args:
-        fractions: see `Ends`.
+        uppers: see `Ends`.
+        lowers: see `Ends`.
     """
-    yield (ends := Ends(fractions))
+    yield (ends := Ends(uppers, lowers))
     if not (ends.upper.complete and ends.lower.complete):  # later parts were larger than the first ones
-        yield (ends := Ends(fractions, ends.upper.count))
+        yield (ends := Ends(uppers, lowers, ends.upper.count))
     return ends
 
 

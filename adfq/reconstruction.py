@@ -469,7 +469,8 @@ class _Reconstruction:
         """Return the images of an iteration, which have one size: examples, and indices among them."""
         which, place = self.places[self.trained_on].unbind(1)
         if len(self.examples) > 1:
-            place = place[which == (which := which[torch.randint(len(which), (1,))])]
+            same = which == which[torch.randint(len(which), (1,))]
+            which, place = which[same], place[same]
         examples = self.examples[int(which[0])]
         count, size = len(place), self.options.optimize_batch_size
         if self.options.released:

@@ -23,7 +23,7 @@ from adfq.adfq_vit import ADFQViT
 from adfq.bits import Bits
 from adfq.calibration import calibrate_activations, read_images
 from adfq.quantizers import ShiftLogQuantizer, UniformQuantizer
-from adfq.quantizers.log import HighValues
+from adfq.ranges import Ends
 from adfq.registry import find_method
 from adfq.sites import sites_of
 from adfq.statistics import Search
@@ -78,9 +78,9 @@ def main() -> None:
 class _WholeRange(ShiftLogQuantizer):
     """SLQ that clips no value of the calibration."""
 
-    def _search_scale(self, ends: HighValues, shift: Callable[[Tensor], Tensor] = lambda x: x) -> Search[Tensor]:
+    def _search_scale(self, ends: Ends, shift: Callable[[Tensor], Tensor] = lambda x: x) -> Search[Tensor]:
         yield from ()
-        return shift(ends.quantiles.outermost)[0]
+        return shift(ends.upper.outermost)[0]
 
 
 def _try_ranges(model: torch.nn.Module, calibration: torch.Tensor, images: torch.Tensor) -> pd.DataFrame:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 from weakref import finalize
 
 import numpy as np
@@ -116,17 +114,3 @@ class WaitingRoom:
         return AdfqError(
             f"cannot write to {self.folder}: {error.strerror}; calibration in batches keeps activations there"
         )
-
-
-def map_tensors(function: Callable[[Any], Any], tree: Any) -> Any:
-    """Return nested tuples, lists and dictionaries with a function of each leaf in its place.
-
-    Args:
-        function: function of a leaf: a tensor or anything else.
-        tree: a leaf, or tuples, lists and dictionaries of trees.
-    """
-    if isinstance(tree, dict):
-        return {key: map_tensors(function, value) for key, value in tree.items()}
-    if isinstance(tree, (tuple, list)):
-        return type(tree)(map_tensors(function, value) for value in tree)
-    return function(tree)

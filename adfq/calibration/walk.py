@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from adfq.calibration.images import CalibrationImages
-from adfq.calibration.waiting import Waiting, WaitingRoom, map_tensors
+from adfq.calibration.waiting import Waiting, WaitingRoom
 from adfq.sites import Network
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -92,13 +93,13 @@ class Calls:
         keep = partial(_keep, WaitingRoom(folder)) if len(sizes) > 1 else _detach
         self._kept: list[Call] = []
         for call in calls:
-            self._kept.append(map_tensors(keep, call))
+            self._kept.append(tree_map(keep, call))
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def __getitem__(self, batch: int) -> Call:
-        call: Call = map_tensors(_load, self._kept[batch])
+        call: Call = tree_map(_load, self._kept[batch])
         return call
 
     def part(self, name: str, module: nn.Module) -> Part:
@@ -210,13 +211,13 @@ class Walk:
         used.append(index)
         known = self._outputs[index]
         if batch < len(known):
-            return map_tensors(_load, known[batch])
+            return tree_map(_load, known[batch])
         assert self._calls is not None
         arguments, keywords = self._calls[batch]
         output = forward(*arguments, **keywords)
         last = index == len(self._trunk) - 1
         read_later = last or self.network.trunk[index] in self.network.trunk_outputs
-        known.append(map_tensors(self._keep if read_later else _forget, output))
+        known.append(tree_map(self._keep if read_later else _forget, output))
         return output
 
 
@@ -242,9 +243,7 @@ def with_checked_trunk(network: Network, images: CalibrationImages) -> Network:
 
 
 def _holds_nan(tree: Any) -> bool:
-    found: list[bool] = []
-    map_tensors(lambda leaf: found.append(isinstance(leaf, Tensor) and bool(leaf.isnan().any())), tree)
-    return any(found)
+    return any(isinstance(leaf, Tensor) and bool(leaf.isnan().any()) for leaf in tree_leaves(tree))
 
 
 @contextmanager

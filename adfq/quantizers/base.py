@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -127,6 +126,7 @@ class Quantizer(nn.Module, ABC):
         """
         return torch.ones_like(self.scale, dtype=torch.bool)
 
+    @torch.no_grad()
     def calibrate(self, x: Tensor) -> Self:
         """Set the buffers from a tensor of typical inputs, and return the quantizer.
 
@@ -137,23 +137,8 @@ class Quantizer(nn.Module, ABC):
             AdfqError: if `x` is empty, or not of a shape or sign that the quantizer takes.
             NonFiniteError: if `x` holds NaN or infinity.
         """
-        return self.calibrate_in_parts(lambda: [(x, 1.0)])
-
-    @torch.no_grad()
-    def calibrate_in_parts(self, parts: Callable[[], Iterable[tuple[Tensor, float]]]) -> Self:
-        """Set the buffers from typical inputs that need not be in memory at once, and return the quantizer.
-
-        Args:
-            parts: function that yields the inputs, and the share of each in all of them; it is called for each pass
-                over these.
-
-        Raises:
-            AdfqError: see `calibrate`.
-            NonFiniteError: see `calibrate`.
-        """
         for statistic in self.search():
-            for x, share in parts():
-                self.observe(statistic, x, share)
+            self.observe(statistic, x, 1.0)
         return self
 
     def search(self) -> Search[None]:

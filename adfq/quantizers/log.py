@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from adfq.errors import AdfqError
 from adfq.parts import in_parts
 from adfq.quantizers.base import Quantizer, rescale
-from adfq.ranges import PERCENTILES
-from adfq.statistics import Errors, Quantiles, Search, Statistic
+from adfq.ranges import PERCENTILES, Ends, ends_of
+from adfq.statistics import Errors, Search
 
 #: Levels of each base from one power of two to the next.
 _LEVELS_OF_OCTAVE = {2.0: 1, 2**0.5: 2}
@@ -24,35 +24,6 @@ _EXPONENT = 0x7F800000
 _ONE = 2**23
 _SMALLEST = 2.0**-125
 _ROOT = torch.tensor(2.0).sqrt().item()
-
-
-class HighValues(Statistic):
-    """The high percentiles of a single group, and its smallest value.
-
-    Args:
-        count: see `adfq.statistics.Quantiles`.
-
-    Attributes:
-        quantiles: the percentiles of `adfq.ranges.PERCENTILES`.
-        lowest: smallest value, a scalar.
-    """
-
-    def __init__(self, count: int = 0) -> None:
-        self.quantiles = Quantiles(PERCENTILES, upper=True, count=count)
-        self.lowest = torch.tensor(math.inf)
-
-    def update(self, values: Tensor, share: float) -> None:
-        """Take in a part of the values, see `Statistic.update`."""
-        self.quantiles.update(values, share)
-        self.lowest = torch.minimum(self.lowest.to(values.device), values.min())
-
-
-def high_values() -> Search[HighValues]:
-    """Search for the high percentiles of a single group, and its smallest value."""
-    yield (ends := HighValues())
-    if not ends.quantiles.complete:  # later parts were larger than the first ones
-        yield (ends := HighValues(ends.quantiles.count))
-    return ends
 
 
 class LogQuantizer(Quantizer):
@@ -79,16 +50,16 @@ class LogQuantizer(Quantizer):
         self.base = base
 
     def _search(self) -> Search[None]:
-        ends = yield from high_values()
-        if ends.lowest < 0:
+        ends = yield from ends_of(PERCENTILES, (0.0,))
+        if ends.lower.outermost < 0:
             raise AdfqError("a logarithmic quantizer takes no negative values")
         self.scale = yield from self._search_scale(ends)
 
-    def _search_scale(self, ends: HighValues, shift: Callable[[Tensor], Tensor] = lambda x: x) -> Search[Tensor]:
+    def _search_scale(self, ends: Ends, shift: Callable[[Tensor], Tensor] = lambda x: x) -> Search[Tensor]:
         """Return, of the high percentiles of shifted values, the scale with the smallest error."""
-        candidates = ends.quantiles.result(shift)[:, 0]
+        candidates = ends.upper.result(shift)[:, 0]
         # Percentiles of nearly empty tensors are 0: the largest value serves, or 1 if that is 0 as well.
-        largest = shift(ends.quantiles.outermost)[0]
+        largest = shift(ends.upper.outermost)[0]
         candidates = torch.where(candidates > 0, candidates, largest if largest > 0 else torch.ones_like(largest))
         yield (errors := Errors([partial(self._try, scale) for scale in candidates], prepare=shift))
         return candidates[errors.result()[:, 0].argmin()]

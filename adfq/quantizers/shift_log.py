@@ -7,7 +7,8 @@ from torch import Tensor
 
 from adfq.errors import AdfqError
 from adfq.parts import in_parts
-from adfq.quantizers.log import LogQuantizer, high_values
+from adfq.quantizers.log import LogQuantizer
+from adfq.ranges import PERCENTILES, ends_of
 from adfq.statistics import Search
 
 SHIFTS = ("dynamic", "static")
@@ -48,8 +49,8 @@ class ShiftLogQuantizer(LogQuantizer):
             self.register_buffer("minimum", torch.empty(0))
 
     def _search(self) -> Search[None]:
-        ends = yield from high_values()
-        minimum = ends.lowest
+        ends = yield from ends_of(PERCENTILES, (0.0,))
+        minimum = ends.lower.outermost[0]
         self.scale = yield from self._search_scale(ends, lambda x: (x - minimum).add_(_EPSILON))
         self._lowest = minimum
         if self.shift == "static":

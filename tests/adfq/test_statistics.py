@@ -48,7 +48,10 @@ def test_batches_of_any_size_give_the_ranges_of_all_at_once(kind: str, sizes: li
     x = torch.randn(14, 40, 24, generator=torch.Generator().manual_seed(3))
     x = prepare(x * torch.randn(14, 40, 24, generator=torch.Generator().manual_seed(4)).exp_())
     whole = create().calibrate(x)
-    parts = create().calibrate_in_parts(lambda: [(part, len(part) / 14) for part in x.split(sizes)])
+    parts = create()
+    for statistic in parts.search():
+        for part in x.split(sizes):
+            parts.observe(statistic, part, len(part) / 14)
     for name, buffer in whole.named_buffers():
         # Sums in another order: nothing but the choice between candidates hangs on them.
         torch.testing.assert_close(dict(parts.named_buffers())[name], buffer, rtol=0, atol=0)
