@@ -20,7 +20,8 @@ from adfq.layers import QuantLinear
 from adfq.method import Run
 from adfq.quantizers import LogQuantizer, UniformQuantizer
 from adfq.sites import POST_NORM_ROLES, Network, Recipe, sites_of
-from baselines.repq_vit import RepQViT, reparameterize
+from adfq.transforms.reparameterization import reparameterize
+from baselines.repq_vit import RepQViT
 
 MakeModel = Callable[..., nn.Module]
 MakeImages = Callable[..., Tensor]

@@ -1,0 +1,1 @@
+"""Exact rewrites of a network: the function in full precision stays."""
