@@ -314,7 +314,7 @@ def _number(table: Table, summary: pd.DataFrame, row: Mapping[str, Any]) -> Numb
     if table.published:
         text += "" if counts(table, summary, row) else "‡"
         if not pd.isna(row["published"]):
-            mark, difference = "" if row["verified"] else "†", _signed(mean - row["published"], digits)
+            mark, difference = "" if row["evidence"] == "seen" else "†", _signed(mean - row["published"], digits)
             beside = f"{row['published']:.{digits}f}{mark} ({difference})"
     elif row["method"] != FULL_PRECISION and not pd.isna(row["delta"]):
         beside = _signed(row["delta"], digits)

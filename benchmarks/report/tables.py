@@ -21,11 +21,13 @@ _STATUSES = ("failed", "n/a", "missing", "measured")
 
 
 def published_numbers(table: Table) -> pd.DataFrame:
-    """Return the rows of published.csv that belong to a table: model, method, bits, metric, value, verified."""
-    rows = pd.read_csv(TABLES / "published.csv")
+    """Return the rows of published.csv that belong to a table: model, row, bits, metric, value, evidence, note.
+
+    ``row`` is the key of a table's row, ``evidence`` ``"seen"`` in the authors' own text or ``"quoted"`` second hand.
+    """
+    rows = pd.read_csv(TABLES / "published.csv", keep_default_na=False)
     rows = rows[(rows["task"] == table.published) & rows["metric"].isin(table.metrics)]
-    rows = rows.assign(verified=rows["verified"] == "yes")
-    return rows[["model", "method", "bits", "metric", "value", "verified"]]
+    return rows[["model", "row", "bits", "metric", "value", "evidence", "note"]]
 
 
 def tabulate_results(table: Table, results: Iterable[tuple[Entry, Record | None]]) -> pd.DataFrame:
@@ -33,10 +35,10 @@ def tabulate_results(table: Table, results: Iterable[tuple[Entry, Record | None]
 
     Columns: ``row`` and its ``label``, ``model``, ``method``, ``bits``, ``status`` (`benchmarks.run.plans.status_of`)
     and ``reason`` (of ``"n/a"``), the record's metrics and costs, ``delta`` to full precision in the metric's unit,
-    ``relative_forward`` (seconds over full precision's), ``published`` and ``verified`` where there is a published
-    number, the cell's ``calibration_size``, ``calibration_batch_size`` (missing for all at once), ``seed`` and
-    ``data``, and the record's ``code`` digest and ``commit``. A table of several metrics has a column of each, and a
-    difference and a published number to each of them: ``box_ap``, ``delta_box_ap``, ``published_box_ap`` … A number
+    ``relative_forward`` (seconds over full precision's), ``published``, ``evidence`` and ``note`` where there is a
+    published number, the cell's ``calibration_size``, ``calibration_batch_size`` (missing for all at once), ``seed``
+    and ``data``, and the record's ``code`` digest and ``commit``. A table of several metrics has a column of each, and
+    a difference and a published number to each of them: ``box_ap``, ``delta_box_ap``, ``published_box_ap`` … A number
     that was not measured is NaN.
     """
     rows = []
@@ -67,8 +69,9 @@ def tabulate_results(table: Table, results: Iterable[tuple[Entry, Record | None]
         numbers = published_numbers(table)
         for metric in table.metrics:
             of_metric = numbers[numbers["metric"] == metric].drop(columns="metric")
-            names = {"value": _column(table, "published", metric), "verified": _column(table, "verified", metric)}
-            frame = frame.merge(of_metric.rename(columns=names), "left", ["model", "method", "bits"])
+            names = {"value": "published", "evidence": "evidence", "note": "note"}
+            of_metric = of_metric.rename(columns={name: _column(table, to, metric) for name, to in names.items()})
+            frame = frame.merge(of_metric, "left", ["model", "row", "bits"])
     return frame
 
 
@@ -106,9 +109,9 @@ def render(table: Table, frame: pd.DataFrame, style: str) -> str:
 def summarize(table: Table, frame: pd.DataFrame) -> pd.DataFrame:
     """Return means over seeds: one row for each metric, row, bit-width and model, in the order of the table.
 
-    Columns: mean, std (of the sample; NaN for a single seed), delta and costs (means), published, verified, ``status``
-    (of all seeds: failed, n/a, missing or measured, the first that any has), and ``best``: whether the mean is better
-    than each other one at that bit-width and model by more than the spread, which is √(s₁² + s₂²) of the two.
+    Columns: mean, std (of the sample; NaN for a single seed), delta and costs (means), published, evidence, note,
+    ``status`` (of all seeds: failed, n/a, missing or measured, the first that any has), and ``best``: whether the mean
+    is better than each other one at that bit-width and model by more than the spread, which is √(s₁² + s₂²) of the two.
     """
     ranked = frame.assign(status=frame["status"].map(_STATUSES.index))
     groups = ranked.groupby(["row", "bits", "model"], sort=False, as_index=False)
@@ -117,7 +120,8 @@ def summarize(table: Table, frame: pd.DataFrame) -> pd.DataFrame:
     parts = []
     for metric in table.metrics:
         aggregates = {"mean": (metric, "mean"), "std": (metric, "std")}
-        for name, how in (("delta", "mean"), ("published", "first"), ("verified", "first")):
+        for name in ("delta", "published", "evidence", "note"):  # the latter three are the same for all seeds
+            how = "mean" if name == "delta" else "first"
             if (column := _column(table, name, metric)) in frame:
                 aggregates[name] = (column, how)
         parts.append(groups.agg(**aggregates, **shared).assign(metric=metric))
@@ -182,7 +186,7 @@ def _cell(table: Table, summary: pd.DataFrame, row: Mapping[str, Any]) -> str:
         ours += "‡"
     if pd.isna(row["published"]):
         return ours
-    mark = "" if row["verified"] else "†"
+    mark = "" if row["evidence"] == "seen" else "†"
     difference = round(row["mean"] - row["published"], digits) + 0.0  # not -0.0
     return f"{ours} / {row['published']:{number}}{mark} ({difference:+{number}})"
 
@@ -219,8 +223,11 @@ def notes(table: Table, frame: pd.DataFrame, summary: pd.DataFrame) -> list[str]
         )
     remarks += _unmeasured_cells(frame)
     remarks += _mixed_code(frame)
-    if table.published and not summary.dropna(subset=["mean", "published"])["verified"].all():
-        remarks.append("† Quoted from the literature without a source at hand.")
+    if table.published:
+        beside = summary.dropna(subset=["mean", "published"])
+        if (beside["evidence"] != "seen").any():
+            remarks.append("† Quoted second hand, and not seen in the authors' own text.")
+        remarks += [f"Published: {note}." for note in beside["note"].unique() if note]
     if not all(counts(table, summary, row) for row in as_rows(summary)):
         remarks.append(
             f"‡ Does not count: full precision of this model is missing or differs from the published number by more "

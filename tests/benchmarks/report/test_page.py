@@ -167,7 +167,7 @@ def test_published_numbers_stand_beside_ours(full: Table) -> None:
     assert rows["RepQ-ViT"] == ["64.00 65.05 (−1.05)", "50.00‡ 57.43 (−7.43)"]
     assert rows["ADFQ-ViT"][0] == "50.00 72.14† (−22.14)"
     assert rows["Base PTQ"][0] == "50.00"  # nothing is published
-    for mark in ("† Quoted from the literature", "‡ Does not count"):
+    for mark in ("† Quoted second hand", "‡ Does not count"):
         assert mark in texts["index.html"]
 
 

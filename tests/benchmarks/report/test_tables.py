@@ -105,16 +105,27 @@ def test_published_numbers_belong_to_models_of_the_table(name: str) -> None:
     numbers = published_numbers(table)
     assert set(numbers["model"]) == {model.key for model in table.models}
     assert set(numbers["metric"]) == set(table.metrics)
-    assert not numbers.duplicated(["model", "method", "bits", "metric"]).any()
-    references = numbers[numbers["method"] == "full_precision"]
+    assert not numbers.duplicated(["model", "row", "bits", "metric"]).any()
+    assert set(numbers["evidence"]) == {"seen", "quoted"}
+    references = numbers[numbers["row"] == "full_precision"]
     assert len(references) == len(table.models) * len(table.metrics)  # each is held against full_precision_tolerance
 
 
 def test_published_numbers_are_read_as_written() -> None:
     numbers = published_numbers(load_table("1", "full"))
-    row = numbers[(numbers["model"] == "deit_tiny") & (numbers["method"] == "repq_vit") & (numbers["bits"] == "W4/A4")]
-    assert row["value"].item() == 57.43
-    assert bool(row["verified"].item())
+    row = numbers[(numbers["model"] == "deit_tiny") & (numbers["row"] == "repq_vit") & (numbers["bits"] == "W4/A4")]
+    assert (row["value"].item(), row["evidence"].item(), row["note"].item()) == (57.43, "seen", "")
+
+
+def test_notes_on_published_numbers_say_what_the_numbers_say() -> None:
+    numbers = published_numbers(load_table("1", "full"))
+    wide = numbers[numbers["bits"] == "W4/A4"].pivot(index="model", columns="row", values="value")
+    ahead = wide.index[wide["adalog_reconstructed"] > wide["fima_q"]]
+    assert set(ahead) == {"vit_small", "vit_base", "deit_tiny", "swin_small", "swin_base"}
+    assert wide["adfq_vit"]["vit_base"] == pytest.approx(wide["repq_vit"]["vit_base"] + 10.23)
+    of_qdrop = numbers[(numbers["row"] == "qdrop") & (numbers["bits"] == "W4/A4")]
+    assert of_qdrop["value"].iloc[0] == 71.84
+    assert "71.84" in of_qdrop["note"].iloc[0]
 
 
 def test_unknown_tables_and_profiles_say_what_there_is() -> None:
@@ -140,7 +151,7 @@ def test_bundled_cells_show_the_difference_to_full_precision(bundled: Table) -> 
     assert "ImageNet" not in text.replace("not ImageNet", "")
 
 
-def test_published_numbers_stand_beside_ours_and_unverified_ones_are_marked(full: Table) -> None:
+def test_published_numbers_stand_beside_ours_and_quoted_ones_are_marked(full: Table) -> None:
     top1 = {
         ("vit_small", "full_precision", "W32/A32"): 81.39,
         ("deit_tiny", "full_precision", "W32/A32"): 72.15,
@@ -148,9 +159,10 @@ def test_published_numbers_stand_beside_ours_and_unverified_ones_are_marked(full
     }
     text = render(full, tabulate_results(full, measure(full, top1)), "md")
     assert "81.39 / 81.39 (+0.00)" in text
-    assert "64.00 / 65.05 (-1.05)" in text  # verified
-    assert "50.00 / 72.14† (-22.14)" in text  # ADFQ-ViT's ViT-S, quoted without a source
-    assert "† Quoted from the literature" in text
+    assert "64.00 / 65.05 (-1.05)" in text  # seen
+    assert "50.00 / 72.14† (-22.14)" in text  # ADFQ-ViT's ViT-S
+    assert "† Quoted second hand" in text
+    assert "Published:" not in text  # no note belongs to these two models
     assert "‡" not in text
 
 
