@@ -8,6 +8,7 @@ from functools import partial
 
 from adfq.bits import Bits
 from adfq.calibration import calibrate_activations, quantize_weights
+from adfq.errors import AdfqError
 from adfq.method import Run
 from adfq.quantizers import (
     LogQuantizer,
@@ -17,12 +18,20 @@ from adfq.quantizers import (
     ShiftLogQuantizer,
     UniformQuantizer,
 )
-from adfq.reconstruction import OptimizingMethod, optimize_units
+from adfq.reconstruction import (
+    AttentionScores,
+    Composition,
+    Loss,
+    RoundingMethod,
+    optimize_units,
+    roundings_and_steps,
+)
+from adfq.reconstruction.options import check_number
 from adfq.sites import Network, Recipe
 
 
 @dataclass(frozen=True)
-class ADFQViT(OptimizingMethod):
+class ADFQViT(RoundingMethod):
     """ADFQ-ViT: per-patch outlier-aware quantizers, shift-log quantizers, module-wise optimization.
 
     - PPOQ, the per-patch outlier-aware quantizer, after LayerNorm (section "per-patch outlier-aware quantizer"). A
@@ -42,6 +51,15 @@ class ADFQViT(OptimizingMethod):
         patch_embed_bits: bit-width of the input image.
         ppoq: False puts uniform per-tensor quantizers in place of PPOQ.
         slq: False puts uniform per-tensor quantizers in place of SLQ.
+        attention_weight: weight of the divergence between attention scores, in the loss of units with a softmax.
+        temperature: temperature of that divergence.
+        released: True for the released code's peculiarities. Attention scores are compared by a softmax over heads of
+            probabilities, and by KL(quantized ‖ full precision). Activation quantizers pass no gradient to their input.
+            The step sizes of query, key, probabilities and value are not learned. Batches are drawn with replacement.
+            The optimized state is kept, whatever its error.
+
+    Raises:
+        AdfqError: for a value out of range.
     """
 
     label = "ADFQ-ViT"
@@ -55,6 +73,15 @@ class ADFQViT(OptimizingMethod):
     patch_embed_bits: int = 8
     ppoq: bool = True
     slq: bool = True
+    attention_weight: float = 10.0
+    temperature: float = 4.0
+    released: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number(self, "attention_weight")
+        if not isinstance(self.temperature, (int, float)) or not self.temperature > 0:
+            raise AdfqError(f"temperature must be above 0, got {self.temperature!r}")
 
     def recipe(self, bits: Bits) -> Recipe:
         """Return the quantizer of each site role."""
@@ -85,6 +112,22 @@ class ADFQViT(OptimizingMethod):
         network.attach(self.recipe(bits))
         quantize_weights(network)
         if self.iterations:
-            results = optimize_units(network, run, self)
+            results = optimize_units(network, run, self, self.composition())
             run.report["modules"] = {name: asdict(result) for name, result in results.items()}
         calibrate_activations(network, run.images)  # all sites, or those outside of every unit
+
+    def composition(self) -> Composition:
+        """Return AMO as parts of a reconstruction: roundings and step sizes of attentions and MLPs, mixed inputs."""
+        return Composition(
+            losses=lambda unit: [
+                Loss(unit),
+                AttentionScores(unit, self.attention_weight, self.temperature, self.released),
+            ],
+            trained=roundings_and_steps(self, products=not self.released),
+            blocks=False,
+            mix_probability=self.mix_probability,
+            drop_probability=self.drop_probability,
+            keeps_all=self.released,
+            straight_through=not self.released,
+            replacement=self.released,
+        )

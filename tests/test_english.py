@@ -25,16 +25,16 @@ VERBS = set(
         r"\w+",
         """
     adapt add adopt answer apply ask assert attach begin bring build calibrate call cast check choose clear close
-    collect combine compare complete compute configure convert copy count create cut decide decode define delete
-    derive describe detect determine divide do draw drop enable encode end enter evaluate exchange exit expand explain
-    export fetch fill find fit fold follow forget format freeze gather generate give group hand have hide hold ignore
-    import infer initialize insert join keep label leave let limit list load lock log look make map mark match measure
-    merge minimize move multiply name normalize note number observe offer open order pack pad paint pair parse pass
-    pick place plan plot predict prepare prevent print profile prune put quantize raise read rebuild record reduce
+    collect combine compare complete compute configure convert copy count create cut decide decode define delete derive
+    describe detect determine divide do draw drop enable encode end enter evaluate exchange exit expand explain export
+    fetch fill find fit fold follow forget format freeze gather generate give group hand have hide hold ignore import
+    infer initialize insert join keep label leave let limit list load lock log look lower make map mark match measure
+    merge minimize move multiply name normalize note number observe offer open optimize order pack pad paint pair parse
+    pass pick place plan plot predict prepare prevent print profile prune put quantize raise read rebuild record reduce
     refuse register remove render reparameterize repeat replace report require rescale reset resolve restore return
     reuse round run sample save say scale score search segment select send serialize set share shift show silence skip
-    sort split start stop store strip submit sum switch take tell time trace train translate try turn unpack update
-    use validate wait warn weigh wrap write yield
+    sort split start stop store strip submit sum switch take tell time trace train translate try turn unpack update use
+    validate wait warn weigh wrap write yield
     """,
     )
 )

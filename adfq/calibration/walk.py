@@ -170,6 +170,7 @@ class Walk:
         self.mode = network.full_precision if full_precision else nullcontext
         self._trunk = [network.model.get_submodule(name) for name in network.trunk]
         self._calls: Calls | None = None  # calls of the module at hand
+        self._behind = 0  # number of modules before it
         self._outputs: list[list[Any]] = []  # outputs of the modules behind, by batch
         self._keep = partial(_keep, WaitingRoom(self.folder)) if len(images.sizes) > 1 else _detach
 
@@ -181,15 +182,38 @@ class Walk:
                 calls = Calls(self._whole(index).calls(module), sizes, self.folder)
             if len(calls) < len(sizes):
                 raise RuntimeError(f"{name} is in the trunk, but not every image goes through it")
-            self._calls = calls
+            self._calls, self._behind = calls, index
             self._outputs.append([])
             yield calls.part(name, module)
         if self._trunk:
             with self.mode(), torch.no_grad():
                 for batch in range(len(sizes)):
                     self._output(len(self._trunk) - 1, self._trunk[-1].forward, batch, [])
-        self._calls = None
+        self._calls, self._behind = None, len(self._trunk)
         yield self._whole(len(self._trunk))
+
+    def rest(self, module: nn.Module) -> Callable[[int, Tensor], Any]:
+        """Return the network from a module on: a function from the index of a batch and the module's output.
+
+        It serves as long as the part at hand does, and in the walk's mode.
+
+        Args:
+            module: the part at hand, or a module inside that runs once in each pass.
+        """
+        behind, calls = self._behind, self._calls
+
+        def run(batch: int, output: Tensor) -> Any:
+            used: list[int] = []
+            with self.mode(), ExitStack() as stack:
+                self._leave_out(behind, batch, used, stack)
+                if calls is not None and (here := self._trunk[behind]) is not module:
+                    arguments, keywords = calls[batch]
+                    known = partial(here.forward, *arguments, **keywords)
+                    stack.enter_context(_replaced_forward(here, lambda *_, **__: known()))
+                stack.enter_context(_replaced_forward(module, lambda *_, **__: output))
+                return self.network.run(self.images[batch])
+
+        return run
 
     def _whole(self, behind: int) -> Part:
         """Return the network as a part, without so many modules of the trunk."""
@@ -197,12 +221,16 @@ class Walk:
         def run(batch: int) -> Any:
             used: list[int] = []
             with ExitStack() as stack:
-                for index, module in enumerate(self._trunk[:behind]):
-                    output = partial(self._output, index, module.forward, batch, used)
-                    stack.enter_context(_replaced_forward(module, lambda *_, output=output, **__: output()))
+                self._leave_out(behind, batch, used, stack)
                 return self.network.run(self.images[batch])
 
         return Part("", self.images.sizes, run)
+
+    def _leave_out(self, behind: int, batch: int, used: list[int], stack: ExitStack) -> None:
+        """Put outputs in the place of so many modules of the trunk, until the stack is left."""
+        for index, module in enumerate(self._trunk[:behind]):
+            output = partial(self._output, index, module.forward, batch, used)
+            stack.enter_context(_replaced_forward(module, lambda *_, output=output, **__: output()))
 
     def _output(self, index: int, forward: Callable[..., Any], batch: int, used: list[int]) -> Any:
         """Return the output of a module that is behind: what is left of it, or the whole of it for the first time."""

@@ -1,4 +1,4 @@
-"""AMO: every part of the loss, what it may change, seeds, and going on after an interruption."""
+"""AMO and its parts: losses, what is trained, seeds, and going on after an interruption."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import adfq
-from adfq import AdfqError, reconstruction
+from adfq import AdfqError
 from adfq.adapters import adapt
 from adfq.adfq_vit import ADFQViT
 from adfq.bits import Bits
@@ -23,7 +23,10 @@ from adfq.layers import QuantWeightLayer
 from adfq.method import Run
 from adfq.quantizers import PerPatchOutlierQuantizer, Quantizer, UniformQuantizer
 from adfq.quantizers.adaround import AdaRound
-from adfq.reconstruction import OptimizerOptions
+from adfq.reconstruction import Batch, Roundings, Unit
+from adfq.reconstruction.examples import Examples, inputs_in
+from adfq.reconstruction.optimizer import Reconstruction
+from adfq.reconstruction.trained import learned_quantizers, mean_step
 from adfq.sites import Network
 
 QUICK: dict[str, Any] = {
@@ -196,51 +199,52 @@ def test_learning_rates_of_zero_switch_parts_off(model: nn.Module, make_images: 
     assert any(not torch.equal(scale, steps(calibrated)[name]) for name, scale in steps(steps_alone).items())
 
 
-def reconstruct(model: nn.Module, images: Tensor, name: str, **options: Any) -> Any:
+def reconstruct(model: nn.Module, images: Tensor, name: str, **options: Any) -> Reconstruction:
     """The reconstruction of one module, calibrated, on the way as `optimize_units` makes it."""
     network = adapt(model)
     ADFQViT(iterations=0).apply(network, Run(CalibrationImages([images])), Bits(3, 3))
     network.model.requires_grad_(False)
-    unit = network.model.get_submodule(name)
+    module = network.model.get_submodule(name)
+    method = ADFQViT(**QUICK | options)
     with torch.no_grad():
-        (call,) = Part("", [len(images)], lambda _: network.model(images)).calls(unit)
-        inputs = reconstruction._inputs_in(call, len(images), ())
-        examples = reconstruction._Examples(
-            call, inputs, {key: 1.1 * x for key, x in inputs.items()}, count=len(images)
-        )
+        (call,) = Part("", [len(images)], lambda _: network.model(images)).calls(module)
+        inputs = inputs_in(call, len(images), module)
+        examples = Examples(call, inputs, {key: 1.1 * x for key, x in inputs.items()}, count=len(images))
         places = torch.tensor([[0, index] for index in range(len(images))])
-        found = reconstruction._Reconstruction(
-            network, name, [examples], places, [len(images)], OptimizerOptions(**QUICK | options)
-        )
-    found.roundings = []
-    return found
+        unit = Unit(network, name, [examples], places, [len(images)], method.optimize_batch_size)
+        unit.set_targets(module, unit.sites)
+        return Reconstruction(unit, method, method.composition())
+
+
+def batch_of(parts: Reconstruction, images: int = 4) -> Batch:
+    return Batch(parts.unit.examples[0], torch.arange(images))
 
 
 def test_the_attention_term_compares_distributions_over_keys(make_vit: Any, make_images: Any) -> None:
     images = make_images(4)
     parts = reconstruct(make_vit(), images, "blocks.0.attn", attention_weight=10.0, temperature=4.0)
     plain = reconstruct(make_vit(), images, "blocks.0.attn", attention_weight=0.0)
-    everything = torch.arange(4)
-    assert plain._target_scores(plain.examples[0], everything) == []
-    (target,) = parts._target_scores(parts.examples[0], everything)
+    loss: Any = parts.losses[1]
+    assert plain.losses[1].target_scores(batch_of(plain)) == []  # type: ignore[attr-defined]
+    (target,) = loss.target_scores(batch_of(parts))
     torch.testing.assert_close(target.sum(-1), torch.ones_like(target.sum(-1)))
-    with parts._scores() as scores:
-        parts._forward(parts.examples[0], parts.examples[0].inputs, everything)
+    with loss.scores() as scores:
+        parts.unit.forward(batch_of(parts), parts.unit.examples[0].inputs)
     chosen = scores[0].double()
     wanted = target.double()
     divergence = torch.nn.functional.kl_div((chosen / 4).log_softmax(-1), wanted, reduction="none").sum((0, 1, 2, 3))
     entropy = -(wanted * wanted.log()).sum()
     heads = chosen.shape[0] * chosen.shape[1]
-    measured = parts._divergence(scores[0], target).double()
+    measured = loss.divergence(scores[0], target).double()
     torch.testing.assert_close(measured, (divergence + entropy) / heads, rtol=1e-5, atol=1e-6)
 
 
 def test_no_step_size_is_learned_faster_than_a_hundredth_of_itself(make_vit: Any, make_images: Any) -> None:
     parts = reconstruct(make_vit(), make_images(4), "blocks.0.mlp", iterations=1, step_learning_rate=1.0)
-    before = {name: quantizer.scale.clone() for name, quantizer in parts.quantizers.items()}
+    before = {name: quantizer.scale.clone() for name, quantizer in parts.unit.quantizers.items()}
     with torch.no_grad():
-        parts._optimize(lambda: None)
-    for name, quantizer in parts.quantizers.items():
+        parts.optimize(lambda: None)
+    for name, quantizer in parts.unit.quantizers.items():
         change = (quantizer.scale - before[name]).abs() / before[name].mean()
         assert 0 < change.max() <= 0.0101, name
 
@@ -249,11 +253,11 @@ def test_inputs_are_mixed_element_by_element(make_vit: Any, make_images: Any) ->
     seen: list[Tensor] = []
     for probability, expected in ((0.0, [1.0]), (1.0, [1.1]), (0.5, [1.0, 1.1])):
         parts = reconstruct(make_vit(), make_images(4), "blocks.0.mlp", mix_probability=probability)
-        (examples,) = parts.examples
+        (examples,) = parts.unit.examples
         examples.inputs = {0: torch.ones_like(examples.inputs[0])}
         examples.quantized_inputs = {0: torch.full_like(examples.inputs[0], 1.1)}
-        hook = parts.module.fc1.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        parts._loss(0.0)
+        hook = parts.unit.module.fc1.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        parts.loss(0.0)
         hook.remove()
         values, counts = seen.pop().unique(return_counts=True)
         assert values.tolist() == pytest.approx(expected)
@@ -262,10 +266,11 @@ def test_inputs_are_mixed_element_by_element(make_vit: Any, make_images: Any) ->
 
 def test_rounding_is_regularized_after_the_warm_up(make_vit: Any, make_images: Any) -> None:
     parts = reconstruct(make_vit(), make_images(4), "blocks.0.mlp", mix_probability=1.0, optimize_batch_size=4)
-    layer = parts.layers["fc1"]
-    parts.roundings = [(layer, AdaRound(layer.weight, layer.weight_quantizer))]
-    quiet, early, late = (parts._loss(progress).item() for progress in (0.0, 0.2, 0.9))
-    regularizers = [0.01 * parts.roundings[0][1].regularizer(beta).item() for beta in (20.0, 20 - 18 * 0.7 / 0.8)]
+    learned = Roundings(parts.unit, 1e-3, 0.01)
+    learned.roundings = learned.roundings[:1]
+    parts.trained = [learned]
+    quiet, early, late = (parts.loss(progress).item() for progress in (0.0, 0.2, 0.9))
+    regularizers = [0.01 * learned.roundings[0][1].regularizer(beta).item() for beta in (20.0, 20 - 18 * 0.7 / 0.8)]
     assert [early - quiet, late - quiet] == pytest.approx(regularizers, rel=1e-3)
 
 
@@ -275,10 +280,12 @@ def test_released_lets_no_gradient_through_quantizers(
     released: bool, unit: str, last: str, make_vit: Any, make_images: Any
 ) -> None:
     parts = reconstruct(make_vit(), make_images(4), unit, released=released, attention_weight=0.0)
-    parts.roundings = [(layer, AdaRound(layer.weight, layer.weight_quantizer)) for layer in parts.layers.values()]
-    with parts._differentiable([]):
-        parts._loss(0.0).backward()
-    gradients = {name: rounding.alpha.grad for name, (_, rounding) in zip(parts.layers, parts.roundings, strict=True)}
+    learned = Roundings(parts.unit, 1e-3, 0.01)
+    parts.trained = [learned]
+    with parts._differentiable():
+        parts.loss(0.0).backward()
+    roundings = zip(parts.unit.layers, learned.roundings, strict=True)
+    gradients = {name: rounding.alpha.grad for name, (_, rounding) in roundings}
     assert gradients.pop(last).abs().sum() > 0
     (first,) = gradients.values()
     assert first is None or not first.any() if released else first.abs().sum() > 0
@@ -301,36 +308,39 @@ def test_without_straight_through_a_step_gets_the_gradient_of_its_codes(make: Ca
 
 def test_released_learns_no_steps_of_matrix_products(make_vit: Any, make_images: Any) -> None:
     parts = reconstruct(make_vit(), make_images(4), "blocks.0.attn", released=True, iterations=3)
-    before = {name: quantizer.scale.clone() for name, quantizer in parts.quantizers.items()}
+    before = {name: quantizer.scale.clone() for name, quantizer in parts.unit.quantizers.items()}
     with torch.no_grad():
-        parts._optimize(lambda: None)
-    moved = {name for name, quantizer in parts.quantizers.items() if not torch.equal(quantizer.scale, before[name])}
+        parts.optimize(lambda: None)
+    moved = {
+        name for name, quantizer in parts.unit.quantizers.items() if not torch.equal(quantizer.scale, before[name])
+    }
     # The step before qkv is learned too, but query, key and value pass it no gradient.
     assert moved == {"blocks.0.attn.proj.input_quantizer"}
-    assert (len(before), len(parts._learned())) == (6, 2)
+    assert (len(before), len(learned_quantizers(parts.unit, products=False))) == (6, 2)
 
 
 def test_released_draws_with_replacement_and_keeps_every_state(
     make_vit: Any, make_images: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parts = reconstruct(make_vit(), make_images(4), "blocks.0.mlp", released=True, optimize_batch_size=64)
-    _, chosen = parts._draw()
+    _, chosen = parts.draw()
     assert (len(chosen), sorted(set(chosen.tolist()))) == (64, [0, 1, 2, 3])
     errors = iter([1.0, 2.0])
-    monkeypatch.setattr(parts, "_error", lambda: next(errors))
+    monkeypatch.setattr(parts, "error", lambda: next(errors))
     with torch.no_grad():
         assert parts.run(lambda: None).kept
 
 
 def test_released_compares_probabilities_over_heads(make_vit: Any, make_images: Any) -> None:
     parts = reconstruct(make_vit(), make_images(4), "blocks.0.attn", released=True)
-    (target,) = parts._target_scores(parts.examples[0], torch.arange(4))
+    loss: Any = parts.losses[1]
+    (target,) = loss.target_scores(batch_of(parts))
     torch.testing.assert_close(target.sum(1), torch.ones_like(target.sum(1)))
     scores = torch.randn(target.shape, generator=torch.Generator().manual_seed(0))
-    quantized, expected = parts._distribution(scores).double(), target.double()
+    quantized, expected = loss.distribution(scores).double(), target.double()
     divergence = (quantized * (quantized / expected).log()).sum() / len(scores)
-    torch.testing.assert_close(parts._divergence(scores, target).double(), divergence, rtol=1e-3, atol=0)
-    assert torch.isfinite(parts._loss(0.5))
+    torch.testing.assert_close(loss.divergence(scores, target).double(), divergence, rtol=1e-3, atol=0)
+    assert torch.isfinite(parts.loss(0.5))
 
 
 def test_held_back_images_decide_when_to_stop_and_what_is_kept(
@@ -343,16 +353,16 @@ def test_held_back_images_decide_when_to_stop_and_what_is_kept(
     states: list[dict[str, Tensor]] = []
 
     def error() -> float:
-        states.append(parts.state())
+        states.append(parts.unit.state())
         return next(errors)
 
-    monkeypatch.setattr(parts, "_error", error)
+    monkeypatch.setattr(parts, "error", error)
     done: list[int] = []
     with torch.no_grad():
-        parts._optimize(lambda: done.append(1))
+        parts.optimize(lambda: done.append(1))
     assert len(done) == 25 + 4 * 5
-    assert all(torch.equal(tensor, states[1][key]) for key, tensor in parts.state().items())
-    assert any(not torch.equal(tensor, states[-1][key]) for key, tensor in parts.state().items())
+    assert all(torch.equal(tensor, states[1][key]) for key, tensor in parts.unit.state().items())
+    assert any(not torch.equal(tensor, states[-1][key]) for key, tensor in parts.unit.state().items())
 
 
 def test_a_module_that_gets_worse_stays_as_calibrated_and_says_so(model: nn.Module, make_images: Any) -> None:
@@ -406,15 +416,15 @@ class _StopError(Exception):
 def interrupted(monkeypatch: pytest.MonkeyPatch, after: int) -> list[str]:
     """Makes optimization stop after so many modules; gives the list of those that are run from then on."""
     ran: list[str] = []
-    original = reconstruction._Reconstruction.run
+    original = Reconstruction.run
 
     def run(self: Any, done: Any) -> Any:
         if len(ran) == after:
             raise _StopError
-        ran.append(type(self.module).__name__)
+        ran.append(type(self.unit.module).__name__)
         return original(self, done)
 
-    monkeypatch.setattr(reconstruction._Reconstruction, "run", run)
+    monkeypatch.setattr(Reconstruction, "run", run)
     return ran
 
 
@@ -509,6 +519,4 @@ def test_a_dead_position_does_not_raise_the_learning_rate_of_steps() -> None:
     x = 0.01 * torch.randn(2, 3, 4)
     live = PerPatchOutlierQuantizer(4, 5.0).calibrate(x)
     x = torch.cat([x, torch.zeros(2, 1, 4)], 1)
-    assert reconstruction._mean_step(PerPatchOutlierQuantizer(4, 5.0).calibrate(x)) == pytest.approx(
-        live.scale.mean().item()
-    )
+    assert mean_step(PerPatchOutlierQuantizer(4, 5.0).calibrate(x)) == pytest.approx(live.scale.mean().item())

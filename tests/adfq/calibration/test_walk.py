@@ -22,8 +22,8 @@ from timm.models.vision_transformer import ParallelThingsBlock, VisionTransforme
 from torch import Tensor, nn
 
 import adfq.api
-import adfq.reconstruction
 from adfq.adapters import adapt
+from adfq.reconstruction.optimizer import Reconstruction
 from adfq.sites import Network
 
 Randomize = Callable[[nn.Module], nn.Module]
@@ -96,14 +96,14 @@ def test_images_of_another_height_and_width_keep_their_own_masks(
         for images in batches:
             reference(images)
     targets = []
-    run = adfq.reconstruction._Reconstruction.run
+    run = Reconstruction.run
 
     def look(self: Any, done: Any) -> Any:
-        if self.name == unit:
-            targets.extend(found.targets.flatten(0, 1) for found in self.examples)
+        if self.unit.name == unit:
+            targets.extend(found.targets.flatten(0, 1) for found in self.unit.examples)
         return run(self, done)
 
-    monkeypatch.setattr(adfq.reconstruction._Reconstruction, "run", look)
+    monkeypatch.setattr(Reconstruction, "run", look)
     adfq.quantize(model, "adfq_vit", 4, 4, batches, ppoq=False, iterations=1, calibration_size=4)
     for found, expected in zip(targets, outputs, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
