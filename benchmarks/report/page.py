@@ -21,6 +21,7 @@ from adfq.method import FULL_PRECISION
 from benchmarks.cell import Cell
 from benchmarks.metrics import COSTS, Metric
 from benchmarks.plan import Entry, Table
+from benchmarks.report.paired import CONFIDENCE
 from benchmarks.report.tables import (
     as_rows,
     counts,
@@ -82,12 +83,14 @@ class Number(NamedTuple):
         beside: the comparison: the difference to full precision, or the published number and the difference
             to that.
         best: `summarize`.
+        interval: the interval of the difference to the best mean; empty where there is none.
     """
 
     value: float | None
     text: str
     beside: str = ""
     best: bool = False
+    interval: str = ""
 
 
 class Line(NamedTuple):
@@ -154,7 +157,7 @@ class Section:
         return cls(
             table,
             frame,
-            "published, and the difference to that" if table.published else "the difference to full precision",
+            _compared(table, summary),
             _columns(table),
             _lines(table, summary),
             notes(table, frame, summary),
@@ -272,6 +275,13 @@ def render_report(report: Report, directory: Path, figures: Sequence[Figure] = (
     }
 
 
+def _compared(table: Table, summary: pd.DataFrame) -> str:
+    compared = "published, and the difference to that" if table.published else "the difference to full precision"
+    if not summary["paired"].any():
+        return compared
+    return f"{compared}; in brackets the {CONFIDENCE} % interval of the difference to the best mean at that bit-width"
+
+
 def _columns(table: Table) -> list[Column]:
     columns = []
     for model in table.models:
@@ -318,7 +328,8 @@ def _number(table: Table, summary: pd.DataFrame, row: Mapping[str, Any]) -> Numb
             beside = f"{row['published']:.{digits}f}{mark} ({difference})"
     elif row["method"] != FULL_PRECISION and not pd.isna(row["delta"]):
         beside = _signed(row["delta"], digits)
-    return Number(mean, text, beside, row["best"])
+    low, high = (_signed(row[end], digits) for end in ("low", "high"))
+    return Number(mean, text, beside, row["best"], "" if pd.isna(row["low"]) else f"[{low}, {high}]")
 
 
 def _signed(difference: float, digits: int) -> str:

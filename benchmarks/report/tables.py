@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from adfq.method import FULL_PRECISION
 from adfq.registry import method_label
-from benchmarks.metrics import COSTS
+from benchmarks.metrics import COSTS, Metric
 from benchmarks.plan import TABLES, Entry, Model, Table
+from benchmarks.report.paired import CONFIDENCE, RESAMPLES, interval, resample, stack_correct
 from benchmarks.run.console import markdown_table
+from benchmarks.run.correct import unpack_correct
 from benchmarks.run.plans import status_of
 from benchmarks.run.store import Record
 
@@ -37,9 +42,10 @@ def tabulate_results(table: Table, results: Iterable[tuple[Entry, Record | None]
     and ``reason`` (of ``"n/a"``), the record's metrics and costs, ``delta`` to full precision in the metric's unit,
     ``relative_forward`` (seconds over full precision's), ``published``, ``evidence`` and ``note`` where there is a
     published number, the cell's ``calibration_size``, ``calibration_batch_size`` (missing for all at once), ``seed``
-    and ``data``, and the record's ``code`` digest and ``commit``. A table of several metrics has a column of each, and
-    a difference and a published number to each of them: ``box_ap``, ``delta_box_ap``, ``published_box_ap`` … A number
-    that was not measured is NaN.
+    and ``data``, and the record's ``code`` digest and ``commit``; ``correct``, which evaluation images were right, by
+    metric (empty where the record does not say), and ``evaluated``, the digests of these images. A table of several
+    metrics has a column of each, and a difference and a published number to each of them: ``box_ap``,
+    ``delta_box_ap``, ``published_box_ap`` … A number that was not measured is NaN.
     """
     rows = []
     for entry, outcome in results:
@@ -49,10 +55,14 @@ def tabulate_results(table: Table, results: Iterable[tuple[Entry, Record | None]
         what = {"method": entry.cell.method, "bits": entry.cell.bits, "status": status_of(outcome)}
         record = outcome or {}
         measured = {**record.get("metrics", {}), **record.get("cost", {})}
+        provenance = record.get("provenance") or {}
+        evaluated = {name: digest for name, digest in provenance.get("data", {}).items() if name != "train"}
         origin = {
             "reason": record.get("not_applicable"),
-            "code": (record.get("provenance") or {}).get("code"),
+            "code": provenance.get("code"),
             "commit": (record.get("environment") or {}).get("commit"),
+            "correct": unpack_correct(record),
+            "evaluated": json.dumps(evaluated, sort_keys=True),
         }
         rows.append({**names, **what, **measured, **config, **origin})
     frame = pd.DataFrame(rows)
@@ -82,7 +92,7 @@ def _column(table: Table, name: str, metric: str) -> str:
 def render(table: Table, frame: pd.DataFrame, style: str) -> str:
     """Return the table as ``"md"``, ``"csv"`` or ``"latex"`` text, ending in a newline."""
     if style == "csv":
-        return str(frame.to_csv(index=False, float_format="%.4f"))
+        return str(frame.drop(columns=["correct", "evaluated"]).to_csv(index=False, float_format="%.4f"))
     summary = summarize(table, frame)
     remarks = notes(table, frame, summary)
     if style == "md":
@@ -110,8 +120,13 @@ def summarize(table: Table, frame: pd.DataFrame) -> pd.DataFrame:
     """Return means over seeds: one row for each metric, row, bit-width and model, in the order of the table.
 
     Columns: mean, std (of the sample; NaN for a single seed), delta and costs (means), published, evidence, note,
-    ``status`` (of all seeds: failed, n/a, missing or measured, the first that any has), and ``best``: whether the mean
-    is better than each other one at that bit-width and model by more than the spread, which is √(s₁² + s₂²) of the two.
+    ``status`` (of all seeds: failed, n/a, missing or measured, the first that any has), ``paired`` and ``best``:
+
+    - A column (a bit-width of a model) is ``paired`` if all its records say which images are right, for the same
+      several seeds. ``low`` and ``high`` are the ends of the interval of the difference to the best mean
+      (`benchmarks.report.paired`), NaN for that one itself. The best mean is ``best`` if every ``high`` is below 0.
+    - In another column it is ``best`` if it is better than each other mean by more than the spread, √(s₁² + s₂²) of
+      the two.
     """
     ranked = frame.assign(status=frame["status"].map(_STATUSES.index))
     groups = ranked.groupby(["row", "bits", "model"], sort=False, as_index=False)
@@ -127,16 +142,42 @@ def summarize(table: Table, frame: pd.DataFrame) -> pd.DataFrame:
         parts.append(groups.agg(**aggregates, **shared).assign(metric=metric))
     summary = pd.concat(parts, ignore_index=True)
     summary["status"] = summary["status"].map(_STATUSES.__getitem__)
-    summary["best"] = False
+    summary = summary.assign(best=False, paired=False, low=math.nan, high=math.nan)
     quantized = summary[summary["method"] != FULL_PRECISION].dropna(subset="mean")
-    for (key, _, _), group in quantized.groupby(["metric", "bits", "model"]):
-        quality = table.metric(str(key))
-        in_order = group.sort_values("mean", ascending=not quality.more_is_better)
-        best, *others = in_order[["mean", "std"]].itertuples(name=None)
-        # False for single seeds, whose spread is not known.
-        ahead = [quality.gain(mean, best[1]) > math.hypot(best[2], std) for _, mean, std in others]
-        summary.loc[best[0], "best"] = bool(ahead) and all(ahead)
+    for (name, bits, model), group in quantized.groupby(["metric", "bits", "model"]):
+        key = str(name)
+        cells = frame[(frame["bits"] == bits) & (frame["model"] == model) & (frame["method"] != FULL_PRECISION)]
+        correct = stack_correct(cells.dropna(subset=[key]), key)
+        if correct is None:
+            _compare_spreads(summary, group, table.metric(key))
+        else:
+            _compare_pairs(summary, group, resample(correct))
     return summary
+
+
+def _compare_spreads(summary: pd.DataFrame, group: pd.DataFrame, quality: Metric) -> None:
+    """Mark the best mean of a column in a summary if it is ahead by more than the spread."""
+    in_order = group.sort_values("mean", ascending=not quality.more_is_better)
+    best, *others = in_order[["mean", "std"]].itertuples(name=None)
+    # False for single seeds, whose spread is not known.
+    ahead = [quality.gain(mean, best[1]) > math.hypot(best[2], std) for _, mean, std in others]
+    summary.loc[best[0], "best"] = bool(ahead) and all(ahead)
+
+
+def _compare_pairs(summary: pd.DataFrame, group: pd.DataFrame, accuracies: NDArray[np.float64]) -> None:
+    """Write a column's intervals into a summary, and mark the best mean if it is ahead in all of them.
+
+    Args:
+        summary: the summary of all columns, changed in place.
+        group: rows of the column.
+        accuracies: resamples × rows.
+    """
+    best = int(group["mean"].argmax())
+    others = [place for place in range(len(group)) if place != best]
+    found = [interval(accuracies[:, place], accuracies[:, best]) for place in others]
+    summary.loc[group.index, "paired"] = True
+    summary.loc[group.index[others], ["low", "high"]] = np.array(found).reshape(-1, 2)
+    summary.loc[group.index[best], "best"] = bool(found) and all(each.high < 0 for each in found)
 
 
 def _wide(
@@ -218,8 +259,7 @@ def notes(table: Table, frame: pd.DataFrame, summary: pd.DataFrame) -> list[str]
     if len(seeds) > 1:
         remarks.append(
             f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))} (choice of calibration images, and "
-            "random numbers of the method). Bold: ahead of each other one at that bit-width by more than the spread, "
-            "√(s₁² + s₂²) of the two."
+            f"random numbers of the method). {_meaning_of_bold(summary)}"
         )
     remarks += _unmeasured_cells(frame)
     remarks += _mixed_code(frame)
@@ -234,6 +274,22 @@ def notes(table: Table, frame: pd.DataFrame, summary: pd.DataFrame) -> list[str]
             f"than {table.full_precision_tolerance} points."
         )
     return remarks
+
+
+def _meaning_of_bold(summary: pd.DataFrame) -> str:
+    by_spread = "ahead of each other one at that bit-width by more than the spread, √(s₁² + s₂²) of the two."
+    paired = summary[summary["mean"].notna() & (summary["method"] != FULL_PRECISION)]["paired"]
+    if not paired.any():
+        return f"Bold: {by_spread}"
+    by_interval = (
+        f"Bold: ahead of each other one at that bit-width, with 0 outside of the {CONFIDENCE} % interval of the "
+        f"difference (bootstrap over images and seeds, {RESAMPLES:,} resamples)"
+    )
+    return (
+        f"{by_interval}."
+        if paired.all()
+        else f"{by_interval}; where records do not say which images are right, {by_spread}"
+    )
 
 
 def _measured_on(frame: pd.DataFrame) -> str:

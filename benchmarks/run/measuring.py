@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 from adfq.api import quantize
 from adfq.bits import Bits
 from adfq.method import FULL_PRECISION
+from benchmarks.run.correct import Correct, pack_correct
 from benchmarks.run.cost import measure_cost, peak_memory
+from benchmarks.tasks.interface import JudgesImages
 from benchmarks.tasks.shared import Stopwatch, timed
 
 if TYPE_CHECKING:
@@ -66,20 +68,26 @@ def measure_model(cell: Cell, subject: Subject, model: nn.Module, device: torch.
         device: device of the model.
 
     Returns:
-        ``metrics`` of the task; ``timing`` in seconds: ``evaluation``, and ``loading``, the part of it that was spent
-        waiting for images; ``cost`` (`measure_cost`, and ``evaluation_memory`` in MB); ``report`` of the method.
+        ``metrics`` of the task; ``correct`` (`pack_correct`) of a task that judges images by themselves; ``timing`` in
+        seconds: ``evaluation``, and ``loading``, the part of it that was spent waiting for images; ``cost``
+        (`measure_cost`, and ``evaluation_memory`` in MB); ``report`` of the method.
 
     Raises:
         AdfqError: the errors of the subject's `evaluate`.
     """
     evaluation, loading = Stopwatch(), Stopwatch()
+    correct: Correct = {}
     with evaluation, peak_memory(device) as peak:
-        metrics = subject.evaluate(model, device, cell.limit, cell.batch_size, loading)
+        if isinstance(subject, JudgesImages):
+            metrics, correct = subject.evaluate_images(model, device, cell.limit, cell.batch_size, loading)
+        else:
+            metrics = subject.evaluate(model, device, cell.limit, cell.batch_size, loading)
     quantization = getattr(model, "quantization", None)
     # A detector does not take more images at once than it evaluates.
     images = subject.evaluation_images(min(_COST_IMAGES, cell.batch_size))
     return {
         "metrics": metrics,
+        **({"correct": pack_correct(correct)} if correct else {}),
         "timing": {"evaluation": evaluation.seconds, "loading": loading.seconds},
         "cost": {"evaluation_memory": peak.megabytes, **measure_cost(model, images, device, subject.infer)},
         "report": {} if quantization is None else quantization.report,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cell import checkpoint_name, data_set_name, file_name, is_config_file, is_path
+from benchmarks.run.correct import unpack_correct
 
 #: Version of the layout of records: 1 had paths in ``config`` and no ``schema``.
 SCHEMA = 2
@@ -42,6 +43,7 @@ def read_record(path: Path) -> Record:
         parts += [] if isinstance(record.get("not_applicable"), str) else [record["metrics"]]
         if not all(isinstance(part, dict) for part in parts):
             raise TypeError
+        unpack_correct(record)
         checked: Record = record if schema == SCHEMA else {**record, "config": _name_files(record["config"])}
     except FileNotFoundError:
         raise

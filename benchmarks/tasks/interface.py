@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
     from benchmarks.cell import Cell
+    from benchmarks.run.correct import Correct
     from benchmarks.tasks.shared import Stopwatch
 
 
@@ -65,6 +66,29 @@ class Subject(Protocol):
         loading: Stopwatch | None = None,
     ) -> dict[str, float]:
         """Return metrics of a model on the evaluation split, and the number of ``images``.
+
+        Args:
+            model: the subject's model or its quantized twin.
+            device: device to run on.
+            limit: largest number of images; None for all.
+            batch_size: images a batch.
+            loading: stopwatch of the time spent waiting for images; None, the default, for none.
+        """
+
+
+@runtime_checkable
+class JudgesImages(Protocol):
+    """Subject that judges each evaluation image by itself: a metric of it is the share of images that are right."""
+
+    def evaluate_images(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        limit: int | None,
+        batch_size: int,
+        loading: Stopwatch | None = None,
+    ) -> tuple[dict[str, float], Correct]:
+        """Return what `Subject.evaluate` does, and for some metrics which images are right.
 
         Args:
             model: the subject's model or its quantized twin.

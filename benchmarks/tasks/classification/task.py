@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from timm.data import create_transform
-from timm.utils import accuracy
 from torch import Tensor, nn
 from torch.utils.data import Subset
 from tqdm import tqdm
@@ -33,6 +33,7 @@ from benchmarks.tasks.shared import (
 
 if TYPE_CHECKING:
     from benchmarks.cell import Cell
+    from benchmarks.run.correct import Correct
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,6 @@ class Classification:
         """
         return create_loader(Subset(self.validation, chosen), batch_size, self.workers, device)
 
-    @torch.inference_mode()
     def evaluate(
         self,
         model: nn.Module,
@@ -117,7 +117,21 @@ class Classification:
         batch_size: int,
         loading: Stopwatch | None = None,
     ) -> dict[str, float]:
-        """Return ``top1`` and ``top5`` accuracy in percent, and the number of ``images``.
+        """Return the metrics of `evaluate_images`."""
+        return self.evaluate_images(model, device, limit, batch_size, loading)[0]
+
+    @torch.inference_mode()
+    def evaluate_images(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        limit: int | None,
+        batch_size: int,
+        loading: Stopwatch | None = None,
+    ) -> tuple[dict[str, float], Correct]:
+        """Return metrics, and by ``top1`` which images are right.
+
+        The metrics are ``top1`` and ``top5`` accuracy in percent, and the number of ``images``.
 
         Args:
             model: the classifier or its quantized twin.
@@ -136,18 +150,25 @@ class Classification:
             raise AdfqError("there are no images to evaluate on")
         loader = self.create_loader(range(count), batch_size, device)
         model = model.to(device).eval()
-        hits1 = hits5 = 0.0
+        top1 = top5 = 0.0
+        right = []
         with tqdm(total=count, desc="evaluating", unit="image", delay=2, leave=False, disable=None) as progress:
             for batch, labels in read_batches(loader, loading):
                 batch, labels = batch.to(device), labels.to(device)
                 logits = model(batch)
                 if not torch.isfinite(logits).all():
                     raise NonFiniteError(f"{first_non_finite(model, batch)}: the output is not finite")
-                top1, top5 = accuracy(logits, labels, topk=(1, min(5, logits.shape[1])))
-                hits1 += float(top1) * len(labels)
-                hits5 += float(top5) * len(labels)
+                hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+                top1 += _percent(hits[:, 0]) * len(labels)
+                top5 += _percent(hits) * len(labels)
+                right.append(hits[:, 0].cpu().numpy())
                 progress.update(len(labels))
-        return {"top1": hits1 / count, "top5": hits5 / count, "images": count}
+        return {"top1": top1 / count, "top5": top5 / count, "images": count}, {"top1": np.concatenate(right)}
+
+
+def _percent(hits: Tensor) -> float:
+    """Return hits in percent of images, rounded to float32 as `timm.utils.accuracy` does."""
+    return float(hits.float().sum() * 100.0 / len(hits))
 
 
 def load_classification(cell: Cell) -> Classification:

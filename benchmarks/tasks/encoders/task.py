@@ -22,6 +22,7 @@ from benchmarks.tasks.shared import Stopwatch, choose_images, create_loader, fir
 
 if TYPE_CHECKING:
     from benchmarks.cell import Cell
+    from benchmarks.run.correct import Correct
 
 #: Values of ``--features`` beside the model's own pooling.
 FEATURES = ("class", "mean", "both")
@@ -45,15 +46,15 @@ class Encoder(Classification):
     compared: bool = True
 
     @torch.inference_mode()
-    def evaluate(
+    def evaluate_images(
         self,
         model: nn.Module,
         device: torch.device,
         limit: int | None,
         batch_size: int,
         loading: Stopwatch | None = None,
-    ) -> dict[str, float]:
-        """Return the heads' accuracies, and the distance of the features from those in full precision.
+    ) -> tuple[dict[str, float], Correct]:
+        """Return the heads' accuracies, the distance of the features from those in full precision, and right images.
 
         Args:
             model: the encoder or its quantized twin.
@@ -65,7 +66,7 @@ class Encoder(Classification):
         Returns:
             ``knn_top1``, ``prototypes_top1`` and ``ridge_top1`` in percent; ``feature_error``, the mean over images of
             the relative error in percent, and ``feature_cosine``, the mean cosine; the numbers ``images`` and
-            ``head_images``.
+            ``head_images``. By head, the images that it gets right.
 
         Raises:
             NonFiniteError: if features hold NaN or infinity; the message names the layer.
@@ -86,12 +87,14 @@ class Encoder(Classification):
 
         classes = int(torch.cat([train_labels, labels]).max()) + 1
         metrics: dict[str, float] = {}
+        correct: Correct = {}
         for name in self.heads:
-            predicted = HEADS[name](train[0], train_labels, found[0], classes)
-            metrics[f"{name}_top1"] = 100 * float((predicted == labels).double().mean())
+            right = HEADS[name](train[0], train_labels, found[0], classes) == labels
+            correct[f"{name}_top1"] = right.numpy()
+            metrics[f"{name}_top1"] = 100 * float(right.double().mean())
         if self.compared:
             metrics |= _compare(found[0], found[-1])
-        return {**metrics, "images": count, "head_images": len(chosen)}
+        return {**metrics, "images": count, "head_images": len(chosen)}, correct
 
     def _read_features(
         self,

@@ -12,6 +12,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -20,6 +21,7 @@ from benchmarks.cell import Cell
 from benchmarks.plan import Entry, Table, load_table
 from benchmarks.report.page import Figure, Report, render_report
 from benchmarks.report.tables import render, tabulate_results
+from benchmarks.run.correct import pack_correct
 from benchmarks.run.store import Record
 
 pytestmark = pytest.mark.usefixtures("methods_read_once")
@@ -180,6 +182,21 @@ def test_the_best_is_marked_where_it_is_ahead_by_more_than_the_spread(
     assert [attributes.get("class") for attributes in page.find("td")].count("best") == best
     row = next(row for row in page.tables[0] if row[0].startswith("RepQ-ViT"))
     assert row[2].endswith("(best) +21.00") == best
+
+
+def test_the_interval_of_the_difference_to_the_best_stands_in_cells(bundled: Table) -> None:
+    results = measure(bundled, {("bundled_vit", "repq_vit"): [70.0, 71.0, 72.0]})
+    for _, record in results:
+        assert record is not None
+        record["metrics"]["images"] = 200
+        record["correct"] = pack_correct({"top1": np.arange(200) < 2 * record["metrics"]["top1"]})
+    text = write([(bundled, results)])["index.html"]
+    rows = {row[0]: row[2] for row in Page(text).tables[0]}
+    assert rows["RepQ-ViT W4/A4"] == "71.00 ± 1.00 (best) +21.00"
+    low, high = re.fullmatch(r"50\.00 ± 0\.00 \+0\.00 \[−(.*), −(.*)\]", rows["Base PTQ W4/A4"]).groups()  # type: ignore[union-attr]
+    assert 24 < float(low) < 28
+    assert 14 < float(high) < 18
+    assert "in brackets the 95 % interval of the difference to the best mean" in text
 
 
 def test_failed_cells_are_said(bundled: Table) -> None:

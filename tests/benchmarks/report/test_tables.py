@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import timm
@@ -17,6 +18,7 @@ from benchmarks.bundled.classifiers import CLASSIFIERS
 from benchmarks.bundled.detectors import DETECTORS
 from benchmarks.plan import Entry, Table, load_table, table_names
 from benchmarks.report.tables import published_numbers, render, summarize, tabulate_results
+from benchmarks.run.correct import pack_correct
 from benchmarks.run.store import Record
 from benchmarks.tasks.detection.models import CONFIGS
 from benchmarks.tasks.encoders.models import ENCODERS
@@ -233,6 +235,47 @@ def test_bold_is_not_what_another_one_may_be_ahead_of(bundled: Table) -> None:
         ("bundled_vit", "ptq4vit", "W4/A4"): [54.0, 58.0, 62.0],  # behind it, but with a large one
     }
     assert not summarize(table, tabulate_results(table, measure(table, top1)))["best"].any()
+
+
+def with_bits(results: Results, without: str = "") -> Results:
+    """Results with bits: of 200 images, the last ones are wrong, as many as top-1 says; not those of a model's row."""
+    found = []
+    for entry, record in results:
+        metrics = {**record["metrics"], "images": 200}
+        bits = {"correct": pack_correct({"top1": np.arange(200) < 2 * metrics["top1"]})}
+        left_out = f"{entry.model.key}, {entry.row.key}" == without
+        found.append((entry, {**record, "metrics": metrics, **({} if left_out else bits)}))
+    return found
+
+
+@pytest.mark.parametrize(("seeds", "bold"), [([57.0, 58.0, 59.0], True), ([49.5, 58.0, 66.5], False)])
+def test_bold_excludes_0_where_records_say_which_images_are_right(
+    bundled: Table, seeds: list[float], bold: bool
+) -> None:
+    table = replace(bundled, seeds=[0, 1, 2])
+    results = measure(table, {("bundled_vit", "repq_vit", "W4/A4"): seeds})
+    frame = tabulate_results(table, with_bits(results))
+    summary = summarize(table, frame).query("model == 'bundled_vit' and method != 'full_precision'")
+    assert list(summary["paired"]) == [True] * 4
+    assert list(summary["best"]) == [row == "repq_vit" and bold for row in summary["row"]]
+    for row in summary.to_dict("records"):
+        if row["row"] == "repq_vit":
+            assert math.isnan(row["low"])
+        else:
+            assert row["low"] < -8 < row["high"]
+            assert (row["high"] < 0) == bold
+    text = render(table, frame, "md")
+    assert ("**58.00" in text) == bold
+    assert "with 0 outside of the 95 % interval" in text
+    assert "√(s₁² + s₂²)" not in text
+    assert "correct" not in render(table, frame, "csv")
+
+    # A record without bits has the rule of older ones, and the legend says both.
+    frame = tabulate_results(table, with_bits(results, without="bundled_vit, base_ptq"))
+    assert set(summarize(table, frame).query("paired")["model"]) == {"bundled_swin"}
+    text = render(table, frame, "md")
+    assert "95 % interval" in text
+    assert "where records do not say which images are right, ahead" in text
 
 
 def test_a_single_seed_has_no_spread_and_no_bold(bundled: Table) -> None:

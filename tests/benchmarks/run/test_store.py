@@ -56,6 +56,26 @@ def test_a_damaged_record_is_set_aside_and_said(
     assert "damaged" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("correct", "usable"),
+    [
+        ({"top1": "gA=="}, True),  # the first of eight
+        ({}, True),
+        ({"top1": "wA=="}, False),  # two of eight, which is not 12.5 %
+        ({"top1": "gAA="}, False),  # sixteen
+        ({"top1": "g"}, False),
+        ({"top5": "gA=="}, False),
+        ("gA==", False),
+    ],
+)
+def test_bits_that_are_not_those_of_the_metric_are_damage(
+    tmp_path: Path, cell: Cell, record: dict[str, Any], correct: Any, usable: bool
+) -> None:
+    store = ResultStore(tmp_path)
+    store.put(cell, {**record, "metrics": {"top1": 12.5, "images": 8}, "correct": correct})
+    assert len(store.known(cell)) == usable
+
+
 def test_a_record_of_a_newer_schema_is_left_alone(
     tmp_path: Path, cell: Cell, record: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

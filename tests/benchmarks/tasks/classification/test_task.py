@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.utils import accuracy
 from torch import nn
 
 import adfq
@@ -51,14 +52,22 @@ def tiny() -> nn.Module:
 def test_top1_and_top5_are_counted_over_all_images(load: Callable[..., Classification]) -> None:
     subject = load()
     # 70 images in batches of 32: the last batch is smaller and must weigh less.
-    metrics = subject.evaluate(subject.model, CPU, limit=70, batch_size=32)
+    metrics, correct = subject.evaluate_images(subject.model, CPU, limit=70, batch_size=32)
+    assert subject.evaluate(subject.model, CPU, limit=70, batch_size=32) == metrics
     images, labels = zip(*(subject.validation[index] for index in range(70)), strict=True)
     with torch.no_grad():
-        ranking = subject.model(torch.stack(images)).argsort(1, descending=True)
-    hits = ranking == torch.tensor(labels)[:, None]
+        logits, truth = subject.model(torch.stack(images)), torch.tensor(labels)
+    hits = logits.argsort(1, descending=True) == truth[:, None]
     assert metrics["images"] == 70
     assert metrics["top1"] == pytest.approx(100 * hits[:, 0].sum().item() / 70)
     assert metrics["top5"] == pytest.approx(100 * hits[:, :5].sum().item() / 70)
+    assert correct["top1"].tolist() == hits[:, 0].tolist()
+    # To the last bit what timm counts, as records have it.
+    of_timm = [
+        accuracy(part, target, topk=(1, 5)) for part, target in zip(logits.split(32), truth.split(32), strict=True)
+    ]
+    sums = [sum(float(part[place]) * size for part, size in zip(of_timm, (32, 32, 6), strict=True)) for place in (0, 1)]
+    assert [metrics["top1"], metrics["top5"]] == [sums[0] / 70, sums[1] / 70]
 
 
 def test_slow_images_are_loading_and_not_the_model(load: Callable[..., Classification]) -> None:

@@ -42,7 +42,9 @@ def load() -> Callable[..., Encoder]:
 
 def test_full_precision_is_its_own_reference(load: Callable[..., Encoder]) -> None:
     subject = load()
-    metrics = subject.evaluate(subject.model, CPU, limit=16, batch_size=10)
+    metrics, correct = subject.evaluate_images(subject.model, CPU, limit=16, batch_size=10)
+    assert {name: 100 * bits.mean() for name, bits in correct.items()}.items() <= metrics.items()
+    assert len(correct) == len(HEADS)
     assert metrics["feature_error"] == 0
     assert metrics["feature_cosine"] == pytest.approx(1)
     assert (metrics["images"], metrics["head_images"]) == (16, 24)

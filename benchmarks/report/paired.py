@@ -1,0 +1,88 @@
+"""Paired comparison of methods on the same images and seeds: bootstrap intervals of their differences."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+#: Number of bootstrap resamples, and the confidence of intervals in %.
+RESAMPLES, CONFIDENCE = 2000, 95
+
+_SEED = 0
+_CHUNK = 2_000_000  # largest number of weights drawn at once
+
+
+class Interval(NamedTuple):
+    """Interval of a difference, in points."""
+
+    low: float
+    high: float
+
+
+def stack_correct(cells: pd.DataFrame, metric: str) -> NDArray[np.bool_] | None:
+    """Return which images the rows of a column got right.
+
+    Args:
+        cells: measured cells of one bit-width and model (`benchmarks.report.tables.tabulate_results`).
+        metric: key of the metric.
+
+    Returns:
+        Rows × seeds × images, rows in the order of `cells` and seeds in ascending order; None unless there are several
+        seeds, the same for all rows, each with the bits of the same images.
+    """
+    stacks: list[list[Any]] = []
+    seeds = set()
+    for _, row in cells.groupby("row", sort=False):
+        row = row.sort_values("seed")
+        seeds.add(tuple(row["seed"]))
+        stacks.append([correct.get(metric) for correct in row["correct"]])
+    every = [bits for stack in stacks for bits in stack]
+    if len(seeds) != 1 or len(seeds.pop()) < 2 or any(bits is None for bits in every):
+        return None
+    if cells["evaluated"].nunique(dropna=False) > 1 or len({len(bits) for bits in every}) > 1:
+        return None
+    return np.array(stacks)
+
+
+def resample(correct: NDArray[np.bool_], resamples: int = RESAMPLES) -> NDArray[np.float64]:
+    """Return accuracies of rows in bootstrap resamples of images and seeds, the same ones for all rows.
+
+    Images and seeds are drawn with replacement, each as many as there are, independently of each other.
+
+    Args:
+        correct: rows × seeds × images.
+        resamples: number of resamples.
+
+    Returns:
+        Accuracies in %, resamples × rows; always the same for the same `correct`.
+    """
+    rows, seeds, images = correct.shape
+    # Images with equal bits are exchangeable: the number of each kind is drawn instead of each image.
+    kinds, counts = np.unique(correct.reshape(rows * seeds, images), axis=1, return_counts=True)
+    generator = np.random.default_rng(_SEED)
+    drawn_seeds = generator.multinomial(seeds, np.full(seeds, 1 / seeds), resamples).astype(float)
+    hits = np.empty((resamples, rows))
+    step = max(1, _CHUNK // len(counts))
+    for start in range(0, resamples, step):
+        part = drawn_seeds[start : start + step]
+        drawn = generator.multinomial(images, counts / images, len(part)).astype(float)
+        # Whole numbers below 2^53: exact, so that equal bits have a difference of exactly 0.
+        of_seeds = (drawn @ kinds.T.astype(float)).reshape(len(part), rows, seeds)
+        hits[start : start + step] = np.einsum("brs,bs->br", of_seeds, part)
+    hits *= 100 / (seeds * images)
+    return hits
+
+
+def interval(accuracies: NDArray[np.float64], others: NDArray[np.float64]) -> Interval:
+    """Return the interval of the difference between two rows.
+
+    Args:
+        accuracies: those of a row in resamples (`resample`), in %.
+        others: those of another row in the same resamples.
+    """
+    tail = (100 - CONFIDENCE) / 2
+    low, high = np.percentile(accuracies - others, [tail, 100 - tail])
+    return Interval(float(low), float(high))
