@@ -46,6 +46,11 @@ class Method(ABC):
     paper: ClassVar[str] = ""
     calibration_size: ClassVar[int] = 32
 
+    @property
+    def trains(self) -> str:
+        """Parts of the network that the method changes to fit its output, such as ``"weights"``; empty for none."""
+        return ""
+
     @abstractmethod
     def recipe(self, bits: Bits) -> Recipe:
         """Return the quantizer of each site role.

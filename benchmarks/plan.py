@@ -119,6 +119,7 @@ class Table:
         cell_memory: memory that one cell takes, in GB, for models so small that one core is enough for each; None for
             models that have the machine for themselves.
         cost: whether the cost of each row stands beside its accuracy.
+        training: whether each row says what its method trains, on how many images and in how many iterations.
         settings: by method, ``calibration_size``, ``calibration_batch_size`` and options that all its rows share.
         data: the task's data spec; None where the user gives it.
         published: the ``task`` in published.csv whose numbers stand beside the measured ones, or None.
@@ -146,6 +147,7 @@ class Table:
     recorded_seeds: Sequence[int] = (0,)
     cell_memory: float | None = None
     cost: bool = False
+    training: bool = False
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     data: str | None = None
     published: str | None = None
@@ -585,7 +587,7 @@ _TABLE_KEYS: Mapping[str, _Kind] = {
     **dict.fromkeys(("seeds", "recorded_seeds"), _SEEDS),
     **dict.fromkeys(("calibration_size", "calibration_batch_size", "batch_size", "limit"), _COUNT),
     **dict.fromkeys(("cell_memory", "full_precision_tolerance"), _NUMBER),
-    **{"methods": _TEXTS, "digits": _DIGITS, "cost": _FLAG, "settings": _SUBTABLE},
+    **{"methods": _TEXTS, "digits": _DIGITS, "cost": _FLAG, "training": _FLAG, "settings": _SUBTABLE},
     **{"task_arguments": _SUBTABLE, "rows": _SUBTABLES, "models": _SOME_SUBTABLES},
 }
 _ROW_KEYS: Mapping[str, _Kind] = {

@@ -84,3 +84,9 @@ class OptimizingMethod(OptimizerOptions, Method):
 @dataclass(frozen=True)
 class RoundingMethod(RoundingOptions, OptimizingMethod):
     """Method that learns roundings and step sizes unit after unit."""
+
+    @property
+    def trains(self) -> str:
+        """Learned parts: roundings and step sizes, but for those of learning rate 0; none without iterations."""
+        rates = {"roundings": self.rounding_learning_rate, "step sizes": self.step_learning_rate}
+        return ", ".join(name for name, rate in rates.items() if rate and self.iterations)

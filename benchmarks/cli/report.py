@@ -87,11 +87,11 @@ def _draw(measured: Sequence[TableResults], folder: Path) -> Iterator[Figure]:
             what = f"{entry.row.label} at {entry.cell.bits} on {entry.model.label}, seed {entry.cell.seed}"
             text = f"Error of each module before and after optimization: {what}."
             yield Figure(f"Optimization, table {table.name}", text, file)
-        first = summary[summary["model"] == table.models[0].key]
-        if table.cost and accuracy_cost.is_drawable(first):
+        if (table.cost or table.training) and accuracy_cost.is_drawable(summary):
             file = folder / f"{table.slug}-accuracy-cost.png"
-            accuracy_cost.draw_accuracy_cost(table, first, file)
-            what = f"Accuracy of each row on {table.models[0].label} over its cost, with the spread over seeds."
+            costs = tuple(accuracy_cost.COSTS) if table.cost else ("calibration",)
+            accuracy_cost.draw_accuracy_cost(table, summary, file, costs)
+            what = "Accuracy of each row over its cost, with the spread over seeds."
             yield Figure(f"Accuracy and cost, table {table.name}", what, file)
 
 

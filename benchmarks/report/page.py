@@ -31,6 +31,7 @@ from benchmarks.report.tables import (
     render,
     summarize,
     tabulate_results,
+    training_texts,
     unmeasured,
 )
 from benchmarks.run.plans import TableResults, status_of
@@ -40,6 +41,8 @@ from benchmarks.run.store import Record
 _FILES = {"page.html.jinja": "index.html", "page.md.jinja": "report.md", "page.tex.jinja": "report.tex"}
 
 _IMAGE_TYPES = {".png": "image/png", ".svg": "image/svg+xml"}
+
+_TRAINING = ("Trained", "Images", "Iterations")
 
 # Suffixes that LaTeX includes, in order of preference.
 _PRINTABLE = (".pdf", ".png")
@@ -283,7 +286,7 @@ def _compared(table: Table, summary: pd.DataFrame) -> str:
 
 
 def _columns(table: Table) -> list[Column]:
-    columns = []
+    columns = [Column(heading, "", "ascending") for heading in _TRAINING] if table.training else []
     for model in table.models:
         for metric in map(table.metric, table.metrics):
             detail = metric.label if len(table.metrics) > 1 else ""
@@ -302,7 +305,7 @@ def _lines(table: Table, summary: pd.DataFrame) -> list[Line]:
     lines: list[Line] = []
     for _, group in summary.groupby(["row", "bits"], sort=False):
         cells = {(row["model"], row["metric"]): row for row in as_rows(group)}
-        numbers = []
+        numbers = _describe_training(as_rows(group)[0]) if table.training else []
         for model in table.models:
             of_model = [cells[model.key, metric] for metric in table.metrics]
             numbers += [_number(table, summary, row) for row in of_model]
@@ -334,6 +337,12 @@ def _number(table: Table, summary: pd.DataFrame, row: Mapping[str, Any]) -> Numb
 
 def _signed(difference: float, digits: int) -> str:
     return f"{difference:+.{digits}f}".replace("-", "−")
+
+
+def _describe_training(row: Mapping[str, Any]) -> list[Number]:
+    texts = training_texts(row)
+    values = (None, row["calibration_size"], row["iterations"])
+    return [Number(value, texts[heading]) for heading, value in zip(_TRAINING, values, strict=True)]
 
 
 def _cost(row: Mapping[str, Any], key: str) -> Number:

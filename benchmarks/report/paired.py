@@ -8,6 +8,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from benchmarks.run.correct import unpack_correct
+
 #: Number of bootstrap resamples, and the confidence of intervals in %.
 RESAMPLES, CONFIDENCE = 2000, 95
 
@@ -36,9 +38,9 @@ def stack_correct(cells: pd.DataFrame, metric: str) -> NDArray[np.bool_] | None:
     stacks: list[list[Any]] = []
     seeds = set()
     for _, row in cells.groupby("row", sort=False):
-        row = row.sort_values("seed")
-        seeds.add(tuple(row["seed"]))
-        stacks.append([correct.get(metric) for correct in row["correct"]])
+        of_seeds = row.sort_values("seed").to_dict("records")
+        seeds.add(tuple(cell["seed"] for cell in of_seeds))
+        stacks.append([unpack_correct({"metrics": cell, "correct": cell["correct"]}).get(metric) for cell in of_seeds])
     every = [bits for stack in stacks for bits in stack]
     if len(seeds) != 1 or len(seeds.pop()) < 2 or any(bits is None for bits in every):
         return None

@@ -12,12 +12,12 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from adfq.method import FULL_PRECISION
-from adfq.registry import method_label
+from adfq.registry import create_method, method_label
+from benchmarks.cell import Cell
 from benchmarks.metrics import COSTS, Metric
 from benchmarks.plan import TABLES, Entry, Model, Table
 from benchmarks.report.paired import CONFIDENCE, RESAMPLES, interval, resample, stack_correct
 from benchmarks.run.console import markdown_table
-from benchmarks.run.correct import unpack_correct
 from benchmarks.run.plans import status_of
 from benchmarks.run.store import Record
 
@@ -42,10 +42,11 @@ def tabulate_results(table: Table, results: Iterable[tuple[Entry, Record | None]
     and ``reason`` (of ``"n/a"``), the record's metrics and costs, ``delta`` to full precision in the metric's unit,
     ``relative_forward`` (seconds over full precision's), ``published``, ``evidence`` and ``note`` where there is a
     published number, the cell's ``calibration_size``, ``calibration_batch_size`` (missing for all at once), ``seed``
-    and ``data``, and the record's ``code`` digest and ``commit``; ``correct``, which evaluation images were right, by
-    metric (empty where the record does not say), and ``evaluated``, the digests of these images. A table of several
-    metrics has a column of each, and a difference and a published number to each of them: ``box_ap``,
-    ``delta_box_ap``, ``published_box_ap`` … A number that was not measured is NaN.
+    and ``data``, and the record's ``code`` digest and ``commit``. ``trains`` is what the method trains
+    (`adfq.method.Method.trains`), ``iterations`` in how many iterations a unit. ``correct`` says by metric which
+    evaluation images were right (`benchmarks.run.correct`; empty where the record does not say), ``evaluated`` has the
+    digests of these images. A table of several metrics has a column of each, and a difference and a published number
+    to each of them: ``box_ap``, ``delta_box_ap``, ``published_box_ap`` … A number that was not measured is NaN.
     """
     rows = []
     for entry, outcome in results:
@@ -61,10 +62,10 @@ def tabulate_results(table: Table, results: Iterable[tuple[Entry, Record | None]
             "reason": record.get("not_applicable"),
             "code": provenance.get("code"),
             "commit": (record.get("environment") or {}).get("commit"),
-            "correct": unpack_correct(record),
+            "correct": record.get("correct", {}),
             "evaluated": json.dumps(evaluated, sort_keys=True),
         }
-        rows.append({**names, **what, **measured, **config, **origin})
+        rows.append({**names, **what, **measured, **config, **_training(entry.cell), **origin})
     frame = pd.DataFrame(rows)
     frame["calibration_batch_size"] = frame["calibration_batch_size"].astype("Int64")
     for metric in table.metrics:
@@ -85,6 +86,11 @@ def tabulate_results(table: Table, results: Iterable[tuple[Entry, Record | None]
     return frame
 
 
+def _training(cell: Cell) -> dict[str, Any]:
+    method = create_method(cell.method, cell.method_arguments)
+    return {"trains": method.trains, "iterations": getattr(method, "iterations", 0) if method.trains else 0}
+
+
 def _column(table: Table, name: str, metric: str) -> str:
     return name if len(table.metrics) == 1 else f"{name}_{metric}"
 
@@ -97,17 +103,17 @@ def render(table: Table, frame: pd.DataFrame, style: str) -> str:
     remarks = notes(table, frame, summary)
     if style == "md":
         wide = _wide(table, summary, "**{}**".format)
-        body = markdown_table(wide, names=2)
+        body = markdown_table(wide, names=_names(table))
         heading = f"**{table.heading}**" + (f" ({table.profile} profile)" if table.profile else "")
         return "\n\n".join(filter(None, [heading, table.caption, body, *remarks])) + "\n"
     wide = _wide(table, summary, r"\textbf{{{}}}".format, escape_latex)
-    if len(table.metrics) > 1 and not table.cost:  # a model's name stands once, above its metrics
+    if len(table.metrics) > 1 and not (table.cost or table.training):  # a model's name stands once, above its metrics
         metrics = [(model.label, table.metric(key).label) for model in table.models for key in table.metrics]
         headings = [("", "Method"), ("", "W/A"), *metrics]
         wide.columns = pd.MultiIndex.from_tuples([tuple(map(escape_latex, heading)) for heading in headings])
     latex = wide.to_latex(
         index=False,
-        column_format="ll" + "r" * (wide.shape[1] - 2),
+        column_format="l" * _names(table) + "r" * (wide.shape[1] - _names(table)),
         caption=escape_latex(" ".join([f"{table.title}.", table.caption, *remarks])),
         label=f"tab:{table.name}-{table.profile}".removesuffix("-"),
         position="t",
@@ -119,8 +125,9 @@ def render(table: Table, frame: pd.DataFrame, style: str) -> str:
 def summarize(table: Table, frame: pd.DataFrame) -> pd.DataFrame:
     """Return means over seeds: one row for each metric, row, bit-width and model, in the order of the table.
 
-    Columns: mean, std (of the sample; NaN for a single seed), delta and costs (means), published, evidence, note,
-    ``status`` (of all seeds: failed, n/a, missing or measured, the first that any has), ``paired`` and ``best``:
+    Columns: label, method, calibration_size, trains, iterations, mean, std (of the sample; NaN for a single seed),
+    delta and costs (means), published, evidence, note, ``status`` (of all seeds: failed, n/a, missing or measured, the
+    first that any has), ``paired`` and ``best``:
 
     - A column (a bit-width of a model) is ``paired`` if all its records say which images are right, for the same
       several seeds. ``low`` and ``high`` are the ends of the interval of the difference to the best mean
@@ -130,7 +137,8 @@ def summarize(table: Table, frame: pd.DataFrame) -> pd.DataFrame:
     """
     ranked = frame.assign(status=frame["status"].map(_STATUSES.index))
     groups = ranked.groupby(["row", "bits", "model"], sort=False, as_index=False)
-    shared: dict[str, Any] = {name: (name, "first") for name in ("label", "method")} | {"status": ("status", "min")}
+    same = ("label", "method", "calibration_size", "trains", "iterations")
+    shared: dict[str, Any] = {name: (name, "first") for name in same} | {"status": ("status", "min")}
     shared |= {key: (key, "mean") for key in COSTS if key in frame}
     parts = []
     for metric in table.metrics:
@@ -144,8 +152,8 @@ def summarize(table: Table, frame: pd.DataFrame) -> pd.DataFrame:
     summary["status"] = summary["status"].map(_STATUSES.__getitem__)
     summary = summary.assign(best=False, paired=False, low=math.nan, high=math.nan)
     quantized = summary[summary["method"] != FULL_PRECISION].dropna(subset="mean")
-    for (name, bits, model), group in quantized.groupby(["metric", "bits", "model"]):
-        key = str(name)
+    for (of_metric, bits, model), group in quantized.groupby(["metric", "bits", "model"]):
+        key = str(of_metric)
         cells = frame[(frame["bits"] == bits) & (frame["model"] == model) & (frame["method"] != FULL_PRECISION)]
         correct = stack_correct(cells.dropna(subset=[key]), key)
         if correct is None:
@@ -187,6 +195,8 @@ def _wide(
     for (_, bits), group in summary.groupby(["row", "bits"], sort=False):
         cells = {(row["model"], row["metric"]): row for row in as_rows(group)}
         line = {"Method": escape(group["label"].iloc[0]), "W/A": bits}
+        if table.training:
+            line |= {heading: escape(text) for heading, text in training_texts(as_rows(group)[0]).items()}
         for model in table.models:
             for metric in table.metrics:
                 row = cells[model.key, metric]
@@ -197,6 +207,19 @@ def _wide(
                 line |= {escape(heading): text for heading, text in _costs(table, model, row).items()}
         lines.append(line)
     return pd.DataFrame(lines)
+
+
+def _names(table: Table) -> int:
+    """Return the number of first columns that are names."""
+    return 3 if table.training else 2
+
+
+def training_texts(row: Mapping[str, Any]) -> dict[str, str]:
+    """Return what a row of `summarize` trains, and its images and iterations, by heading; empty in full precision."""
+    if row["method"] == FULL_PRECISION:
+        return {"Trained": "", "Images": "", "Iterations": ""}
+    iterations = f"{row['iterations']:,}" if row["iterations"] else "–"
+    return {"Trained": row["trains"] or "nothing", "Images": f"{row['calibration_size']:,}", "Iterations": iterations}
 
 
 def _costs(table: Table, model: Model, row: Mapping[str, Any]) -> dict[str, str]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import replace
 
 from benchmarks.cli.measure import add_measure, add_measuring, any_failed, find_results
 from benchmarks.cli.options import Parser, select
-from benchmarks.plan import choose_part, load_table, make_plan
+from benchmarks.plan import make_plan
 from benchmarks.report.tables import summarize
 
 #: Names of `benchmarks.report.figures.accuracy_cost.COSTS`, which matplotlib would be loaded for.
@@ -44,10 +43,7 @@ def _draw_accuracy_cost(options: argparse.Namespace) -> int:
     from benchmarks.report.figures import accuracy_cost, style
 
     style.check_file(options.file)
-    selection = select(options)
-    first = choose_part(load_table(options.table, selection.profile), selection).models[0]
-    plan = make_plan([options.table], replace(selection, models=[first.key]), options.measure)
-    (results,) = find_results(plan, options)
+    (results,) = find_results(make_plan([options.table], select(options), options.measure), options)
     summary = summarize(results.table, results.to_frame())
     accuracy_cost.draw_accuracy_cost(results.table, summary, options.file, options.costs)
     print(options.file)

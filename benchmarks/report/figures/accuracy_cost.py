@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from numpy.typing import NDArray
 
 from adfq.errors import AdfqError
 from adfq.method import FULL_PRECISION
-from benchmarks.plan import Table
+from benchmarks.plan import Model, Table
 from benchmarks.report.figures import style
 
 
@@ -25,17 +27,34 @@ class Cost:
     Attributes:
         column: name of the column.
         label: label of the axis.
+        log: whether the axis is logarithmic.
     """
 
     column: str
     label: str
+    log: bool = False
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Measured rows of one model at one bit-width.
+
+    Attributes:
+        title: label of the vertical axis.
+        rows: rows of `benchmarks.report.tables.summarize`, without full precision.
+        full: the row of full precision.
+    """
+
+    title: str
+    rows: pd.DataFrame
+    full: pd.Series[float]
 
 
 #: By the name that users choose them by.
 COSTS = {
     "forward": Cost("relative_forward", "forward pass (simulated), × full precision's time"),
     "size": Cost("size", "packed size, MB"),
-    "calibration": Cost("calibration_seconds", "calibration and optimization, s"),
+    "calibration": Cost("calibration_seconds", "calibration and optimization, s", log=True),
 }
 
 _MARKERS = "os^Dv<>P"
@@ -51,7 +70,7 @@ def draw_accuracy_cost(table: Table, summary: pd.DataFrame, file: Path, costs: S
 
     Args:
         table: measured table.
-        summary: `benchmarks.report.tables.summarize` of the table; the first of several models is drawn.
+        summary: `benchmarks.report.tables.summarize` of the table.
         file: path to write, ``.png`` or ``.svg``.
         costs: names of `COSTS`, a panel each; all by default.
 
@@ -68,43 +87,61 @@ def is_drawable(summary: pd.DataFrame) -> bool:
 
 
 def plot_accuracy_cost(table: Table, summary: pd.DataFrame, costs: Sequence[str] = tuple(COSTS)) -> Figure:
-    """Return a figure with a panel for each cost; error bars are standard deviations over seeds.
+    """Return a figure with a panel for each cost, bit-width and model; error bars are standard deviations over seeds.
 
-    Full precision is a line.
+    Models stand side by side. Full precision is a line.
 
     Args:
         table: measured table.
-        summary: `benchmarks.report.tables.summarize` of the table; the first of several models is drawn.
+        summary: `benchmarks.report.tables.summarize` of the table.
         costs: names of `COSTS`, a panel each; all by default.
 
     Raises:
         AdfqError: if no row was measured beside full precision.
     """
-    metric = next(iter(table.metrics))
-    rows = summary[(summary["metric"] == metric) & (summary["model"] == table.models[0].key)]
-    rows = rows.dropna(subset=["mean"])
-    full, rows = (rows[(rows["method"] == FULL_PRECISION) == wanted] for wanted in (True, False))
-    if rows.empty or full.empty:
+    columns = [panels for model in table.models if (panels := _panels(table, summary, model))]
+    if not columns:
         raise AdfqError(f"table {table.name} has no row that was measured beside full precision")
-    if rows["bits"].nunique() > 1:
-        rows = rows.assign(label=rows["label"] + ", " + rows["bits"])
-    panel = max(2.0, _LINE * (len(rows) + 2))
-    labels = 0.05 * _WIDTH + _CHARACTER * (1 + max(map(len, [*rows["label"], *full["label"]])))
-    width, height = _LEFT + _WIDTH + labels, len(costs) * (panel + _BELOW + _ABOVE)
+    every = [panel for panels in columns for panel in panels]
+    panel_height = max(2.0, _LINE * (2 + max(len(panel.rows) for panel in every)))
+    names = [label for panel in every for label in [*panel.rows["label"], panel.full["label"]]]
+    panel_width = _LEFT + _WIDTH + 0.05 * _WIDTH + _CHARACTER * (1 + max(map(len, names)))
+    each, lines = panel_height + _BELOW + _ABOVE, max(map(len, columns))
+    width, height = len(columns) * panel_width, len(costs) * lines * each
     figure = style.make_figure(width, height)
-    for index, name in enumerate(costs):
-        bottom = height - (index + 1) * (panel + _BELOW + _ABOVE) + _BELOW
-        axes = figure.add_axes((_LEFT / width, bottom / height, _WIDTH / width, panel / height))
-        _draw(axes, rows, full.iloc[0], COSTS[name])
-        axes.set_ylabel(f"{table.models[0].label}, {table.metric(metric).heading}")
-        style.dress(axes)
-        _write_labels(axes, rows, full.iloc[0], COSTS[name].column, panel)
+    for (index, name), (column, panels) in product(enumerate(costs), enumerate(columns)):
+        for line, panel in enumerate(panels):
+            left, bottom = column * panel_width + _LEFT, height - (index * lines + line + 1) * each + _BELOW
+            axes = figure.add_axes((left / width, bottom / height, _WIDTH / width, panel_height / height))
+            _draw(axes, panel, COSTS[name], methods=list(dict.fromkeys(row.method for row in table.rows)))
+            axes.set_ylabel(panel.title)
+            style.dress(axes)
+            _write_labels(axes, panel.rows, panel.full, COSTS[name].column, panel_height)
     return figure
 
 
-def _draw(axes: Axes, rows: pd.DataFrame, full: pd.Series[float], cost: Cost) -> None:
-    methods = list(dict.fromkeys(rows["method"]))
-    for row in rows.to_dict("records"):
+def _panels(table: Table, summary: pd.DataFrame, model: Model) -> list[Panel]:
+    """Return a panel for each bit-width of a model; none without full precision."""
+    metric = next(iter(table.metrics))
+    measured = summary[(summary["metric"] == metric) & (summary["model"] == model.key)].dropna(subset=["mean"])
+    full, rows = (measured[(measured["method"] == FULL_PRECISION) == wanted] for wanted in (True, False))
+    if full.empty:
+        return []
+    several = len(table.bits) > 1
+    return [
+        Panel(f"{model.label}{f', {bits}' if several else ''}, {table.metric(metric).heading}", group, full.iloc[0])
+        for bits, group in rows.groupby("bits", sort=False)
+    ]
+
+
+def _draw(axes: Axes, panel: Panel, cost: Cost, methods: Sequence[str]) -> None:
+    full = panel.full
+    if cost.log:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    for row in panel.rows.to_dict("records"):
         index = methods.index(row["method"])
         # A method that is measured under several settings has filled marks under its own name.
         color, fill = _COLORS[index % len(_COLORS)], "full" if row["row"] == row["method"] else "none"

@@ -199,6 +199,13 @@ def test_the_interval_of_the_difference_to_the_best_stands_in_cells(bundled: Tab
     assert "in brackets the 95 % interval of the difference to the best mean" in text
 
 
+def test_training_stands_in_columns(bundled: Table) -> None:
+    table = replace(bundled, training=True)
+    rows = Page(write([(table, measure(table, {}))])["index.html"]).tables[0]
+    assert rows[0] == ["Method", "W/A", "Trained", "Images", "Iterations", "Bundled ViT"]
+    assert [row[2:5] for row in rows[-2:]] == [["nothing", "32", "–"], ["roundings, step sizes", "128", "50"]]
+
+
 def test_failed_cells_are_said(bundled: Table) -> None:
     values: Values = {("bundled_vit", "repq_vit"): [40.0, None, 42.0], ("bundled_vit", "ptq4vit"): [None] * 3}
     report = Report.create([(bundled, measure(bundled, values))], command)

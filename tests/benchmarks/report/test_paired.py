@@ -13,6 +13,7 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
 from benchmarks.report.paired import interval, resample, stack_correct
+from benchmarks.run.correct import pack_correct
 
 BITS = arrays(bool, st.tuples(st.just(2), st.integers(1, 3), st.integers(1, 20)))
 
@@ -63,11 +64,12 @@ def test_a_gap_that_one_seed_does_not_have_may_be_none() -> None:
 
 
 def cells(**changes: Any) -> pd.DataFrame:
-    rows = [
-        {"row": row, "seed": seed, "evaluated": "a", "correct": {"top1": np.array([row == "one", seed == 1])}}
-        for seed in (1, 0)
-        for row in ("two", "one")
-    ]
+    rows = []
+    for seed in (1, 0):
+        for row in ("two", "one"):
+            bits = np.array([row == "one", seed == 1])
+            cell = {"row": row, "seed": seed, "evaluated": "a", "top1": 100 * bits.mean(), "images": 2}
+            rows.append({**cell, "correct": pack_correct({"top1": bits})})
     rows[3] = {**rows[3], **changes}
     return pd.DataFrame(rows)
 
@@ -79,7 +81,13 @@ def test_bits_are_stacked_by_row_and_seed() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"correct": {}}, {"correct": {"top1": np.ones(3, bool)}}, {"evaluated": "b"}, {"seed": 2}]
+    "changes",
+    [
+        {"correct": {}},
+        {"correct": pack_correct({"top1": np.ones(3, bool)}), "images": 3, "top1": 100.0},
+        {"evaluated": "b"},
+        {"seed": 2},
+    ],
 )
 def test_other_images_seeds_or_no_bits_are_not_paired(changes: dict[str, Any]) -> None:
     assert stack_correct(cells(**changes), "top1") is None

@@ -460,6 +460,23 @@ def test_costs_stand_beside_the_accuracy() -> None:
     assert "0.250" in adfq
 
 
+def test_training_stands_in_each_row() -> None:
+    table = replace(load_table("4", "bundled"), training=True, seeds=[0])
+    frame = tabulate_results(table, measure(table, {}))
+    text = render(table, frame, "md")
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    assert lines[0][:5] == ["Method", "W/A", "Trained", "Images", "Iterations"]
+    rows = {line[0]: line[2:5] for line in lines}
+    assert rows["Full precision"] == ["", "", ""]
+    assert rows["PPOQ"] == ["nothing", "128", "–"]
+    assert rows["AMO"] == ["roundings, step sizes", "128", "50"]
+    assert rows["all, rounding to nearest"][0] == "step sizes"
+    assert rows["all, calibrated step sizes"][0] == "roundings"
+    assert "Method & W/A & Trained & Images & Iterations & Bundled ViT" in render(table, frame, "latex")
+    numbers = pd.read_csv(io.StringIO(render(table, frame, "csv"))).set_index("row")
+    assert numbers["iterations"].loc[["ppoq", "amo"]].tolist() == [0, 50]
+
+
 def test_latex_is_escaped_booktabs(full: Table) -> None:
     text = render(full, tabulate_results(full, measure(full, {})), "latex")
     for rule in (r"\toprule", r"\midrule", r"\bottomrule", r"\caption{", r"\label{tab:1-full}"):

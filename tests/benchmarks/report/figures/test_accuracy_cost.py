@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,24 @@ def test_a_point_with_error_bar_for_each_row_over_each_cost() -> None:
     shapes = {(bar.lines[0].get_marker(), to_hex(bar.lines[0].get_color())) for bar in figure.axes[0].containers}
     methods = quantized["method"].nunique()
     assert [len(set(kind)) for kind in zip(*shapes, strict=True)] == [methods, methods]
+
+
+def test_a_panel_for_each_model_and_bit_width() -> None:
+    table = replace(load_table("1", "bundled"), bits=["W4/A4", "W3/A3"])
+    summary = summary_of(table)
+    figure = plot_accuracy_cost(table, summary, ["calibration"])
+    titles = [axes.get_ylabel() for axes in figure.axes]
+    assert titles == [f"Bundled {model}, {bits}, top-1, %" for model in ("ViT", "Swin") for bits in table.bits]
+    places = [axes.get_position() for axes in figure.axes]
+    assert places[0].x0 == places[1].x0 < places[2].x0 == places[3].x0
+    assert places[0].y0 == places[2].y0 > places[1].y0
+    for axes, place in zip(figure.axes, product(("bundled_vit", "bundled_swin"), table.bits), strict=True):
+        rows = summary[(summary["model"] == place[0]) & (summary["bits"] == place[1])]
+        points = [bar.lines[0].get_xydata()[0].tolist() for bar in axes.containers]
+        assert points == rows[["calibration_seconds", "mean"]].to_numpy().tolist()
+        assert axes.get_xscale() == "log"
+        assert len({bar.lines[0].get_marker() for bar in axes.containers}) == 4
+    assert {axes.get_xscale() for axes in plot_accuracy_cost(table, summary, ["size", "forward"]).axes} == {"linear"}
 
 
 @pytest.mark.parametrize(("table", "bits"), [("5", ["W3/A3"]), ("1", ["W6/A6", "W4/A4", "W3/A3"])])
