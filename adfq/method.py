@@ -51,6 +51,14 @@ class Method(ABC):
         """Parts of the network that the method changes to fit its output, such as ``"weights"``; empty for none."""
         return ""
 
+    @property
+    def trained_iterations(self) -> int:
+        """Iterations that a unit is trained for, of all stages together; those of an option ``iterations`` by default.
+
+        It is 0 for a method that trains nothing, or in closed form.
+        """
+        return getattr(self, "iterations", 0) if self.trains else 0
+
     @abstractmethod
     def recipe(self, bits: Bits) -> Recipe:
         """Return the quantizer of each site role.

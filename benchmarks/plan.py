@@ -120,7 +120,8 @@ class Table:
             models that have the machine for themselves.
         cost: whether the cost of each row stands beside its accuracy.
         training: whether each row says what its method trains, on how many images and in how many iterations.
-        settings: by method, ``calibration_size``, ``calibration_batch_size`` and options that all its rows share.
+        settings: by method, ``calibration_size``, ``calibration_batch_size`` and options that all its rows share; those
+            by the key of a row go before them.
         data: the task's data spec; None where the user gives it.
         published: the ``task`` in published.csv whose numbers stand beside the measured ones, or None.
         full_precision_tolerance: largest difference, in points, between measured and published full precision of a
@@ -189,7 +190,7 @@ class Table:
             calibration_batch_size: None for the first that there is of the method's settings and the table.
             arguments: options that go before the method's settings.
         """
-        shared = dict(self.settings.get(method, {}))
+        shared = {**self.settings.get(method, {}), **self.settings.get(key or method, {})}
         own = find_method(method).calibration_size
         size = _first(calibration_size, shared.pop("calibration_size", None), self.calibration_size, own)
         batch_size = _first(

@@ -88,7 +88,7 @@ def tabulate_results(table: Table, results: Iterable[tuple[Entry, Record | None]
 
 def _training(cell: Cell) -> dict[str, Any]:
     method = create_method(cell.method, cell.method_arguments)
-    return {"trains": method.trains, "iterations": getattr(method, "iterations", 0) if method.trains else 0}
+    return {"trains": method.trains, "iterations": method.trained_iterations}
 
 
 def _column(table: Table, name: str, metric: str) -> str:

@@ -81,6 +81,18 @@ def test_images_in_one_pass_of_calibration(tmp_path: Path) -> None:
     assert {row.calibration_batch_size for row in load_table("1").rows} == {None}
 
 
+def test_settings_of_a_row_go_before_those_of_its_method(tmp_path: Path) -> None:
+    text = """
+    task = "classification"
+    methods = ["adfq_vit"]
+    settings = { adfq_vit = { iterations = 7, calibration_size = 64 }, own = { iterations = 9 } }
+    rows = [{ key = "own", method = "adfq_vit" }]
+    models = [{ name = "bundled_vit" }]
+    """
+    found = load_table(write(tmp_path, text)).rows
+    assert [(row.arguments["iterations"], row.calibration_size) for row in found] == [(7, 64), (9, 64)]
+
+
 def test_no_row_is_there_twice() -> None:
     assert rows(choose("1", also=["repq_vit", "full_precision"])) == rows(choose("1"))
     assert rows(choose("4", also=["base_ptq", "base_ptq", "ppoq"])) == [*rows(choose("4")), "base_ptq"]
