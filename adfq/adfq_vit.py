@@ -124,7 +124,7 @@ class ADFQViT(RoundingMethod):
                 AttentionScores(unit, self.attention_weight, self.temperature, self.released),
             ],
             trained=roundings_and_steps(self, products=not self.released),
-            blocks=False,
+            units=lambda network: network.units,
             mix_probability=self.mix_probability,
             drop_probability=self.drop_probability,
             keeps_all=self.released,

@@ -29,8 +29,10 @@ from adfq.packing import pack, unpack
 from adfq.quantizers import Quantizer
 from adfq.registry import find_method
 from adfq.sites import Network, check_weights, sites_of
+from adfq.transforms.relu import substitute_relu, substituted
 
 FORMAT = 1
+_FORMAT_RELU = 2  # of files whose model has ReLU in the place of GELU, which earlier versions would overlook
 
 # The file's metadata has one entry, the header as JSON; its first field is SHA-256 over the whole file with zeros in
 # the digest's place. More entries would come in any order, so that the same model would give different files.
@@ -140,7 +142,7 @@ def _write(model: nn.Module, quantization: Quantization, notes: Mapping[str, Any
             tensors[f"{name}.codes"] = codes
     header = {
         "sha256": _NO_DIGEST,
-        "format": FORMAT,
+        "format": _FORMAT_RELU if (substitutes := substituted(model)) else FORMAT,
         "method": quantization.method,
         "bits": str(quantization.bits),
         "options": quantization.options,
@@ -157,6 +159,8 @@ def _write(model: nn.Module, quantization: Quantization, notes: Mapping[str, Any
         },
         "versions": {package: version(package) for package in ("adfq", "torch", "timm")},
     }
+    if substitutes:
+        header["relu"] = substitutes
     try:
         text = json.dumps(header)
     except (TypeError, ValueError) as error:
@@ -250,6 +254,8 @@ def _rebuild(content: bytes) -> nn.Module:
         raise AdfqError(f"its header names the dtype {header['dtype']!r}; there are {', '.join(_DTYPES)}")
     with torch.random.fork_rng():
         model = adapt(create(architecture).eval()).model
+    for name in header.get("relu", ()):
+        substitute_relu(model, name)
     model.to(_DTYPES[header["dtype"]])  # masks and other tensors that are not in the file too
     _attach(model, header["quantizers"], method)
     _load_tensors(model, tensors)
@@ -280,9 +286,10 @@ def _read(content: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise AdfqError("not written by adfq.save") from None
     if hashlib.sha256(_exchange_digest(content, str(digest), _NO_DIGEST)).hexdigest() != digest:
         raise AdfqError("damaged or altered: its content does not have the digest in its header")
-    if header.get("format") != FORMAT:
-        raise AdfqError(f"written in format {header.get('format')!r}; this version of adfq reads format {FORMAT}")
-    _check_types(header, _FIELDS, "header")
+    if header.get("format") not in (FORMAT, _FORMAT_RELU):
+        known = f"{FORMAT} and {_FORMAT_RELU}"
+        raise AdfqError(f"written in format {header.get('format')!r}; this version of adfq reads formats {known}")
+    _check_types(header, _FIELDS | ({"relu": list} if "relu" in header else {}), "header")
     return header, tensors
 
 

@@ -199,6 +199,11 @@ class Network:
     forward_all: Callable[[Tensor], Any] | None = None
     excluded: tuple[str, ...] = ()
 
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Names of the modules of the trunk that hold several units, such as an attention and an MLP."""
+        return tuple(name for name in self.trunk if sum(is_within(unit, name) for unit in self.units) > 1)
+
     def run(self, images: Tensor) -> Any:
         """Return the model's output.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, cast
 
 from segment_anything.modeling.common import LayerNorm2d
@@ -136,7 +137,7 @@ def adapt(model: nn.Module) -> Network:
             modules += [f"{name}.attn", f"{name}.local_conv", f"{name}.mlp"]
             trunk.append(name)
     neck = adapt_neck(model)
-    return Network(model, norms, (*modules, neck), trunk=(*trunk, neck), forward_all=lambda images: [model(images)])
+    return Network(model, norms, (*modules, neck), trunk=(*trunk, neck), forward_all=partial(listed, model))
 
 
 def adapt_neck(encoder: nn.Module) -> str:
@@ -171,6 +172,16 @@ def _fold(model: nn.Module, name: str) -> None:
         conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
     )
     model.set_submodule(f"{name}.bn", nn.Identity())
+
+
+def listed(encoder: nn.Module, images: Tensor) -> list[Tensor]:
+    """Return an encoder's features as several outputs are, since they are no logits.
+
+    Args:
+        encoder: image encoder.
+        images: B×3×S×S, preprocessed.
+    """
+    return [encoder(images)]
 
 
 def describe(model: nn.Module, family: str) -> Architecture:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from adfq.adapters import mobile_sam, pair, replace, replace_attention
 from adfq.adapters.mobile_sam import create as create
 from adfq.adapters.mobile_sam import describe as describe
+from adfq.adapters.mobile_sam import listed
 from adfq.errors import AdfqError
 from adfq.layers import QuantLinear, QuantMatMul
 from adfq.plain import keeps_forward
@@ -186,7 +187,7 @@ def _adapt_encoder(encoder: Any) -> Network:
         tuple(modules),
         input_paddings=paddings,
         trunk=(*trunk, neck),
-        forward_all=lambda images: [encoder(images)],
+        forward_all=partial(listed, encoder),
     )
 
 

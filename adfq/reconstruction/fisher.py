@@ -196,7 +196,8 @@ class LowRankFisher(Loss):
             reference = unit.rest(index, targets)
             with torch.enable_grad():
                 leaf = output.float().requires_grad_()
-                loss = output_divergence(unit.rest(index, leaf.to(output.dtype)), reference, self.temperature)
+                outputs = unit.rest(index, leaf.to(output.dtype))
+                loss = images * output_divergence(outputs, reference, self.temperature)
             (gradient,) = torch.autograd.grad(loss, leaf)
             gradients = gradients + gradient.abs().reshape(images, -1).sum(0)
             errors = errors + (output.float() - targets.float()).abs().reshape(images, -1).sum(0)

@@ -52,7 +52,8 @@ class Composition:
     Attributes:
         losses: function from a unit to the terms of its loss.
         trained: function from a calibrated unit to what is trained in it; those that are False are left out.
-        blocks: True for transformer blocks as units, False for their attentions and MLPs apart.
+        units: function from a network to the names of its units, in the order of the forward pass; `blocks_of` by
+            default.
         mix_probability: probability that an element of a unit's input is the quantized network's.
         drop_probability: see `adfq.reconstruction.RoundingOptions`.
         keeps_all: True keeps the optimized state whatever its error.
@@ -62,7 +63,7 @@ class Composition:
 
     losses: Callable[[Unit], Sequence[Loss]]
     trained: Callable[[Unit], Sequence[Trained]]
-    blocks: bool = True
+    units: Callable[[Network], Sequence[str]] = blocks_of
     mix_probability: float = 0.5
     drop_probability: float = 0.0
     keeps_all: bool = False
@@ -120,7 +121,7 @@ def optimize_units(
     teacher = teacher or network
     network.model.requires_grad_(False)
     teacher.model.requires_grad_(False)
-    names = blocks_of(network) if composition.blocks else network.units
+    names = composition.units(network)
     # A seed for each module, so that what one draws does not depend on those before it.
     seeds = torch.randint(2**62, (len(names),)).tolist()
     finished = Finished(run.images.folder, network, run.images, f"{options} {seeds}")

@@ -21,13 +21,12 @@ from adfq.sites import Network, full_precision, is_within, sites_of
 def blocks_of(network: Network) -> tuple[str, ...]:
     """Return the names of a network's units with transformer blocks as wholes.
 
-    A module of the trunk with several units, such as an attention and an MLP, takes their place.
+    A module of the trunk with several units takes their place.
 
     Args:
         network: an adapted model.
     """
-    blocks = [name for name in network.trunk if sum(is_within(unit, name) for unit in network.units) > 1]
-    found = (next((name for name in blocks if is_within(unit, name)), unit) for unit in network.units)
+    found = (next((name for name in network.blocks if is_within(unit, name)), unit) for unit in network.units)
     return tuple(dict.fromkeys(found))
 
 
