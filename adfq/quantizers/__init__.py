@@ -3,6 +3,7 @@
 A quantizer is calibrated once and is a pure function from then on.
 """
 
+from adfq.quantizers.adalog import AdaLogQuantizer
 from adfq.quantizers.base import Quantizer
 from adfq.quantizers.log import LogQuantizer
 from adfq.quantizers.per_patch import OutlierQuantizer, PerPatchOutlierQuantizer, RunTimePatchOutlierQuantizer
@@ -11,6 +12,7 @@ from adfq.quantizers.twin import TwinGeluQuantizer, TwinSoftmaxQuantizer
 from adfq.quantizers.uniform import UniformQuantizer
 
 __all__ = [
+    "AdaLogQuantizer",
     "LogQuantizer",
     "OutlierQuantizer",
     "PerPatchOutlierQuantizer",

@@ -12,7 +12,7 @@ from adfq.quantizers.base import Quantizer, rescale
 from adfq.ranges import RANGES, fake_quantize
 from adfq.statistics import Search
 
-GRANULARITIES = ("tensor", "channel", "row", "patch")
+GRANULARITIES = ("tensor", "channel", "row", "patch", "head")
 
 
 def quantize_uniformly(
@@ -45,7 +45,8 @@ class UniformQuantizer(Quantizer):
         granularity: values that share a scale and zero point. ``"tensor"``, the default: all. ``"channel"``: those of
             one index of the last dimension, an activation's channel. ``"row"``: those of one index of the first
             dimension, a weight's output channel. ``"patch"``: those of one token position of a B×N×C or B×H×W×C
-            activation, over batch and channels.
+            activation, over batch and channels. ``"head"``: those of one head of a B×H×N×d operand of attention (Swin:
+            B windows), with a scale of 1×H×1×1.
         range: search for the range in `adfq.ranges`: ``"minmax"``, the default, ``"percentile"`` or ``"mse"``.
 
     Attributes:
@@ -77,6 +78,17 @@ class UniformQuantizer(Quantizer):
         """Mask of the scales that come from data: bool, the shape of `scale`."""
         return ~self._placeholder if self._placeholder.numel() else super().has_range
 
+    def set_range(self, scale: Tensor, zero_point: Tensor, has_range: Tensor | None = None) -> None:
+        """Set scale and zero point that were found elsewhere.
+
+        Args:
+            scale: above 0, float32; broadcasts against the input.
+            zero_point: whole numbers, the shape of `scale`.
+            has_range: see `Quantizer.has_range`; None, the default, if all scales come from data.
+        """
+        self.scale, self.zero_point = scale, zero_point
+        self._placeholder = torch.empty(0, dtype=torch.bool) if has_range is None else ~has_range
+
     def _groups(self, x: Tensor) -> Tensor:
         kept = self._kept_dimensions(x)
         reduced = [dimension for dimension in range(x.dim()) if dimension not in kept]
@@ -90,12 +102,17 @@ class UniformQuantizer(Quantizer):
         self._placeholder = ((found.scale == 1) & (found.largest < tiny)).reshape(self._shape)
 
     def _kept_dimensions(self, x: Tensor) -> list[int]:
-        if self.granularity != "tensor" and x.dim() < (3 if self.granularity == "patch" else 2):
+        least = {"tensor": 0, "patch": 3, "head": 4}.get(self.granularity, 2)
+        if x.dim() < least or (self.granularity == "head" and x.dim() > least):
             raise AdfqError(f"granularity {self.granularity!r} does not fit a tensor of shape {tuple(x.shape)}")
         dimensions = list(range(x.dim()))
-        return {"tensor": [], "channel": dimensions[-1:], "row": dimensions[:1], "patch": dimensions[1:-1]}[
-            self.granularity
-        ]
+        return {
+            "tensor": [],
+            "channel": dimensions[-1:],
+            "row": dimensions[:1],
+            "patch": dimensions[1:-1],
+            "head": dimensions[1:2],
+        }[self.granularity]
 
     def _quantize(self, x: Tensor) -> Tensor:
         if self.granularity == "patch" and x.shape[1:-1] != self.scale.shape[1:-1]:

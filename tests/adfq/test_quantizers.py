@@ -179,6 +179,17 @@ def test_granularity_is_what_shares_a_range(granularity: str) -> None:
         torch.testing.assert_close(whole(x)[part], alone(x[part]), rtol=0, atol=0)
 
 
+def test_heads_have_a_range_each_and_patches_of_windows_share_it() -> None:
+    x = torch.randn(6, 3, 5, 4) * torch.tensor([0.1, 1.0, 10.0])[:, None, None]
+    for range in ("minmax", "percentile", "mse"):
+        quantizer = UniformQuantizer(4, "head", range).calibrate(x)
+        assert quantizer.scale.shape == quantizer.zero_point.shape == (1, 3, 1, 1)
+        for head in (0, 1, 2):
+            alone = UniformQuantizer(4, range=range).calibrate(x[:, head])
+            torch.testing.assert_close(quantizer(x[:2])[:, head], alone(x[:2, head]), rtol=0, atol=0)
+        assert torch.equal(quantizer.decode(quantizer.encode(x)), quantizer(x))
+
+
 def test_patches_of_a_map_have_a_range_for_each_position() -> None:
     x = torch.randn(2, 3, 4, 6)
     quantizer = UniformQuantizer(4, "patch").calibrate(x)
@@ -202,7 +213,9 @@ def test_another_number_of_tokens_is_refused(make: Callable[[], Quantizer], cali
         quantizer(torch.randn(2, calibrated_with, calibrated_with, 8))
 
 
-@pytest.mark.parametrize(("granularity", "shape"), [("patch", (4, 5)), ("channel", (4,)), ("row", (4,))])
+@pytest.mark.parametrize(
+    ("granularity", "shape"), [("patch", (4, 5)), ("channel", (4,)), ("row", (4,)), ("head", (4, 5, 6))]
+)
 def test_a_granularity_that_does_not_fit_the_shape(granularity: str, shape: tuple[int, ...]) -> None:
     with pytest.raises(AdfqError, match=granularity):
         UniformQuantizer(4, granularity).calibrate(torch.randn(shape))

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from adfq.quantizers import (
+    AdaLogQuantizer,
     LogQuantizer,
     PerPatchOutlierQuantizer,
     Quantizer,
@@ -31,6 +32,8 @@ KINDS: dict[str, tuple[Callable[[], Quantizer], Callable[[Tensor], Tensor]]] = {
         for range in ("minmax", "percentile", "mse")
         for granularity in ("tensor", "channel", "patch")
     },
+    "head": (lambda: UniformQuantizer(4, "head", "percentile"), lambda x: x.unflatten(-1, (3, 8)).transpose(1, 2)),
+    "adaptive_log": (lambda: AdaLogQuantizer(4), lambda x: x.softmax(-1)),
     "logarithmic": (lambda: LogQuantizer(4), lambda x: x.softmax(-1)),
     "shift_log": (lambda: ShiftLogQuantizer(4), torch.nn.functional.gelu),
     "shift_log_static": (lambda: ShiftLogQuantizer(3, shift="static"), torch.nn.functional.gelu),
