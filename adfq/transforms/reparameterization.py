@@ -46,7 +46,12 @@ def norms_with_readers(network: Network, roles: Collection[str]) -> list[NormGro
 
 
 @torch.no_grad()
-def reparameterize(norm: nn.LayerNorm, layers: Sequence[QuantWeightLayer], padding: Tensor | None = None) -> None:
+def reparameterize(
+    norm: nn.LayerNorm,
+    layers: Sequence[QuantWeightLayer],
+    padding: Tensor | None = None,
+    whole_zero_point: bool = False,
+) -> tuple[Tensor, Tensor]:
     """Move the differences between channel scales from the quantizer into LayerNorm and weight (equations 8 to 13).
 
     The two compute the same function in full precision as before. A channel without a range, which is 0 on all
@@ -58,10 +63,16 @@ def reparameterize(norm: nn.LayerNorm, layers: Sequence[QuantWeightLayer], paddi
             the same values, and have the same ranges.
         padding: the padding of the norm's output (C), changed in place; None for none. The released code leaves it
             0, which is another network.
+        whole_zero_point: True rounds the mean zero point, as AdaLog does; False by default.
+
+    Returns:
+        Ratio r and offset c (C each): what the norm's output x has become is x/r - c.
     """
     quantizer = layers[0].input_quantizer
     assert isinstance(quantizer, UniformQuantizer)
     scale, zero_point, mean_scale, mean_zero_point = _scales_with_means(quantizer)
+    if whole_zero_point:
+        mean_zero_point = mean_zero_point.round()
     ratio = scale / mean_scale
     offset = mean_zero_point * mean_scale - zero_point * scale / ratio
 
@@ -77,6 +88,7 @@ def reparameterize(norm: nn.LayerNorm, layers: Sequence[QuantWeightLayer], paddi
         per_tensor = UniformQuantizer(quantizer.bits, "tensor", quantizer.range)
         per_tensor.scale, per_tensor.zero_point = mean_scale.clone(), mean_zero_point.clone()
         layer.input_quantizer = per_tensor.to(scale.device)
+    return ratio, offset
 
 
 def _scales_with_means(quantizer: UniformQuantizer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
