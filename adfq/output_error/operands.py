@@ -10,7 +10,6 @@ from torch import Tensor
 from adfq.output_error.grids import between
 from adfq.output_error.scores import LowRankScore, OutputScore, Score, SelfScore, Shape, groups_of
 from adfq.quantizers import AdaLogQuantizer
-from adfq.ranges import fake_quantize
 
 # Sizes of samples, in values. Every candidate is tried on the coarse sample and the best on the fine one. Operands up
 # to the exact size are not sampled. A group has at least an eighth.
@@ -76,19 +75,20 @@ class Operand:
         """Return values in the form that `quantize` takes.
 
         Args:
-            values: the operand's values, or a sample of them.
+            values: the operand's values, or a sample of them, E×H×n×C.
         """
         return values
 
-    def quantize(self, values: Tensor, candidate: Tensor) -> Tensor:
-        """Return values quantized with a candidate, in a new tensor.
+    def quantize(self, values: Tensor, candidates: Tensor) -> Tensor:
+        """Return values quantized with each of some candidates, E×H×K×n×C in a new tensor.
 
         Args:
             values: from `prepare`.
-            candidate: scale and zero point of each group, G×2.
+            candidates: scale and zero point of each group, K×G×2.
         """
-        scale, zero_point = (part.reshape(self.shape) for part in candidate.unbind(-1))
-        return fake_quantize(values, scale, zero_point, self.levels)
+        scale, zero_point = (part.reshape(-1, *self.shape).movedim(0, 2) for part in candidates.unbind(-1))
+        codes = torch.div(values[:, :, None], scale).round_().add_(zero_point).clamp_(0, self.levels - 1)
+        return codes.sub_(zero_point).mul_(scale)
 
     def set(self, candidate: Tensor) -> None:
         """Set scale and zero point, and quantize the values.
@@ -98,15 +98,15 @@ class Operand:
         """
         self.present = candidate
         self.scale, self.zero_point = candidate.unbind(-1)
-        self.quantized = self.quantize(self.values, candidate)
+        self.quantized = self.quantize(self.values, candidate[None])[:, :, 0]
 
 
 class EndsOperand(Operand):
     """A uniform operand whose candidates are the lower and upper ends of ranges, G×2; see `Operand`."""
 
-    def quantize(self, values: Tensor, candidate: Tensor) -> Tensor:
+    def quantize(self, values: Tensor, candidates: Tensor) -> Tensor:
         """Return quantized values, see `Operand.quantize`."""
-        return super().quantize(values, between(*candidate.unbind(-1), self.levels))
+        return super().quantize(values, between(*candidates.unbind(-1), self.levels))
 
     def set(self, candidate: Tensor) -> None:
         """Set the ends, see `Operand.set`."""
@@ -130,13 +130,16 @@ class LogOperand(Operand):
         """Return the logarithms of shifted values, see `Operand.prepare`."""
         return (values + self.quantizer.shift).clamp_(min=_SMALLEST).log2_()
 
-    def quantize(self, values: Tensor, candidate: Tensor) -> Tensor:
+    def quantize(self, values: Tensor, candidates: Tensor) -> Tensor:
         """Return quantized values, see `Operand.quantize`."""
-        scale, q = candidate[0]
-        table, per_octave = self.quantizer.level_table(q.long())
-        codes = (scale.log2() - values).mul_(per_octave).round_().clamp_(0, self.levels).int()
-        levels = table * scale - self.quantizer.shift
-        return levels.index_select(0, codes.flatten()).reshape(codes.shape)
+        scale, q = candidates.unbind(-1)
+        tables, per_octave = self.quantizer.level_table(q[:, 0].long())
+        codes = (scale.log2()[..., None] - values[:, :, None]).mul_(per_octave[:, None, None]).round_()
+        codes = codes.clamp_(0, self.levels).add_(
+            (self.levels + 1) * torch.arange(len(q), device=q.device)[:, None, None]
+        )
+        levels = tables * scale - self.quantizer.shift
+        return levels.flatten().index_select(0, codes.int().flatten()).reshape(codes.shape)
 
     def set(self, candidate: Tensor) -> None:
         """Set scale and base, see `Operand.set`."""

@@ -1,9 +1,11 @@
 """Scores of quantized values: the squared error of themselves, or of a matrix product with another operand.
 
 Values are E×H×n×C: n rows of C channels for each of H heads and E images or windows. For a layer with a weight, E and H
-are 1. A score is a function of the quantized values, which it overwrites, and returns the error of each group (G). The
-groups are those of a shape that broadcasts against the values: 1×1×1×1 for one group, 1×1×n×1 for rows, 1×1×1×C for
-channels, 1×H×1×1 for heads.
+are 1. The groups are those of a shape that broadcasts against the values: 1×1×1×1 for one group, 1×1×n×1 for rows,
+1×1×1×C for channels, 1×H×1×1 for heads.
+
+A score is a function of the values quantized in K ways (E×H×K×n×C), which it overwrites. It returns the error of each
+way and group (K×G).
 """
 
 from __future__ import annotations
@@ -29,10 +31,10 @@ class Score(Protocol):
     shape: Shape
 
     def __call__(self, quantized: Tensor) -> Tensor:
-        """Return the error of each group, G.
+        """Return the error of each group, K×G.
 
         Args:
-            quantized: E×H×n×C; overwritten.
+            quantized: E×H×K×n×C; overwritten.
         """
 
 
@@ -51,6 +53,17 @@ def groups_of(values: Tensor, shape: Shape) -> Tensor:
     return values.permute(*kept, *reduced).reshape(groups, -1)
 
 
+def by_group(squares: Tensor, shape: Shape) -> Tensor:
+    """Return sums over groups, K×G.
+
+    Args:
+        squares: E×H×K×n×C.
+        shape: shape of the groups.
+    """
+    reduced = [place for place, size in zip((0, 1, 3, 4), shape, strict=True) if size == 1]
+    return squares.sum(reduced, keepdim=True).movedim(2, 0).flatten(1)
+
+
 class SelfScore:
     """The squared error of the values themselves.
 
@@ -64,7 +77,7 @@ class SelfScore:
 
     def __call__(self, quantized: Tensor) -> Tensor:
         """Return the error of each group, see `Score`."""
-        return quantized.sub_(self.values).square_().sum_to_size(*self.shape).flatten()
+        return by_group(quantized.sub_(self.values[:, :, None]).square_(), self.shape)
 
 
 class OutputScore:
@@ -94,10 +107,14 @@ class OutputScore:
 
     def __call__(self, quantized: Tensor) -> Tensor:
         """Return the error of each group, see `Score`."""
-        error = quantized.sub_(self.values)
-        output = torch.matmul(error, self.factor).add_(self.cross)
-        squares = output.square_() if self.squared else output.mul_(error)
-        return squares.sum(-1, keepdim=True).sum_to_size(*self.shape).flatten()
+        error = quantized.sub_(self.values[:, :, None])
+        output = _multiply(error, self.factor).add_(self.cross[:, :, None])
+        return by_group(output.square_() if self.squared else output.mul_(error), self.shape)
+
+
+def _multiply(error: Tensor, factor: Tensor) -> Tensor:
+    """Return the products E×H×K×n×m of E×H×K×n×C and E×H×C×m."""
+    return (error.flatten(2, 3) @ factor).unflatten(2, error.shape[2:4])
 
 
 class LowRankScore:
@@ -113,14 +130,14 @@ class LowRankScore:
 
     def __init__(self, score: OutputScore, rank: int) -> None:
         self.values, self.shape, self.cross = score.values, score.shape, score.cross
-        self.factor, self.rest = low_rank(score.factor[0, 0], rank)
+        factor, self.rest = low_rank(score.factor[0, 0], rank)
+        self.factor = factor[None, None]
 
     def __call__(self, quantized: Tensor) -> Tensor:
         """Return the error of each group, see `Score`."""
-        error = quantized.sub_(self.values)
-        squares = torch.matmul(error, self.factor).square_().sum(-1, keepdim=True)
-        squares += torch.addcmul(self.cross, error, self.rest).mul_(error).sum(-1, keepdim=True)
-        return squares.sum_to_size(*self.shape).flatten()
+        error = quantized.sub_(self.values[:, :, None])
+        squares = by_group(_multiply(error, self.factor).square_(), self.shape)
+        return squares + by_group(torch.addcmul(self.cross[:, :, None], error, self.rest).mul_(error), self.shape)
 
 
 def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:

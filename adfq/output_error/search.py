@@ -19,6 +19,8 @@ from adfq.output_error.scores import Score
 from adfq.output_error.settings import Settings
 from adfq.quantizers.adalog import BASES
 
+_AT_ONCE = 2**17  # values that are quantized at once
+
 _SURVIVORS = 16
 _CHILDREN = 8
 _FINALISTS = 8
@@ -38,7 +40,8 @@ def errors_of(operand: Operand, score: Score, candidates: Tensor) -> Tensor:
         candidates: K×G×2.
     """
     values = operand.prepare(score.values)
-    return torch.stack([score(operand.quantize(values, candidate)) for candidate in candidates])
+    at_once = max(1, _AT_ONCE // values.numel())
+    return torch.cat([score(operand.quantize(values, part)) for part in candidates.split(at_once)])
 
 
 def _take(candidates: Tensor, indices: Tensor) -> Tensor:
