@@ -101,7 +101,7 @@ def quick() -> Mapping[str, dict[str, Any]]:
 
     ADFQ-ViT's optimization takes minutes; test_reconstruction.py is about it, other tests do without.
     """
-    return defaultdict(dict, adfq_vit={"iterations": 0}, ptq4vit={"rounds": 1})
+    return defaultdict(dict, adfq_vit={"iterations": 0}, ptq4vit={"rounds": 1}, adalog={"rounds": 1})
 
 
 @pytest.fixture(scope="session")

@@ -106,15 +106,14 @@ def patch_embedding_ends(values: Tensor) -> tuple[Tensor, Tensor]:
     return torch.quantile(values, 1 - fractions, dim=1), torch.quantile(values, fractions, dim=1)
 
 
-def between(lower: Tensor, upper: Tensor, levels: int) -> Tensor:
-    """Return the candidates of ranges between ends, K×G×2.
+def between(ends: Tensor, levels: int) -> Tensor:
+    """Return scale and zero point of the ranges between ends, …×2.
 
     Args:
-        lower: K×G, or 1×G.
-        upper: K×G, or 1×G.
+        ends: lower and upper ends, …×2.
         levels: number of codes, 2^bits.
     """
-    lower, upper = torch.broadcast_tensors(lower, upper)
+    lower, upper = ends.unbind(-1)
     scales = (upper - lower) / (levels - 1)
     scales = torch.where(scales > 0, scales, torch.ones_like(scales))
     return torch.stack((scales, -(lower / scales).round()), -1)

@@ -10,6 +10,7 @@ from torch import Tensor
 from adfq.output_error.grids import between
 from adfq.output_error.scores import LowRankScore, OutputScore, Score, SelfScore, Shape, groups_of
 from adfq.quantizers import AdaLogQuantizer
+from adfq.quantizers.adalog import BASES
 
 # Sizes of samples, in values. Every candidate is tried on the coarse sample and the best on the fine one. Operands up
 # to the exact size are not sampled. A group has at least an eighth.
@@ -106,12 +107,12 @@ class EndsOperand(Operand):
 
     def quantize(self, values: Tensor, candidates: Tensor) -> Tensor:
         """Return quantized values, see `Operand.quantize`."""
-        return super().quantize(values, between(*candidates.unbind(-1), self.levels))
+        return super().quantize(values, between(candidates, self.levels))
 
     def set(self, candidate: Tensor) -> None:
         """Set the ends, see `Operand.set`."""
         super().set(candidate)
-        self.scale, self.zero_point = between(*candidate.unbind(-1), self.levels).unbind(-1)
+        self.scale, self.zero_point = between(candidate, self.levels).unbind(-1)
 
 
 class LogOperand(Operand):
@@ -125,6 +126,7 @@ class LogOperand(Operand):
     def __init__(self, values: Tensor, quantizer: AdaLogQuantizer) -> None:
         super().__init__(values, (1, 1, 1, 1), quantizer.levels)
         self.quantizer = quantizer
+        self._tables, self._per_octave = quantizer.level_table(torch.tensor(BASES, device=values.device))
 
     def prepare(self, values: Tensor) -> Tensor:
         """Return the logarithms of shifted values, see `Operand.prepare`."""
@@ -133,13 +135,12 @@ class LogOperand(Operand):
     def quantize(self, values: Tensor, candidates: Tensor) -> Tensor:
         """Return quantized values, see `Operand.quantize`."""
         scale, q = candidates.unbind(-1)
-        tables, per_octave = self.quantizer.level_table(q[:, 0].long())
-        codes = (scale.log2()[..., None] - values[:, :, None]).mul_(per_octave[:, None, None]).round_()
-        codes = codes.clamp_(0, self.levels).add_(
-            (self.levels + 1) * torch.arange(len(q), device=q.device)[:, None, None]
-        )
-        levels = tables * scale - self.quantizer.shift
-        return levels.flatten().index_select(0, codes.int().flatten()).reshape(codes.shape)
+        bases = q[:, 0].long() - BASES[0]
+        codes = (scale.log2()[..., None] - values[:, :, None]).mul_(self._per_octave[bases, None, None]).round_()
+        firsts = (self.levels + 1) * torch.arange(len(q), device=q.device)
+        codes = codes.clamp_(0, self.levels).add_(firsts[:, None, None]).int()
+        levels = self._tables[bases] * scale - self.quantizer.shift
+        return levels.flatten().index_select(0, codes.flatten()).reshape(codes.shape)
 
     def set(self, candidate: Tensor) -> None:
         """Set scale and base, see `Operand.set`."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adfq.errors import NonFiniteError
-from adfq.layers import QuantConv2d, QuantLinear, QuantMatMul, QuantWeightLayer
+from adfq.layers import QuantConv2d, QuantMatMul, QuantWeightLayer
 
 # Everything is kept where it is no more than this.
 _TOKENS = 4096  # rows of a layer with a weight
@@ -74,7 +74,7 @@ class Sampler:
         self._uses += 1
         self._fits &= self._uses == 1
         drawn = self._draw_finite(*inputs) if self._fits else None
-        shapes = [part.shape[1:2] + part.shape[3:] for part in drawn or ()]
+        shapes = [tuple(part.shape[1:2] + part.shape[3:]) for part in drawn or ()]
         if drawn is None or any(not part.numel() for part in drawn) or (self._parts and shapes != self._shapes):
             self._fits, self._parts = False, []
             return
@@ -92,12 +92,8 @@ class Sampler:
         """Return the batch's part of the sample; None for inputs that do not fit."""
         if isinstance(self.operator, QuantMatMul):
             return self._draw_matrices(self.operator, *inputs)
-        x = inputs[0]
-        if isinstance(self.operator, QuantConv2d):
-            x = _patches(self.operator, x)
-            if x is None:
-                return None
-        elif not isinstance(self.operator, QuantLinear) or x.dim() < 2:
+        x = _patches(self.operator, inputs[0]) if isinstance(self.operator, QuantConv2d) else inputs[0]
+        if x is None or x.dim() < 2:
             return None
         x = x.flatten(0, -2)
         return (x[self._places(len(x), _TOKENS)].float()[None, None],)

@@ -114,7 +114,8 @@ class OutputScore:
 
 def _multiply(error: Tensor, factor: Tensor) -> Tensor:
     """Return the products E×H×K×n×m of E×H×K×n×C and E×H×C×m."""
-    return (error.flatten(2, 3) @ factor).unflatten(2, error.shape[2:4])
+    product = error.flatten(2, 3) @ factor
+    return product.reshape(*error.shape[:4], product.shape[-1])
 
 
 class LowRankScore:

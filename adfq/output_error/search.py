@@ -25,10 +25,8 @@ _SURVIVORS = 16
 _CHILDREN = 8
 _FINALISTS = 8
 
-#: Number of survivors of AdaLog's search for base and scale, and of the scales that each of them has.
-_PAIRS, _PAIR_CHILDREN = 32, 4
-
-_STEPS = 5  # of that search
+#: Survivors of AdaLog's search for base and scale, scales that each of them has, steps.
+_PAIRS, _PAIR_CHILDREN, _PAIR_STEPS = 32, 4, 5
 
 
 def errors_of(operand: Operand, score: Score, candidates: Tensor) -> Tensor:
@@ -239,7 +237,7 @@ def _search_log(tokens: LogOperand, scores: Scores, inner: Tensor, whole: Tensor
         return torch.stack((moved, pairs[:, None, :, 1].expand_as(moved)), -1).flatten(0, 1)
 
     pairs = torch.cartesian_prod(survivors[:, 0, 1], scales).flip(-1)[:, None]
-    choose(tokens, scores, pairs, refine, _STEPS)
+    choose(tokens, scores, pairs, refine, _PAIR_STEPS)
 
 
 def _width_grid(operand: Operand, zero_points: int, settings: Settings) -> tuple[Tensor, Tensor]:

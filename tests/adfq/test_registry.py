@@ -22,12 +22,14 @@ from adfq.errors import NotApplicableError
 from adfq.method import FullPrecision, Method, Run
 from adfq.reconstruction import OptimizingMethod
 from adfq.sites import Network, Recipe, sites_of
+from baselines.adalog import AdaLog
 from baselines.base_ptq import BasePTQ
 from baselines.ptq4vit import PTQ4ViT
 from baselines.repq_vit import RepQViT
 
 CLASSES = {
     "full_precision": FullPrecision,
+    "adalog": AdaLog,
     "adfq_vit": ADFQViT,
     "base_ptq": BasePTQ,
     "ptq4vit": PTQ4ViT,
@@ -45,7 +47,7 @@ def test_names_lead_to_classes_and_back() -> None:
 
 
 def test_a_method_tells_what_it_is_before_it_runs() -> None:
-    assert [cls.calibration_size for cls in CLASSES.values()] == [0, 1024, 32, 32, 32]
+    assert [cls.calibration_size for cls in CLASSES.values()] == [0, 32, 1024, 32, 32, 32]
     assert {name for name, cls in CLASSES.items() if issubclass(cls, OptimizingMethod)} == {"adfq_vit"}
     assert ADFQViT.paper == "arXiv 2407.02763"
     assert list(PTQ4ViT.options()) == ["search", "rounds", "gradient_batch_size", "released"]
@@ -57,7 +59,7 @@ def test_a_method_tells_what_it_is_before_it_runs() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "says"),
     [
-        ("adfq", {}, "unknown method 'adfq'; there are full_precision, adfq_vit"),
+        ("adfq", {}, "unknown method 'adfq'; there are full_precision, adalog"),
         ("base_ptq", {"ranges": "mse"}, "no option 'ranges'; it has range"),
         ("repq_vit", {"range": "mse"}, "no option 'range'; it has none"),
         ("adfq_vit", {"ppoq": "no"}, "ppoq must be true or false, got 'no'"),

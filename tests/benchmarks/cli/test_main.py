@@ -42,7 +42,14 @@ def test_run_prints_one_readable_line(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "methods"]) == 0
-    assert capsys.readouterr().out.split() == ["full_precision", "adfq_vit", "base_ptq", "ptq4vit", "repq_vit"]
+    assert capsys.readouterr().out.split() == [
+        "full_precision",
+        "adalog",
+        "adfq_vit",
+        "base_ptq",
+        "ptq4vit",
+        "repq_vit",
+    ]
     assert main(["list", "tables"]) == 0
     assert capsys.readouterr().out.split() == ["1", "2", "3", "4", "5", "encoders"]
     assert main(["list", "models"]) == 0
