@@ -160,7 +160,7 @@ class Weights(Trained):
         for layer in self.layers:
             quantizer = layer.weight_quantizer
             calibrated = isinstance(quantizer, Quantizer) and quantizer.is_calibrated
-            layer.learned_weight = quantizer(layer.weight) if calibrated else layer.weight
+            layer.learned_weight = quantizer(layer.weight) if calibrated else layer.weight.view_as(layer.weight)
 
     def after(self) -> None:
         """Lower the rate."""

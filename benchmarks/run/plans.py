@@ -122,10 +122,7 @@ def _order(plan: Plan) -> list[Cell]:
 
 
 def _optimizes(cell: Cell) -> bool:
-    from adfq.reconstruction import OptimizingMethod
-
-    method = create_method(cell.method, cell.method_arguments)
-    return isinstance(method, OptimizingMethod) and method.iterations > 0
+    return create_method(cell.method, cell.method_arguments).trained_iterations > 0
 
 
 def read_plan(plan: Plan, store: str | Path) -> list[TableResults]:
