@@ -47,6 +47,7 @@ def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
         "adalog",
         "adfq_vit",
         "base_ptq",
+        "gptq",
         "ptq4vit",
         "repq_vit",
     ]
