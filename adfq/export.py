@@ -31,6 +31,7 @@ from adfq.quantizers import (
     OutlierQuantizer,
     Quantizer,
     ShiftLogQuantizer,
+    ShiftUniformLogQuantizer,
     TwinGeluQuantizer,
     TwinSoftmaxQuantizer,
     UniformQuantizer,
@@ -51,6 +52,7 @@ _REFUSED: Mapping[type[nn.Module], str] = {
     "and an integer product has codes alone, with one scale for each operand",
     ShiftLogQuantizer: "it is shifted by the minimum of what else is in the batch, and powers of a base, shifted, are "
     "no multiples of a step",
+    ShiftUniformLogQuantizer: "powers of two, shifted, are no multiples of a step",
     TwinSoftmaxQuantizer: _GRIDS,
     TwinGeluQuantizer: _GRIDS,
 }

@@ -17,6 +17,9 @@ from adfq.parts import in_parts
 from adfq.statistics import Errors, Histograms, MinMax, Quantiles, Search, Statistic, search_at_once
 
 PERCENTILES = (0.999, 0.9999, 0.99999)
+#: Percentiles of weights in I&S-ViT's released code, and in ERQ's.
+PERCENTILES_9 = (0.97, 0.98, 0.99, 0.995, 0.9995, 0.9997, 0.9999, 0.99995, 0.99999)
+PERCENTILES_10 = (*PERCENTILES_9, 1.0)
 
 
 @dataclass(frozen=True)
@@ -65,15 +68,16 @@ def minmax_search(levels: int) -> Search[Found]:
     return Found(*range_between(lowest, highest, levels), torch.maximum(-lowest, highest))
 
 
-def percentile_search(levels: int) -> Search[Found]:
-    """Search for the range between percentiles 1-p and p with the smallest mean squared error, p of `PERCENTILES`.
+def percentile_search(levels: int, percentiles: Sequence[float] = PERCENTILES) -> Search[Found]:
+    """Search for the range between percentiles 1-p and p with the smallest mean squared error.
 
     The search is that of RepQ-ViT's released code. ADFQ-ViT uses it outside its matrix products.
 
     Args:
         levels: number of codes, 2^bits.
+        percentiles: values of p, in ascending order; by default `PERCENTILES`, RepQ-ViT's.
     """
-    ends = yield from ends_of(PERCENTILES, [1 - p for p in PERCENTILES])
+    ends = yield from ends_of(percentiles, [1 - p for p in percentiles])
     uppers, lowers = ends.upper.result(), ends.lower.result()
     empty = (lowers == 0) & (uppers == 0)
     if empty[-1].any():  # nearly empty rows: the extremes serve
@@ -242,6 +246,8 @@ def _weighted_error(points: Tensor, weights: Tensor | None, candidates: Tensor, 
 RANGES: dict[str, Callable[[int], Search[Found]]] = {
     "minmax": minmax_search,
     "percentile": percentile_search,
+    "percentile9": partial(percentile_search, percentiles=PERCENTILES_9),
+    "percentile10": partial(percentile_search, percentiles=PERCENTILES_10),
     "mse": mse_search,
 }
 

@@ -17,7 +17,7 @@ class BasePTQ(Method):
     """Uniform quantization, per tensor for activations and per output channel for weights; input image at 8 bits.
 
     Attributes:
-        range: the search for the range of a quantizer, ``"percentile"``, ``"minmax"`` or ``"mse"``.
+        range: the search for the range of a quantizer, one of `adfq.ranges.RANGES`.
     """
 
     label = "Base PTQ"

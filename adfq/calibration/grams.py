@@ -29,7 +29,7 @@ _CHUNK = 2**22  # values of the rows that are turned to double precision at once
 
 
 class Gram:
-    """Sums over the rows of a layer's inputs X̂ (N×n), in double precision.
+    """The Gram matrix of a layer's inputs X̂ (N×n) and sums beside it, in double precision.
 
     A convolution's rows are its patches, in the order channel, y, x.
 

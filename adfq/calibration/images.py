@@ -53,6 +53,23 @@ class CalibrationImages:
             image = part.split(1)[0]
             yield image if isinstance(image, Tensor) else image.load()
 
+    def first(self, count: int) -> CalibrationImages:
+        """Return the first images, in the batches that they are in.
+
+        Args:
+            count: number of images; all where there are fewer.
+        """
+        found = CalibrationImages([], self.folder)
+        for batch in self._batches:
+            parts: list[Tensor | Waiting] = []
+            for part in batch:
+                left = count - len(found) - sum(part.shape[0] for part in parts)
+                if left > 0:
+                    parts.append(part.split(left)[0])
+            if parts:
+                found._batches.append(parts)
+        return found
+
     def split(self, size: int) -> CalibrationImages:
         """Return the same images in the same order, in batches of some size whatever the present ones are.
 

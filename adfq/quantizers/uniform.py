@@ -47,7 +47,8 @@ class UniformQuantizer(Quantizer):
             dimension, a weight's output channel. ``"patch"``: those of one token position of a B×N×C or B×H×W×C
             activation, over batch and channels. ``"head"``: those of one head of a B×H×N×d operand of attention (Swin:
             B windows), with a scale of 1×H×1×1.
-        range: search for the range in `adfq.ranges`: ``"minmax"``, the default, ``"percentile"`` or ``"mse"``.
+        range: search for the range in `adfq.ranges`: ``"minmax"``, the default, ``"percentile"``,
+            ``"percentile9"``, ``"percentile10"`` or ``"mse"``.
 
     Attributes:
         scale: float32, as many dimensions as the calibration tensor; none for ``"tensor"``.

@@ -24,7 +24,9 @@ from adfq.reconstruction import OptimizingMethod
 from adfq.sites import Network, Recipe, sites_of
 from baselines.adalog import AdaLog
 from baselines.base_ptq import BasePTQ
+from baselines.erq import ERQ
 from baselines.gptq import GPTQ
+from baselines.iasvit import IASViT
 from baselines.ptq4vit import PTQ4ViT
 from baselines.repq_vit import RepQViT
 
@@ -33,7 +35,9 @@ CLASSES = {
     "adalog": AdaLog,
     "adfq_vit": ADFQViT,
     "base_ptq": BasePTQ,
+    "erq": ERQ,
     "gptq": GPTQ,
+    "iasvit": IASViT,
     "ptq4vit": PTQ4ViT,
     "repq_vit": RepQViT,
 }
@@ -49,7 +53,7 @@ def test_names_lead_to_classes_and_back() -> None:
 
 
 def test_a_method_tells_what_it_is_before_it_runs() -> None:
-    assert [cls.calibration_size for cls in CLASSES.values()] == [0, 32, 1024, 32, 32, 32, 32]
+    assert [cls.calibration_size for cls in CLASSES.values()] == [0, 32, 1024, 32, 32, 32, 1024, 32, 32]
     assert {name for name, cls in CLASSES.items() if issubclass(cls, OptimizingMethod)} == {"adfq_vit"}
     assert ADFQViT.paper == "arXiv 2407.02763"
     assert list(PTQ4ViT.options()) == ["search", "rounds", "gradient_batch_size", "released"]

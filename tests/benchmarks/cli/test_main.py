@@ -47,7 +47,9 @@ def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
         "adalog",
         "adfq_vit",
         "base_ptq",
+        "erq",
         "gptq",
+        "iasvit",
         "ptq4vit",
         "repq_vit",
     ]
