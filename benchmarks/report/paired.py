@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ from benchmarks.run.correct import unpack_correct
 RESAMPLES, CONFIDENCE = 2000, 95
 
 _SEED = 0
-_CHUNK = 2_000_000  # largest number of weights drawn at once
+_CHUNK = 1_000_000  # largest number of images drawn at once
 
 
 class Interval(NamedTuple):
@@ -61,21 +62,27 @@ def resample(correct: NDArray[np.bool_], resamples: int = RESAMPLES) -> NDArray[
     Returns:
         Accuracies in %, resamples × rows; always the same for the same `correct`.
     """
-    rows, seeds, images = correct.shape
-    # Images with equal bits are exchangeable: the number of each kind is drawn instead of each image.
-    kinds, counts = np.unique(correct.reshape(rows * seeds, images), axis=1, return_counts=True)
+    return _resample(np.packbits(correct).tobytes(), correct.shape, resamples)
+
+
+@lru_cache(maxsize=256)  # a report has each table as a page, in Markdown, in LaTeX and in figures
+def _resample(packed: bytes, shape: tuple[int, int, int], resamples: int) -> NDArray[np.float64]:
+    rows, seeds, images = shape
+    correct = np.unpackbits(np.frombuffer(packed, np.uint8), count=rows * seeds * images)
+    # Whole numbers below 2^53: exact, so that equal bits have a difference of exactly 0.
+    bits = correct.reshape(rows * seeds, images).T.astype(float)
     generator = np.random.default_rng(_SEED)
-    drawn_seeds = generator.multinomial(seeds, np.full(seeds, 1 / seeds), resamples).astype(float)
+    drawn_seeds = generator.multinomial(seeds, np.full(seeds, 1 / seeds), resamples)
     hits = np.empty((resamples, rows))
-    step = max(1, _CHUNK // len(counts))
+    step = max(1, _CHUNK // images)
     for start in range(0, resamples, step):
         part = drawn_seeds[start : start + step]
-        drawn = generator.multinomial(images, counts / images, len(part)).astype(float)
-        # Whole numbers below 2^53: exact, so that equal bits have a difference of exactly 0.
-        of_seeds = (drawn @ kinds.T.astype(float)).reshape(len(part), rows, seeds)
-        hits[start : start + step] = np.einsum("brs,bs->br", of_seeds, part)
-    hits *= 100 / (seeds * images)
-    return hits
+        drawn = generator.integers(images, size=(len(part), images)) + images * np.arange(len(part))[:, None]
+        times = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape).astype(float)
+        hits[start : start + step] = np.einsum("brs,bs->br", (times @ bits).reshape(len(part), rows, seeds), part)
+    accuracies: NDArray[np.float64] = 100 * hits / (seeds * images)
+    accuracies.flags.writeable = False
+    return accuracies
 
 
 def interval(accuracies: NDArray[np.float64], others: NDArray[np.float64]) -> Interval:

@@ -276,7 +276,7 @@ def notes(table: Table, frame: pd.DataFrame, summary: pd.DataFrame) -> list[str]
 
     They say images, seeds, cells that failed, have no record or no applicable method, mixed code, † and ‡.
     """
-    remarks = [_measured_on(frame)]
+    remarks = [_measured_on(table, frame)]
     quantized = frame[frame["method"] != FULL_PRECISION]
     seeds = sorted(set(quantized["seed"]))
     if len(seeds) > 1:
@@ -315,14 +315,15 @@ def _meaning_of_bold(summary: pd.DataFrame) -> str:
     )
 
 
-def _measured_on(frame: pd.DataFrame) -> str:
+def _measured_on(table: Table, frame: pd.DataFrame) -> str:
     images = _any_of(frame["images"].dropna().astype(int)) if "images" in frame else "no"
     measured = f"Measured on {images} images of {', '.join(sorted(set(frame['data'])))}"
     quantized = frame[frame["method"] != FULL_PRECISION]
     if not quantized.empty:
         sizes: dict[str, list[str]] = {}
-        for method, group in quantized.groupby("method", sort=False):
-            sizes.setdefault(_calibrated_on(group), []).append(method_label(str(method)))
+        # Rows of a table that tells what they train are methods; elsewhere several rows may be settings of one.
+        for name, group in quantized.groupby("label" if table.training else "method", sort=False):
+            sizes.setdefault(_calibrated_on(group), []).append(str(name) if table.training else method_label(str(name)))
         for_whom = len(sizes) > 1
         measured += ", calibrated on " + " and ".join(
             f"{size} ({', '.join(labels)})" if for_whom else size for size, labels in sizes.items()
