@@ -161,7 +161,7 @@ class _ClippedError(Loss):
         self.inner: list[Tensor] = []
 
     def _percentile(self, original: nn.Module, fraction: float) -> Tensor:
-        """Return a percentile of the positive values behind the original's GELU, on a part of them if there are many."""
+        """Return a percentile of the positive values behind the original's GELU, on a part of many."""
         batches = list(self.unit.batches(torch.arange(len(self.unit.places))))
         found: list[Tensor] = []
         for batch in batches:

@@ -48,6 +48,7 @@ class GPTQ(Method):
 
     label = "GPTQ"
     paper = "arXiv 2210.17323"
+    trains = "weights, in closed form"
 
     inputs: str = "asymmetric"
     order: str = "activation"

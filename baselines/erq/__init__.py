@@ -52,6 +52,7 @@ class ERQ(Method):
 
     label = "ERQ"
     paper = "arXiv 2407.06794"
+    trains = "weights, in closed form"
 
     coe: float = 20000.0
     outlier_share: float = 0.05

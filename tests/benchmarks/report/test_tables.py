@@ -13,6 +13,7 @@ import pytest
 import timm
 
 from adfq import AdfqError, methods
+from adfq.registry import create_method
 from benchmarks.bundled import BUNDLED
 from benchmarks.bundled.classifiers import CLASSIFIERS
 from benchmarks.bundled.detectors import DETECTORS
@@ -475,6 +476,25 @@ def test_training_stands_in_each_row() -> None:
     assert "Method & W/A & Trained & Images & Iterations & Bundled ViT" in render(table, frame, "latex")
     numbers = pd.read_csv(io.StringIO(render(table, frame, "csv"))).set_index("row")
     assert numbers["iterations"].loc[["ppoq", "amo"]].tolist() == [0, 50]
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "trains", "iterations"),
+    [
+        ("base_ptq", {}, "", 0),
+        ("gptq", {}, "weights, in closed form", 0),
+        ("erq", {}, "weights, in closed form", 0),
+        ("adalog", {}, "", 0),
+        ("adalog", {"reconstruct": True, "iterations": 7}, "roundings, step sizes", 7),
+        ("aphq_vit", {"iterations": 7, "mlp_iterations": 5}, "weights of MLPs, roundings, step sizes", 12),
+        ("aphq_vit", {"iterations": 7, "relu": False}, "roundings, step sizes", 7),
+        ("qdrop", {"iterations": 0}, "", 0),
+        ("fima_q", {"iterations": 7, "step_learning_rate": 0.0}, "roundings", 7),
+    ],
+)
+def test_methods_say_what_they_train(method: str, options: dict[str, Any], trains: str, iterations: int) -> None:
+    made = create_method(method, options)
+    assert (made.trains, made.trained_iterations) == (trains, iterations)
 
 
 def test_latex_is_escaped_booktabs(full: Table) -> None:
