@@ -110,7 +110,7 @@ class GPTQ(Method):
         columns = layer.weight.detach().flatten(1).double().T[order]
         codes = torch.empty_like(columns)
         codes[order] = round_columns(columns, grid, inverse, correction)
-        return quantizer.decode(codes.T.reshape(layer.weight.shape).to(torch.uint8)).to(layer.weight.dtype)
+        return quantizer.decode(codes.T.contiguous().view(layer.weight.shape).to(torch.uint8)).to(layer.weight.dtype)
 
 
 class _Grid(NamedTuple):
