@@ -143,6 +143,7 @@ def reconstruct_mlps(network: Network, teacher: Network, run: Run, bits: Bits, o
         units=lambda _: names,
         mix_probability=0.0,
         keeps_all=True,
+        stage="mlps.",
     )
     settings = OptimizerOptions(options.mlp_iterations, options.optimize_batch_size, autocast=options.autocast)
     results = optimize_units(network, run, settings, composition, teacher)

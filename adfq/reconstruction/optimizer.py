@@ -59,6 +59,8 @@ class Composition:
         keeps_all: True keeps the optimized state whatever its error.
         straight_through: False lets no gradient through activation quantizers.
         replacement: True draws batches with replacement.
+        stage: prefix of the names of finished units' files, where a method has several reconstructions; empty by
+            default.
     """
 
     losses: Callable[[Unit], Sequence[Loss]]
@@ -69,6 +71,7 @@ class Composition:
     keeps_all: bool = False
     straight_through: bool = True
     replacement: bool = False
+    stage: str = ""
 
 
 def roundings_and_steps(options: RoundingOptions, products: bool = True) -> Callable[[Unit], Sequence[Trained]]:
@@ -142,16 +145,18 @@ def optimize_units(
         sizes = run.images.sizes, options.optimize_batch_size
         unit = Unit(network, name, examples, places, *sizes, run.images.folder, rest, images.sizes)
         unit.set_targets(source, list(sites_of(teacher.model, name)))
-        known = finished.restore(name)
+        known = finished.restore(composition.stage + name)
         if known is None:
             results[name] = Reconstruction(unit, options, composition).run(progress.update)
-            finished.keep(name, unit.state(), asdict(results[name]))
+            finished.keep(composition.stage + name, unit.state(), asdict(results[name]))
         else:
             unit.load_state(known[0])
             results[name] = Result(**known[1])
         progress.set_postfix_str(f"error {results[name].before:.3g} → {results[name].after:.3g}")
 
-    with progress_bar("optimizing modules", len(names) * options.iterations) as progress, torch.no_grad():
+    steps = len(names) * options.iterations
+    # The caller draws the same numbers afterwards, whether units were optimized or restored.
+    with progress_bar("optimizing modules", steps) as progress, torch.no_grad(), torch.random.fork_rng():
         for parts in zip(*(walk.parts() for walk in walks), strict=True):
             for name, seed in zip(names, seeds, strict=True):
                 if name not in results and is_within(name, parts[0].name):
@@ -190,6 +195,7 @@ class Reconstruction:
             done: called after each iteration.
         """
         self.unit.calibrate()
+        self.prepare()
         calibrated, before = self.unit.state(), self.error()
         self.optimize(done)
         after = self.error()
@@ -198,14 +204,17 @@ class Reconstruction:
             self.unit.load_state(calibrated)
         return Result(before, after, kept)
 
+    def prepare(self) -> None:
+        """Set what is trained in the calibrated unit."""
+        self.trained = [part for part in self.composition.trained(self.unit) if part]
+
     def optimize(self, done: Callable[[], object]) -> None:
-        """Optimize the calibrated unit.
+        """Optimize the prepared unit.
 
         Args:
             done: called after each iteration.
         """
         with self._differentiable():
-            self.trained = [part for part in self.composition.trained(self.unit) if part]
             best = self._iterate(done) if self.trained else None
             self.settle()
             for part in self.trained:

@@ -243,6 +243,7 @@ def test_no_step_size_is_learned_faster_than_a_hundredth_of_itself(make_vit: Any
     parts = reconstruct(make_vit(), make_images(4), "blocks.0.mlp", iterations=1, step_learning_rate=1.0)
     before = {name: quantizer.scale.clone() for name, quantizer in parts.unit.quantizers.items()}
     with torch.no_grad():
+        parts.prepare()
         parts.optimize(lambda: None)
     for name, quantizer in parts.unit.quantizers.items():
         change = (quantizer.scale - before[name]).abs() / before[name].mean()
@@ -310,6 +311,7 @@ def test_released_learns_no_steps_of_matrix_products(make_vit: Any, make_images:
     parts = reconstruct(make_vit(), make_images(4), "blocks.0.attn", released=True, iterations=3)
     before = {name: quantizer.scale.clone() for name, quantizer in parts.unit.quantizers.items()}
     with torch.no_grad():
+        parts.prepare()
         parts.optimize(lambda: None)
     moved = {
         name for name, quantizer in parts.unit.quantizers.items() if not torch.equal(quantizer.scale, before[name])
@@ -359,6 +361,7 @@ def test_held_back_images_decide_when_to_stop_and_what_is_kept(
     monkeypatch.setattr(parts, "error", error)
     done: list[int] = []
     with torch.no_grad():
+        parts.prepare()
         parts.optimize(lambda: done.append(1))
     assert len(done) == 25 + 4 * 5
     assert all(torch.equal(tensor, states[1][key]) for key, tensor in parts.unit.state().items())
