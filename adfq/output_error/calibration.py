@@ -53,6 +53,9 @@ def calibrate_by_output_error(network: Network, run: Run, bits: Bits, settings: 
         AdfqError: for a site that the model does not use; the message names it. For a full disk.
         NonFiniteError: for weights or activations that hold NaN or infinity; the message names the layer.
     """
+    for name, layer in network.weight_layers():
+        if not torch.isfinite(layer.weight).all():
+            raise NonFiniteError(f"{name}.weight: values are not finite (NaN or infinity)")
     network.attach(settings.recipe(bits))
     groups = norms_with_readers(network, POST_NORM_ROLES)
     operators = dict(operators_of(network.model))
@@ -125,7 +128,6 @@ def _search(operator: _Operator, sample: Sample, settings: Settings) -> None:
         _set(operator.right_quantizer, right, right.shape)
         return
     (values,) = sample.values
-    _check_finite(operator.weight)
     rows = operator.weight.detach().float().flatten(1)[None, None]
     in_full_precision = not isinstance(operator.input_quantizer, Quantizer)
     weight = _operand(rows, operator.weight_quantizer, (1, 1, rows.shape[2], 1), settings.ends and in_full_precision)
@@ -158,11 +160,6 @@ def _replace_logarithmic(layer: QuantWeightLayer, values: Tensor) -> None:
     quantizer = layer.input_quantizer
     if isinstance(quantizer, AdaLogQuantizer) and (float(values.min()) < -_LOBE or float(values.max()) <= 0):
         layer.input_quantizer = UniformQuantizer(quantizer.bits, range="percentile")
-
-
-def _check_finite(weight: Tensor) -> None:
-    if not torch.isfinite(weight).all():
-        raise NonFiniteError("weights are not finite (NaN or infinity)")
 
 
 def _attach_plain(name: str, operator: _Operator, bits: Bits) -> None:

@@ -22,7 +22,7 @@ _ENTRIES = 8  # images or windows in a coarse sample
 _FINE_ENTRIES = 128  # in a fine one
 _OTHERS = 96  # rows of the other operand in a coarse sample
 _EXACT_PRODUCT = 2**22  # multiplications for a candidate; weights with more are tried by a score of low rank first
-_RANK = 48
+_RANK = 32
 
 _SMALLEST = 1e-15
 
@@ -88,8 +88,10 @@ class Operand:
             candidates: scale and zero point of each group, K×G×2.
         """
         scale, zero_point = (part.reshape(-1, *self.shape).movedim(0, 2) for part in candidates.unbind(-1))
-        codes = torch.div(values[:, :, None], scale).round_().add_(zero_point).clamp_(0, self.levels - 1)
-        return codes.sub_(zero_point).mul_(scale)
+        steps = torch.div(values[:, :, None], scale).round_()
+        # Two passes fewer than codes, and half the time of clamp with tensors.
+        torch.minimum(steps, self.levels - 1 - zero_point, out=steps)
+        return torch.maximum(steps, -zero_point, out=steps).mul_(scale)
 
     def set(self, candidate: Tensor) -> None:
         """Set scale and zero point, and quantize the values.

@@ -53,15 +53,18 @@ def groups_of(values: Tensor, shape: Shape) -> Tensor:
     return values.permute(*kept, *reduced).reshape(groups, -1)
 
 
-def by_group(squares: Tensor, shape: Shape) -> Tensor:
-    """Return sums over groups, K×G.
-
-    Args:
-        squares: E×H×K×n×C.
-        shape: shape of the groups.
-    """
+def _sum(values: Tensor, shape: Shape) -> Tensor:
+    """Return the sums over groups of some shape, K×G from E×H×K×n×C."""
     reduced = [place for place, size in zip((0, 1, 3, 4), shape, strict=True) if size == 1]
-    return squares.sum(reduced, keepdim=True).movedim(2, 0).flatten(1)
+    return values.sum(reduced, keepdim=True).movedim(2, 0).flatten(1)
+
+
+def _sum_of_squares(values: Tensor, shape: Shape) -> Tensor:
+    """Return the sums of squares over groups of some shape, K×G from E×H×K×n×C; values may be overwritten."""
+    if shape[-1] > 1:
+        return _sum(values.square_(), shape)
+    # The norm takes one pass, and half the time of squares and their sum.
+    return _sum(torch.linalg.vector_norm(values, dim=-1, keepdim=True).square_(), shape)
 
 
 class SelfScore:
@@ -77,7 +80,7 @@ class SelfScore:
 
     def __call__(self, quantized: Tensor) -> Tensor:
         """Return the error of each group, see `Score`."""
-        return by_group(quantized.sub_(self.values[:, :, None]).square_(), self.shape)
+        return _sum_of_squares(quantized.sub_(self.values[:, :, None]), self.shape)
 
 
 class OutputScore:
@@ -109,7 +112,7 @@ class OutputScore:
         """Return the error of each group, see `Score`."""
         error = quantized.sub_(self.values[:, :, None])
         output = _multiply(error, self.factor).add_(self.cross[:, :, None])
-        return by_group(output.square_() if self.squared else output.mul_(error), self.shape)
+        return _sum_of_squares(output, self.shape) if self.squared else _sum(output.mul_(error), self.shape)
 
 
 def _multiply(error: Tensor, factor: Tensor) -> Tensor:
@@ -137,8 +140,8 @@ class LowRankScore:
     def __call__(self, quantized: Tensor) -> Tensor:
         """Return the error of each group, see `Score`."""
         error = quantized.sub_(self.values[:, :, None])
-        squares = by_group(_multiply(error, self.factor).square_(), self.shape)
-        return squares + by_group(torch.addcmul(self.cross[:, :, None], error, self.rest).mul_(error), self.shape)
+        squares = _sum_of_squares(_multiply(error, self.factor), self.shape)
+        return squares + _sum(torch.addcmul(self.cross[:, :, None], error, self.rest).mul_(error), self.shape)
 
 
 def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:

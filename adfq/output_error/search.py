@@ -23,7 +23,7 @@ _AT_ONCE = 2**17  # values that are quantized at once
 
 _SURVIVORS = 16
 _CHILDREN = 8
-_FINALISTS = 8
+_FINALISTS = 8  # the best of a grid, which are scored on the fine sample; half as many of each step of a refinement
 
 #: Survivors of AdaLog's search for base and scale, scales that each of them has, steps.
 _PAIRS, _PAIR_CHILDREN, _PAIR_STEPS = 32, 4, 5
@@ -72,24 +72,18 @@ def choose(
         refine: function from candidates, their errors and the number of the step to the next candidates.
         steps: number of refinements; 0, the default, for none.
     """
+    count = 1 if scores.fine is scores.coarse else _FINALISTS // 2 if steps else _FINALISTS
     errors = errors_of(operand, scores.coarse, candidates)
-    finalists = _best(candidates, errors, _FINALISTS)
-    best, least = _best(candidates, errors, 1), errors.amin(0, keepdim=True)
+    finalists = [_best(candidates, errors, count)]
     for step in range(steps):
         assert refine is not None
         candidates = refine(candidates, errors, step)
         errors = errors_of(operand, scores.coarse, candidates)
-        finalists = _best(candidates, errors, _FINALISTS)
-        found = errors.amin(0, keepdim=True)
-        best = torch.where((found < least)[..., None], finalists[:1], best)
-        least = torch.minimum(least, found)
-    if scores.fine is not scores.coarse:
-        best = torch.cat([best, finalists])
+        finalists.append(_best(candidates, errors, count))
     if operand.present is not None:
-        best = torch.cat([best, operand.present[None]])
-    if len(best) > 1:
-        best = _best(best, errors_of(operand, scores.fine, best), 1)
-    operand.set(best[0])
+        finalists.append(operand.present[None])
+    pool = torch.cat(finalists)
+    operand.set(_best(pool, errors_of(operand, scores.fine, pool), 1)[0] if len(pool) > 1 else pool[0])
 
 
 def choose_width(operand: Operand, scores: Scores, grid: tuple[Tensor, Tensor], steps: int) -> None:
