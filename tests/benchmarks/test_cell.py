@@ -70,7 +70,7 @@ def test_the_id_is_stable_and_tells_configurations_apart() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"method": "unknown"}, "there are full_precision, adfq_vit, base_ptq"),
+        ({"method": "unknown"}, "there are full_precision, adalog, adfq_vit"),
         ({"method": "base_ptq", "bits": "4"}, "write W4A4"),
         ({"method": "base_ptq", "bits": "W4A9"}, "from 2 to 8"),
         ({"method": "base_ptq", "method_arguments": (("colour", 1),)}, "it has range"),

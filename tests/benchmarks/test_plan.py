@@ -109,7 +109,7 @@ def test_one_seed_unless_those_of_committed_results_are_asked_for() -> None:
 
 def test_the_methods_of_the_paper_and_settings_of_small_models_are_in_one_place() -> None:
     texts = {path.stem: path.read_text(encoding="utf-8") for path in TABLES.glob("*.toml")}
-    for text in ('"base_ptq"', "rounding_learning_rate = 4e-2", "iterations = 50"):
+    for text in ('"base_ptq", "ptq4vit"', "rounding_learning_rate = 4e-2", "iterations = 50"):
         assert [name for name, content in texts.items() if text in content] == ["defaults"]
     assert "defaults" not in table_names()
     arguments = {
@@ -147,7 +147,7 @@ def test_a_cell_takes_as_much_memory_as_the_largest_table_says(tmp_path: Path) -
         (["2"], {"data": "nowhere"}, "there are no data in nowhere"),
         (["1"], {"checkpoints": "nowhere"}, "there is no nowhere/bundled_vit.safetensors"),
         (["1"], {"models": ["vgg"]}, "unknown model 'vgg'; there are bundled_vit, bundled_swin"),
-        (["1"], {"methods": ["magic"]}, "unknown method 'magic'; there are full_precision, adfq_vit"),
+        (["1"], {"methods": ["magic"]}, "unknown method 'magic'; there are full_precision, adalog"),
         (["1"], {"also": ["magic"]}, "unknown method 'magic'"),
         (["1"], {"bits": ["W9A9"]}, "from 2 to 8"),
         (["2"], {"task_arguments": {"class_map": "names.txt"}}, "detection has no --class-map"),

@@ -114,6 +114,16 @@ def test_published_numbers_belong_to_models_of_the_table(name: str) -> None:
     assert len(references) == len(table.models) * len(table.metrics)  # each is held against full_precision_tolerance
 
 
+def test_every_new_row_of_the_field_has_a_published_number() -> None:
+    table = load_table("field", "full")
+    published = published_numbers(table)
+    keys = {row.key for row in table.rows}
+    assert keys <= {"base_ptq", "ptq4vit", *published["row"]}
+    at_3_bits = set(published[published["bits"] == "W3/A3"]["row"])
+    assert at_3_bits == {"qdrop", "iasvit", "adalog", "adalog_reconstructed", "aphq_vit", "fima_q"}
+    assert {row.method for row in load_table("1", "full").rows} == {"base_ptq", "ptq4vit", "repq_vit", "adfq_vit"}
+
+
 def test_published_numbers_are_read_as_written() -> None:
     numbers = published_numbers(load_table("1", "full"))
     row = numbers[(numbers["model"] == "deit_tiny") & (numbers["row"] == "repq_vit") & (numbers["bits"] == "W4/A4")]
