@@ -32,7 +32,7 @@ from adfq.sites import Network, check_weights, sites_of
 from adfq.transforms.relu import substitute_relu, substituted
 
 FORMAT = 1
-_FORMAT_RELU = 2  # of files whose model has ReLU in the place of GELU, which earlier versions would overlook
+_FORMAT_RELU = 2  # the format for ReLU in the place of GELU, which earlier versions would overlook
 
 # The file's metadata has one entry, the header as JSON; its first field is SHA-256 over the whole file with zeros in
 # the digest's place. More entries would come in any order, so that the same model would give different files.

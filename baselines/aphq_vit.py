@@ -42,7 +42,8 @@ class APHQViT(RoundingMethod):
     MLPs of two linear layers get ReLU in the place of GELU, and are trained in full precision to give the original
     one's outputs, also where the activation is clipped (section "MLP reconstruction"). Uniform quantizers, per head in
     matrix products, are searched for each layer's output. Blocks are reconstructed with an error that is weighted by
-    each element's importance, mixed inputs and dropped quantization.
+    each element's importance, mixed inputs and dropped quantization. With 0 iterations of blocks the model is
+    calibrated alone, and keeps GELU.
 
     The importance is the diagonal of the Fisher information, which the paper's average perturbation Hessian stands for.
     The released code adds the same ε to all channels, which LayerNorm takes out again: its importance is rounding
@@ -82,13 +83,13 @@ class APHQViT(RoundingMethod):
     @property
     def trains(self) -> str:
         """Weights of MLPs beside roundings and step sizes; see `adfq.method.Method.trains`."""
-        mlps = "weights of MLPs" if self.relu and self.mlp_iterations else ""
+        mlps = "weights of MLPs" if self.relu and self.mlp_iterations and self.iterations else ""
         return ", ".join(filter(None, (mlps, super().trains)))
 
     @property
     def trained_iterations(self) -> int:
         """Iterations of an MLP and of its block together."""
-        return self.iterations + (self.mlp_iterations if self.relu else 0)
+        return self.iterations + (self.mlp_iterations if self.relu and self.iterations else 0)
 
     def recipe(self, bits: Bits) -> Recipe:
         """Return the quantizer of each site role."""
@@ -100,7 +101,7 @@ class APHQViT(RoundingMethod):
     def apply(self, network: Network, run: Run, bits: Bits) -> None:
         """Quantize a network in place; see `adfq.method.Method.apply`."""
         teacher = copy.deepcopy(network)
-        if self.relu:
+        if self.relu and self.iterations:
             reconstruct_mlps(network, teacher, run, bits, self)
         calibrate_by_output_error(network, run, bits, self._settings())
         if self.iterations:

@@ -32,8 +32,8 @@ class FIMAQ(RoundingMethod):
     """FIMA-Q: calibration by output errors, block reconstruction by a diagonal and low-rank Fisher information.
 
     The calibration is that of APHQ-ViT, with GELU kept. Step sizes are then learned for each token, and in matrix
-    products for each head and token; zero points stay shared. Where images have several sizes, and so a unit's outputs,
-    the loss is the squared error.
+    products for each head and token; zero points stay shared. For images of several sizes, and so outputs of several
+    shapes, the loss is the squared error.
 
     Attributes:
         rank: number of pairs that make up the Fisher information (`adfq.reconstruction.fisher.LowRankFisher`).

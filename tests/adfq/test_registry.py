@@ -23,22 +23,28 @@ from adfq.method import FullPrecision, Method, Run
 from adfq.reconstruction import OptimizingMethod
 from adfq.sites import Network, Recipe, sites_of
 from baselines.adalog import AdaLog
+from baselines.aphq_vit import APHQViT
 from baselines.base_ptq import BasePTQ
 from baselines.erq import ERQ
+from baselines.fima_q import FIMAQ
 from baselines.gptq import GPTQ
 from baselines.iasvit import IASViT
 from baselines.ptq4vit import PTQ4ViT
+from baselines.qdrop import QDrop
 from baselines.repq_vit import RepQViT
 
 CLASSES = {
     "full_precision": FullPrecision,
     "adalog": AdaLog,
     "adfq_vit": ADFQViT,
+    "aphq_vit": APHQViT,
     "base_ptq": BasePTQ,
     "erq": ERQ,
+    "fima_q": FIMAQ,
     "gptq": GPTQ,
     "iasvit": IASViT,
     "ptq4vit": PTQ4ViT,
+    "qdrop": QDrop,
     "repq_vit": RepQViT,
 }
 
@@ -53,8 +59,11 @@ def test_names_lead_to_classes_and_back() -> None:
 
 
 def test_a_method_tells_what_it_is_before_it_runs() -> None:
-    assert [cls.calibration_size for cls in CLASSES.values()] == [0, 32, 1024, 32, 32, 32, 1024, 32, 32]
-    assert {name for name, cls in CLASSES.items() if issubclass(cls, OptimizingMethod)} == {"adfq_vit"}
+    assert [cls.calibration_size for cls in CLASSES.values() if cls.calibration_size != 32] == [0, *[1024] * 5]
+    optimizing = {name for name, cls in CLASSES.items() if issubclass(cls, OptimizingMethod)}
+    assert optimizing == {"adalog", "adfq_vit", "aphq_vit", "fima_q", "iasvit", "qdrop"}
+    assert {name for name, cls in CLASSES.items() if cls().trained_iterations} == optimizing - {"adalog"}
+    assert AdaLog(reconstruct=True).trains == "roundings, step sizes"
     assert ADFQViT.paper == "arXiv 2407.02763"
     assert list(PTQ4ViT.options()) == ["search", "rounds", "gradient_batch_size", "released"]
     assert list(ADFQViT.options())[:2] == ["qkv_threshold", "fc1_threshold"]

@@ -46,15 +46,18 @@ def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
         "full_precision",
         "adalog",
         "adfq_vit",
+        "aphq_vit",
         "base_ptq",
         "erq",
+        "fima_q",
         "gptq",
         "iasvit",
         "ptq4vit",
+        "qdrop",
         "repq_vit",
     ]
     assert main(["list", "tables"]) == 0
-    assert capsys.readouterr().out.split() == ["1", "2", "3", "4", "5", "encoders"]
+    assert capsys.readouterr().out.split() == ["1", "2", "3", "4", "5", "encoders", "field"]
     assert main(["list", "models"]) == 0
     assert {"bundled_vit", "bundled_swin", "deit_tiny_patch16_224"} <= set(capsys.readouterr().out.split())
 
