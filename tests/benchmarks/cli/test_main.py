@@ -160,7 +160,7 @@ def test_a_description_is_of_the_options_given(capsys: pytest.CaptureFixture[str
     [
         ([], "required: run|quantize|export|describe|table|"),
         (["run", "classification", "--data", "bundled"], "required: --model, --method"),
-        ([*RUN, "--method", "magic"], "unknown method 'magic'; there are full_precision, adfq_vit"),
+        ([*RUN, "--method", "magic"], "unknown method 'magic'; there are full_precision, adalog"),
         ([*RUN, "--method", "base_ptq", "--bits", "W1A4"], "bits must be a whole number from 2 to 8"),
         ([*RUN, "--method", "base_ptq", "--bits", "four"], "cannot read bits 'four'; write W4A4"),
         ([*RUN, "--method", "base_ptq", "--method-arg", "range"], "'range' is not KEY=VALUE"),
@@ -174,7 +174,7 @@ def test_a_description_is_of_the_options_given(capsys: pytest.CaptureFixture[str
         ([*RUN, "--method", "base_ptq", "--device", "abacus"], "cannot use device"),
         ([*RUN, "--method", "base_ptq", "--checkpoint", "missing.pth"], "there is no checkpoint missing.pth"),
         (DESCRIBE, "required: --method (see adfq describe --help)"),
-        ([*DESCRIBE, "--method", "magic"], "unknown method 'magic'; there are full_precision, adfq_vit"),
+        ([*DESCRIBE, "--method", "magic"], "unknown method 'magic'; there are full_precision, adalog"),
         ([*DESCRIBE, "--method", "base_ptq", "--bits", "W4A9"], "bits must be a whole number from 2 to 8"),
         ([*DESCRIBE, "--method", "base_ptq", "--method-arg", "iterations=0"], "base_ptq has no option 'iterations'"),
         ([*DESCRIBE, "--method", "base_ptq", "--format", "latex"], "argument --format: invalid choice: 'latex'"),
