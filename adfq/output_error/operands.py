@@ -14,7 +14,7 @@ from adfq.quantizers.adalog import BASES
 
 # Sizes of samples, in values. Every candidate is tried on the coarse sample and the best on the fine one. Operands up
 # to the exact size are not sampled. A group has at least an eighth.
-_EXACT = 2**17
+_EXACT = 2**16
 _COARSE = 2**16
 _FINE = 2**19
 

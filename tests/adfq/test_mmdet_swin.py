@@ -219,7 +219,7 @@ def test_every_method_quantizes_every_detector(
     left = [
         name for name, layer in quantized.named_modules() if isinstance(layer, QuantWeightLayer) and not _has(layer)
     ]
-    assert left == (["backbone.patch_embed.projection"] if method in ("erq", "iasvit", "ptq4vit") else [])
+    assert left == (["backbone.patch_embed.projection"] if method in ("adalog", "erq", "iasvit", "ptq4vit") else [])
 
 
 def _has(layer: QuantWeightLayer) -> bool:
