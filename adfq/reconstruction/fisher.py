@@ -154,7 +154,8 @@ class WeightedError(Loss):
         """Return the weighted error; see `Loss.error`."""
         index = next(i for i, examples in enumerate(self.unit.examples) if examples is batch.examples)
         error = (output.float() - self.unit.targets(batch).float()).square()
-        return (error.unflatten(0, (len(batch.chosen), -1)) * self.importance[index]).mean()
+        weighted: Tensor = error.unflatten(0, (len(batch.chosen), -1)) * self.importance[index]
+        return weighted.mean()
 
 
 class LowRankFisher(Loss):

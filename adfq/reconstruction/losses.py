@@ -79,8 +79,8 @@ def divergence(output: Tensor, target: Tensor, temperature: float = 1.0) -> Tens
         target: logits of full precision, B×K.
         temperature: τ; 1 by default.
     """
-    logs = [(logits.float() / temperature).log_softmax(-1) for logits in (output, target)]
-    return nn.functional.kl_div(*logs, reduction="batchmean", log_target=True)
+    found, wanted = ((logits.float() / temperature).log_softmax(-1) for logits in (output, target))
+    return nn.functional.kl_div(found, wanted, reduction="batchmean", log_target=True)
 
 
 class AttentionScores(Loss):

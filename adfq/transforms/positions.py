@@ -31,6 +31,7 @@ def spread_scales(network: Network, images: CalibrationImages) -> None:
             if not isinstance(quantizer, UniformQuantizer) or len(found) != 1:
                 continue
             (shape,) = found
+            wanted: tuple[int, ...]
             if isinstance(site.operator, QuantMatMul):
                 transposed = site.attribute == "right_quantizer" and not site.operator.transpose_right
                 wanted = (1, shape[1], 1, shape[3]) if transposed else (1, shape[1], shape[2], 1)
