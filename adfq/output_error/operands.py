@@ -15,8 +15,8 @@ from adfq.quantizers.adalog import BASES
 # Sizes of samples, in values. Every candidate is tried on the coarse sample and the best on the fine one. Operands up
 # to the exact size are not sampled. A group has at least an eighth.
 _EXACT = 2**16
-_COARSE = 2**16
-_FINE = 2**19
+_COARSE = 2**14
+_FINE = 2**17
 
 _ENTRIES = 8  # images or windows in a coarse sample
 _FINE_ENTRIES = 128  # in a fine one
