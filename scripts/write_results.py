@@ -1,4 +1,4 @@
-"""Writer of docs/results.md, docs/encoders.md and docs/accuracy.png from results/: python scripts/write_results.py.
+"""Writer of docs/results.md and other pages, and of pictures, from results/: python scripts/write_results.py.
 
 Every number in a table of the pages comes from a record, or from a file of scripts/explain_encoders.py. The prose is
 scripts/*.md.jinja.
@@ -16,15 +16,17 @@ import pandas as pd
 from adfq.errors import AdfqError
 from adfq.registry import method_label
 from benchmarks.bundled import BUNDLED
-from benchmarks.plan import RECORDED, Selection, make_plan
+from benchmarks.plan import RECORDED, Selection, Table, load_table, make_plan
 from benchmarks.report.figures import style
 from benchmarks.report.figures.accuracy_bits import Panel, collect_panels, plot_accuracy_bits
-from benchmarks.report.tables import summarize
+from benchmarks.report.figures.accuracy_cost import plot_accuracy_cost
+from benchmarks.report.tables import published_numbers, summarize
+from benchmarks.run.console import markdown_table
 from benchmarks.run.plans import TableResults, read_plan, read_records
 
 ROOT = Path(__file__).resolve().parents[1]
 STORES = ROOT / "results"  # a folder for each profile
-PAGES = ("results", "encoders", "memory")
+PAGES = ("results", "field", "encoders", "memory")
 
 
 def write_page(name: str) -> str:
@@ -43,6 +45,8 @@ def write_page(name: str) -> str:
             "ranges": _tabulate_ranges(),
             "facts": _collect_facts(),
         }
+    if name == "field":
+        given |= {"published": _tabulate_published}
     if name == "memory":
         given |= _tabulate_memory()
     return environment.get_template(f"{name}.md.jinja").render(**given)
@@ -65,6 +69,32 @@ def digest_picture(panels: list[Panel]) -> str:
     columns = ["label", "bits", "mean", "std"]
     text = "".join(panel.title + panel.rows[columns].to_csv(index=False, float_format="%.4f") for panel in panels)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def collect_costs() -> tuple[Table, pd.DataFrame]:
+    """Return table field and its summary, which docs/field-cost.png shows."""
+    (results,) = _read(["field"])
+    return results.table, summarize(results.table, results.to_frame())
+
+
+def digest_costs(summary: pd.DataFrame) -> str:
+    """Return a digest of every number in docs/field-cost.png."""
+    columns = ["label", "bits", "model", "mean", "std", "calibration_seconds"]
+    return hashlib.sha256(summary[columns].to_csv(index=False, float_format="%.4f").encode()).hexdigest()
+
+
+def _tabulate_published(bits: str) -> str:
+    """Return the published numbers of table field's methods at a bit-width as Markdown."""
+    table = load_table("field", "full")
+    numbers = published_numbers(table).query("bits == @bits")
+    marks = numbers["evidence"].map({"seen": "", "quoted": "†"})
+    texts = numbers.assign(text=numbers["value"].map("{:.2f}".format) + marks).pivot(
+        index="row", columns="model", values="text"
+    )
+    labels = {row.key: row.label for row in table.rows if row.key in texts.index}
+    wide = texts.loc[list(labels), [model.key for model in table.models]].fillna("–")
+    wide = wide.set_axis([model.label for model in table.models], axis=1).rename(labels).rename_axis("Method")
+    return markdown_table(wide.reset_index())
 
 
 def _tabulate_sensitivity(bits: str) -> str:
@@ -177,6 +207,9 @@ def main() -> None:
     panels = collect_picture()
     metadata = {"Description": digest_picture(panels)}
     style.save(plot_accuracy_bits(panels), ROOT / "docs" / "accuracy.png", metadata=metadata)
+    table, summary = collect_costs()
+    metadata = {"Description": digest_costs(summary)}
+    style.save(plot_accuracy_cost(table, summary, ["calibration"]), ROOT / "docs" / "field-cost.png", metadata=metadata)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def script() -> dict[str, Any]:
     return runpy.run_path(str(ROOT / "scripts" / "write_results.py"))
 
 
-@pytest.mark.parametrize("name", ["results", "encoders"])
+@pytest.mark.parametrize("name", ["results", "field", "encoders"])
 def test_a_page_is_written_from_the_records(script: dict[str, Any], name: str) -> None:
     page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
     assert script["write_page"](name) == page, "run scripts/write_results.py"
@@ -31,6 +31,12 @@ def test_the_picture_is_drawn_from_the_records(script: dict[str, Any]) -> None:
     panels = script["collect_picture"]()
     with Image.open(ROOT / "docs" / "accuracy.png") as picture:
         assert picture.info["Description"] == script["digest_picture"](panels), "run scripts/write_results.py"
+
+
+def test_the_picture_of_costs_is_drawn_from_the_records(script: dict[str, Any]) -> None:
+    _, summary = script["collect_costs"]()
+    with Image.open(ROOT / "docs" / "field-cost.png") as picture:
+        assert picture.info["Description"] == script["digest_costs"](summary), "run scripts/write_results.py"
 
 
 def test_another_number_is_another_picture(script: dict[str, Any]) -> None:
