@@ -185,3 +185,39 @@ def test_it_beats_plain_quantization(make_vit: MakeModel, make_images: MakeImage
         distance(adfq.quantize(model, method, 4, 4, images)(images), expected) for method in ("adalog", "base_ptq")
     )
     assert ours < 0.8 * plain
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [4, 6])
+@torch.no_grad()
+def test_golden_error_after_reconstruction(bits: int, make_vit: MakeModel, load_golden: LoadGolden) -> None:
+    vectors = load_golden("adalog_e2e_vit_31.npz")
+    model = load_state(make_vit(), base := load_golden("repq_e2e_vit_21.npz"))
+    method = AdaLog(reconstruct=True, iterations=300, optimize_batch_size=16, released_grid=True)
+    errors = []
+    for seed in range(3):  # other random numbers move an error by up to 20 %
+        quantized = adfq.quantize(model, method, bits, bits, base["calib"], seed)
+        errors += [distance(quantized(base[images]), model(base[images])) for images in ("test", "calib")]
+    assert sum(errors) / 3 <= 1.15 * float(vectors[f"error_w{bits}a{bits}_blocks"].sum())
+
+
+def test_reconstruction_has_exact_powers_only_while_it_lasts(
+    make_vit: MakeModel, make_images: MakeImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import baselines.adalog
+
+    seen: list[bool] = []
+    optimize = baselines.adalog.optimize_units
+
+    def look(network: Network, *arguments: Any) -> Any:
+        seen.extend(module.training_form for module in network.model.modules() if isinstance(module, AdaLogQuantizer))
+        return optimize(network, *arguments)
+
+    monkeypatch.setattr(baselines.adalog, "optimize_units", look)
+    method = AdaLog(reconstruct=True, iterations=2, optimize_batch_size=4, rounds=1)
+    quantized = adfq.quantize(make_vit(), method, 4, 4, make_images(4))
+    found = [module for module in quantized.modules() if isinstance(module, AdaLogQuantizer)]
+    assert len(seen) == len(found) > 0
+    assert all(seen)
+    assert all(module.folded and not module.training_form for module in found)
+    assert AdaLog().trained_iterations == 0
