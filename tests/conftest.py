@@ -99,9 +99,10 @@ def _seeded() -> Iterator[None]:
 def quick() -> Mapping[str, dict[str, Any]]:
     """Options, by method, with which quantizing a small model takes no time.
 
-    ADFQ-ViT's optimization takes minutes; test_reconstruction.py is about it, other tests do without.
+    Optimizations take minutes; tests/adfq/reconstruction and those of each method are about them, others do without.
     """
-    return defaultdict(dict, adfq_vit={"iterations": 0}, ptq4vit={"rounds": 1}, adalog={"rounds": 1})
+    optimizing = {key: {"iterations": 0} for key in ("adfq_vit", "aphq_vit", "fima_q", "iasvit", "qdrop")}
+    return defaultdict(dict, optimizing, ptq4vit={"rounds": 1}, adalog={"rounds": 1})
 
 
 @pytest.fixture(scope="session")

@@ -34,7 +34,7 @@ from adfq.registry import find_method
 from baselines.ptq4vit import PTQ4ViT
 from benchmarks import plan
 from benchmarks.cli import main as cli
-from benchmarks.cli.figure import pictures, results
+from benchmarks.cli.figure import pictures
 from benchmarks.plan import Selection, Table
 from benchmarks.tasks import coco
 from benchmarks.tasks.packages import PACKAGES, PREFIX, find_package_file
@@ -200,7 +200,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         rows = [*table.rows[:1], *(table.rows[-1:] if selection.also else [])]
         return replace(table, models=[model], rows=rows, bits=table.bits[:1], seeds=table.seeds[:1])
 
-    for module in (plan, pictures, results):
+    for module in (plan, pictures):
         monkeypatch.setattr(module, "choose_part", smaller)
     monkeypatch.syspath_prepend(str(_as_installed(tmp_path)))
 

@@ -27,6 +27,15 @@ MODELS = [
 ]
 
 
+#: Options on the command line with which full-size models take no hours.
+_QUICK = {
+    **{key: ["iterations=1", "optimize_batch_size=1"] for key in ("adfq_vit", "fima_q", "iasvit", "qdrop")},
+    "aphq_vit": ["iterations=1", "mlp_iterations=1", "optimize_batch_size=1"],
+    "adalog": ["rounds=1"],
+    "ptq4vit": ["rounds=1"],
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_every_method_quantizes_and_runs(name: str, quick: Mapping[str, dict[str, Any]]) -> None:
@@ -54,7 +63,7 @@ def test_every_method_quantizes_a_detector_on_real_images(
     state = build_detector(open_config("mask_rcnn_swin_tiny")).state_dict()
     torch.save({"meta": {"epoch": 36}, "state_dict": state}, tmp_path / "mask_rcnn_swin_tiny.pth")
     model = ["--model", "mask_rcnn_swin_tiny", "--checkpoint", str(tmp_path / "mask_rcnn_swin_tiny.pth")]
-    options = {"adfq_vit": ["iterations=2", "optimize_batch_size=1"], "ptq4vit": ["rounds=1"]}.get(method)
+    options = _QUICK.get(method)
     command = ["run", "detection", *model, "--data", str(real_data / "coco"), "--method", method, "--bits", "W4A4"]
     further = ["--calibration-size", "1", "--limit", "1", *(["--method-arg", *options] if options else [])]
     assert main([*command, *further, "--json"]) == 0
@@ -76,10 +85,7 @@ def test_every_method_quantizes_sam_on_a_real_image(
     torch.manual_seed(0)
     torch.save(sam_model_registry["vit_b"]().state_dict(), tmp_path / "vit_b.pth")
     model = ["--model", "vit_b", "--checkpoint", str(tmp_path / "vit_b.pth"), "--data", str(real_data / "coco")]
-    options = {
-        "adfq_vit": ["iterations=1", "optimize_batch_size=1"],
-        "ptq4vit": ["rounds=1"],
-    }.get(method)
+    options = _QUICK.get(method)
     further = ["--calibration-size", "1", "--limit", "1", *(["--method-arg", *options] if options else [])]
     assert main(["run", "segmentation", *model, "--method", method, *further, "--json"]) == 0
     metrics = json.loads(capsys.readouterr().out)["metrics"]

@@ -125,6 +125,9 @@ def _configs() -> dict[str, Any]:
 
 KINDS = list(_configs())
 
+#: Methods that leave the input image in full precision.
+WITHOUT_IMAGE = ("adalog", "aphq_vit", "erq", "fima_q", "iasvit", "ptq4vit")
+
 
 def draw(*size: int) -> Tensor:
     return torch.randn(2, 3, *(size or SIZE), generator=torch.Generator().manual_seed(1))
@@ -219,7 +222,7 @@ def test_every_method_quantizes_every_detector(
     left = [
         name for name, layer in quantized.named_modules() if isinstance(layer, QuantWeightLayer) and not _has(layer)
     ]
-    assert left == (["backbone.patch_embed.projection"] if method in ("adalog", "erq", "iasvit", "ptq4vit") else [])
+    assert left == (["backbone.patch_embed.projection"] if method in WITHOUT_IMAGE else [])
 
 
 def _has(layer: QuantWeightLayer) -> bool:

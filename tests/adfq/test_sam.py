@@ -227,7 +227,9 @@ def test_every_method_quantizes_every_sam(sam: nn.Module, method: str, quick: Ma
         if isinstance(layer, QuantWeightLayer)
         and nn.Identity in (type(layer.input_quantizer), type(layer.weight_quantizer))
     ]
-    assert len(left) == (method in ("adalog", "erq", "iasvit", "ptq4vit"))  # which leave the input image alone
+    assert len(left) == (
+        method in ("adalog", "aphq_vit", "erq", "fima_q", "iasvit", "ptq4vit")
+    )  # which leave the input image alone
     matmuls = [module for module in quantized.modules() if isinstance(module, QuantMatMul)]
     assert all(matmul.left_quantizer.is_calibrated and matmul.right_quantizer.is_calibrated for matmul in matmuls)
 
