@@ -336,7 +336,7 @@ def test_an_unknown_option_lists_those_that_exist(
         ({"qkv_threshold": 0}, "threshold"),
         ({"log_base": 1}, "base"),
         ({"shift": "never"}, "dynamic, static"),
-        ({"method": "base_ptq", "range": "entropy"}, "minmax, percentile, mse"),
+        ({"method": "base_ptq", "range": "entropy"}, "minmax, percentile, percentile9, percentile10, mse"),
     ],
 )
 def test_options_out_of_range(options: dict[str, Any], says: str, make_vit: MakeModel, make_images: MakeImages) -> None:

@@ -483,7 +483,9 @@ CODES = "blocks.0.mlp.fc1.codes"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (set_field("format", 2), "written in format 2; this version of adfq reads format 1"),
+        (set_field("format", 3), "written in format 3; this version of adfq reads formats 1 and 2"),
+        (set_field("relu", ["blocks.0.attn"]), "blocks.0.attn is no MLP with a GELU"),
+        (set_field("relu", "blocks.0.mlp"), "no usable 'relu'"),
         (set_field("format", None), "written in format None"),
         (set_field("seed", "0"), "no usable 'seed'"),
         (set_field("method", 3), "no usable 'method'"),

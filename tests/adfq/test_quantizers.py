@@ -225,7 +225,7 @@ def test_a_granularity_that_does_not_fit_the_shape(granularity: str, shape: tupl
     ("make", "says"),
     [
         (lambda: UniformQuantizer(4, "token"), "tensor, channel, row, patch"),
-        (lambda: UniformQuantizer(4, range="entropy"), "minmax, percentile, mse"),
+        (lambda: UniformQuantizer(4, range="entropy"), "minmax, percentile, percentile9, percentile10, mse"),
         (lambda: ShiftLogQuantizer(4, shift="frozen"), "dynamic, static"),
         (lambda: LogQuantizer(4, 1.0), "base"),
         (lambda: LogQuantizer(4, 3.0), "must be 2 or √2"),
