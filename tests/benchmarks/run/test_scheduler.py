@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from adfq import AdfqError, NonFiniteError, reconstruction
+from adfq import AdfqError, NonFiniteError
 from adfq.errors import NotApplicableError
+from adfq.reconstruction.optimizer import Reconstruction
 from benchmarks.cell import Cell
 from benchmarks.run import measuring, provenance, runner
 from benchmarks.run.console import warn
@@ -303,16 +304,16 @@ def test_an_interrupted_optimization_goes_on_within_its_cell(
     subject: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[str] = []
-    original = reconstruction._Reconstruction.run
+    original = Reconstruction.run
 
     def run_module(self: Any, done: Any) -> Any:
         if len(ran) == 2:
             raise KeyboardInterrupt
-        ran.append(type(self.module).__name__)
+        ran.append(type(self.unit.module).__name__)
         return original(self, done)
 
     with monkeypatch.context() as patch:
-        patch.setattr(reconstruction._Reconstruction, "run", run_module)
+        patch.setattr(Reconstruction, "run", run_module)
         with pytest.raises(KeyboardInterrupt):
             run([adfq_cell()], tmp_path)
         (unfinished,) = (tmp_path / "unfinished").iterdir()
