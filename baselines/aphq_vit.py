@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from adfq.reconstruction import (
     roundings_and_steps,
 )
 from adfq.reconstruction.fisher import Normalized, WeightedError, fisher_diagonal
+from adfq.reconstruction.unit import size_index
 from adfq.sites import Network, Recipe
 from adfq.transforms.relu import gelu_mlps, linears_of, substitute_relu
 
@@ -96,7 +97,7 @@ class APHQViT(RoundingMethod):
         return self._settings().recipe(bits)
 
     def _settings(self) -> Settings:
-        return Settings(**{**asdict(APHQ), "released_grid": self.released_grid})
+        return replace(APHQ, released_grid=self.released_grid)
 
     def apply(self, network: Network, run: Run, bits: Bits) -> None:
         """Quantize a network in place; see `adfq.method.Method.apply`."""
@@ -187,10 +188,9 @@ class _ClippedError(Loss):
 
     def error(self, output: Tensor, batch: Batch) -> Tensor:
         """Return the weighted error; see `Loss.error`."""
-        index = next(i for i, examples in enumerate(self.unit.examples) if examples is batch.examples)
         shape = (len(batch.chosen), -1)
         output, target = (values.float().unflatten(0, shape) for values in (output, self.unit.targets(batch)))
-        return mlp_error(output, target, self.importance[index])
+        return mlp_error(output, target, self.importance[size_index(self.unit, batch)])
 
 
 def normalized(importance: Tensor) -> Tensor:

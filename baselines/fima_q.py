@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
@@ -65,7 +65,7 @@ class FIMAQ(RoundingMethod):
         return self._settings().recipe(bits)
 
     def _settings(self) -> Settings:
-        return Settings(**{**asdict(APHQ), "released_grid": self.released_grid})
+        return replace(APHQ, released_grid=self.released_grid)
 
     def apply(self, network: Network, run: Run, bits: Bits) -> None:
         """Quantize a network in place; see `adfq.method.Method.apply`."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from adfq.reconstruction.losses import Loss, divergence
-from adfq.reconstruction.unit import Batch, Unit
+from adfq.reconstruction.unit import Batch, Unit, size_index
 
 _ROUNDING = 1e-6  # a spread below this share of the values is that of rounding
 
@@ -70,7 +70,7 @@ def fisher_diagonal(unit: Unit, temperature: float, labels: int) -> list[Tensor]
     totals = [torch.zeros(examples.targets.shape[1:], device=unit.device) for examples in unit.examples]
     for index, batch in unit.rest_batches():
         leaf = unit.targets(batch).float().requires_grad_()
-        total = totals[next(i for i, examples in enumerate(unit.examples) if examples is batch.examples)]
+        total = totals[size_index(unit, batch)]
         with torch.enable_grad():
             outputs = _tensors(unit.rest(index, leaf.to(batch.examples.targets.dtype)))
         for function, weights in _log_probabilities(outputs, temperature, labels):
@@ -152,9 +152,8 @@ class WeightedError(Loss):
 
     def error(self, output: Tensor, batch: Batch) -> Tensor:
         """Return the weighted error; see `Loss.error`."""
-        index = next(i for i, examples in enumerate(self.unit.examples) if examples is batch.examples)
         error = (output.float() - self.unit.targets(batch).float()).square()
-        weighted: Tensor = error.unflatten(0, (len(batch.chosen), -1)) * self.importance[index]
+        weighted: Tensor = error.unflatten(0, (len(batch.chosen), -1)) * self.importance[size_index(self.unit, batch)]
         return weighted.mean()
 
 

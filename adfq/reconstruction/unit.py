@@ -42,6 +42,16 @@ class Batch(NamedTuple):
     chosen: Tensor
 
 
+def size_index(unit: Unit, batch: Batch) -> int:
+    """Return the index of a batch's examples among those of its unit.
+
+    Args:
+        unit: the unit.
+        batch: some of its images.
+    """
+    return next(index for index, examples in enumerate(unit.examples) if examples is batch.examples)
+
+
 class Unit:
     """Part of a network that is reconstructed by itself, with inputs and targets of all images on the host.
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from adfq.calibration import CalibrationImages
 from adfq.layers import QuantMatMul, QuantWeightLayer
 from adfq.quantizers import UniformQuantizer
-from adfq.sites import Network, sites_of
+from adfq.sites import Network, Site, sites_of
 
 
 def spread_scales(network: Network, images: CalibrationImages) -> None:
@@ -20,26 +20,29 @@ def spread_scales(network: Network, images: CalibrationImages) -> None:
         network: network with calibrated quantizers.
         images: calibration images.
     """
-    for name in network.blocks:
-        sites = [site for site in sites_of(network.model, name) if not site.is_weight]
-        layers = [site.operator for site in sites if isinstance(site.operator, QuantWeightLayer)]
-        if not all(layer.fixed_positions for layer in layers):
+    sites = [site for name in network.blocks for site in _sites_with_fixed_positions(network, name)]
+    shapes = _shapes(network, {site.name: quantizer for site in sites if (quantizer := site.quantizer)}, images)
+    for site in sites:
+        quantizer, found = site.quantizer, shapes.get(site.name, set())
+        if not isinstance(quantizer, UniformQuantizer) or len(found) != 1:
             continue
-        shapes = _shapes(network, {site.name: quantizer for site in sites if (quantizer := site.quantizer)}, images)
-        for site in sites:
-            quantizer, found = site.quantizer, shapes.get(site.name, set())
-            if not isinstance(quantizer, UniformQuantizer) or len(found) != 1:
-                continue
-            (shape,) = found
-            wanted: tuple[int, ...]
-            if isinstance(site.operator, QuantMatMul):
-                transposed = site.attribute == "right_quantizer" and not site.operator.transpose_right
-                wanted = (1, shape[1], 1, shape[3]) if transposed else (1, shape[1], shape[2], 1)
-            elif len(shape) == 3:
-                wanted = (1, shape[1], 1)
-            else:
-                continue
-            quantizer.scale = quantizer.scale.expand(wanted).clone()
+        (shape,) = found
+        wanted: tuple[int, ...]
+        if isinstance(site.operator, QuantMatMul):
+            transposed = site.attribute == "right_quantizer" and not site.operator.transpose_right
+            wanted = (1, shape[1], 1, shape[3]) if transposed else (1, shape[1], shape[2], 1)
+        elif len(shape) == 3:
+            wanted = (1, shape[1], 1)
+        else:
+            continue
+        quantizer.scale = quantizer.scale.expand(wanted).clone()
+
+
+def _sites_with_fixed_positions(network: Network, block: str) -> list[Site]:
+    """Return the activations of a block; none if token positions of one of its layers differ between images."""
+    sites = [site for site in sites_of(network.model, block) if not site.is_weight]
+    layers = [site.operator for site in sites if isinstance(site.operator, QuantWeightLayer)]
+    return sites if all(layer.fixed_positions for layer in layers) else []
 
 
 def _shapes(
