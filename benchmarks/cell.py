@@ -106,9 +106,13 @@ class Cell:
             **more: other fields of the cell.
 
         Raises:
-            AdfqError: for an unknown method, an unknown option of the method, unreadable bits, and a calibration batch
-                that is not a whole number of images from 1.
+            AdfqError: for an unknown method, an unknown option of the method, unreadable bits, a calibration batch that
+                is not a whole number of images from 1, and a table of keys as an argument.
         """
+        for name in ("model_arguments", "method_arguments", "preprocessing"):
+            if name in more:
+                more[name] = _freeze(more[name])
+        task_arguments = _freeze(task_arguments)
         files = {name: value for name, value in task_arguments if is_path(value)}
         if is_config_file(model):
             files["model"] = model
@@ -157,6 +161,17 @@ class Cell:
     def id(self) -> str:
         """Sixteen hexadecimal digits that stay the same as long as the configuration does."""
         return identify(self.config)
+
+
+def _freeze(arguments: Arguments) -> Arguments:
+    """Return arguments with tuples in place of the lists that TOML and command lines have."""
+
+    def freeze(name: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            raise AdfqError(f"{name} must be a number, a text or a list of these, got {value!r}")
+        return tuple(freeze(name, part) for part in value) if isinstance(value, list | tuple) else value
+
+    return tuple((name, freeze(name, value)) for name, value in arguments)
 
 
 def identify(config: dict[str, Any]) -> str:

@@ -42,6 +42,12 @@ def test_smaller_batches_are_experiments_of_their_own() -> None:
     assert {cell.in_full_precision for cell in cells} == {Cell.create(method="full_precision", **FIELDS)}
 
 
+@pytest.mark.parametrize("name", ["model_arguments", "preprocessing", "task_arguments"])
+def test_lists_are_values_as_tuples_are(name: str) -> None:
+    one, other = (Cell.create(method="base_ptq", **FIELDS, **{name: (("x", x),)}) for x in ([1, [2]], (1, (2,))))
+    assert {one: 1}[other]
+
+
 @pytest.mark.usefixtures("methods_read_once")
 def test_committed_records_are_found() -> None:
     files = list((Path(__file__).parents[2] / "results").glob("*/records/*.json"))
@@ -75,6 +81,7 @@ def test_the_id_is_stable_and_tells_configurations_apart() -> None:
         ({"method": "base_ptq", "bits": "W4A9"}, "from 2 to 8"),
         ({"method": "base_ptq", "method_arguments": (("colour", 1),)}, "it has range"),
         ({"method": "full_precision", "method_arguments": (("range", "mse"),)}, "it has none"),
+        ({"method": "base_ptq", "model_arguments": (("a", {"b": 1}),)}, "a must be a number, a text or a list"),
         ({"method": "base_ptq", "calibration_batch_size": 0}, "whole number of at least 1, got 0"),
         ({"method": "base_ptq", "calibration_batch_size": "4"}, "whole number of at least 1, got '4'"),
     ],

@@ -247,6 +247,11 @@ def test_a_table_that_ships_is_named_by_number_or_word() -> None:
     assert first_table("encoders") == named
 
 
+def test_a_models_preprocessing_may_have_lists(tmp_path: Path) -> None:
+    (full_precision, *_) = make_plan([write(tmp_path, f"{OWN}\npreprocessing = {{ mean = [0.5, 0.5, 0.5] }}")]).cells
+    assert full_precision.preprocessing == (("mean", (0.5, 0.5, 0.5)),)
+
+
 def test_profiles_of_a_file(tmp_path: Path) -> None:
     text = OWN + '[profiles.bundled]\nbits = ["W3/A3"]\n[profiles.quick]\nbits = ["W8/A8"]\n'
     file = write(tmp_path, text)
