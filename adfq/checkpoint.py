@@ -30,9 +30,13 @@ from adfq.quantizers import Quantizer
 from adfq.registry import find_method
 from adfq.sites import Network, check_weights, sites_of
 from adfq.transforms.relu import substitute_relu, substituted
+from adfq.transforms.streams import map_norm, mapped_norms
 
 FORMAT = 1
 _FORMAT_RELU = 2  # the format for ReLU in the place of GELU, which earlier versions would overlook
+_FORMAT_MAPS = 3  # the same for norms with a map behind them
+_FORMATS = (FORMAT, _FORMAT_RELU, _FORMAT_MAPS)
+_CHANGES = {"relu": substitute_relu, "maps": map_norm}  # fields with names of modules that a method has exchanged
 
 # The file's metadata has one entry, the header as JSON; its first field is SHA-256 over the whole file with zeros in
 # the digest's place. More entries would come in any order, so that the same model would give different files.
@@ -140,9 +144,10 @@ def _write(model: nn.Module, quantization: Quantization, notes: Mapping[str, Any
         if codes is not None:
             del tensors[f"{name}.weight"]
             tensors[f"{name}.codes"] = codes
+    substitutes, maps = substituted(model), mapped_norms(model)
     header = {
         "sha256": _NO_DIGEST,
-        "format": _FORMAT_RELU if (substitutes := substituted(model)) else FORMAT,
+        "format": _FORMAT_MAPS if maps else _FORMAT_RELU if substitutes else FORMAT,
         "method": quantization.method,
         "bits": str(quantization.bits),
         "options": quantization.options,
@@ -159,8 +164,7 @@ def _write(model: nn.Module, quantization: Quantization, notes: Mapping[str, Any
         },
         "versions": {package: version(package) for package in ("adfq", "torch", "timm")},
     }
-    if substitutes:
-        header["relu"] = substitutes
+    header |= {field: names for field, names in (("relu", substitutes), ("maps", maps)) if names}
     try:
         text = json.dumps(header)
     except (TypeError, ValueError) as error:
@@ -254,8 +258,9 @@ def _rebuild(content: bytes) -> nn.Module:
         raise AdfqError(f"its header names the dtype {header['dtype']!r}; there are {', '.join(_DTYPES)}")
     with torch.random.fork_rng():
         model = adapt(create(architecture).eval()).model
-    for name in header.get("relu", ()):
-        substitute_relu(model, name)
+    for field, exchange in _CHANGES.items():
+        for name in header.get(field, ()):
+            exchange(model, name)
     model.to(_DTYPES[header["dtype"]])  # masks and other tensors that are not in the file too
     _attach(model, header["quantizers"], method)
     _load_tensors(model, tensors)
@@ -286,10 +291,12 @@ def _read(content: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise AdfqError("not written by adfq.save") from None
     if hashlib.sha256(_exchange_digest(content, str(digest), _NO_DIGEST)).hexdigest() != digest:
         raise AdfqError("damaged or altered: its content does not have the digest in its header")
-    if header.get("format") not in (FORMAT, _FORMAT_RELU):
-        known = f"{FORMAT} and {_FORMAT_RELU}"
+    if header.get("format") not in _FORMATS:
+        known = ", ".join(map(str, _FORMATS))
         raise AdfqError(f"written in format {header.get('format')!r}; this version of adfq reads formats {known}")
-    _check_types(header, _FIELDS | ({"relu": list} if "relu" in header else {}), "header")
+    _check_types(header, _FIELDS | {field: list for field in _CHANGES if field in header}, "header")
+    if not all(isinstance(name, str) for field in _CHANGES for name in header.get(field, ())):
+        raise AdfqError("its header names no modules where it should")
     return header, tensors
 
 

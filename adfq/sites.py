@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from adfq.errors import AdfqError
 from adfq.layers import QuantMatMul, QuantWeightLayer
 from adfq.quantizers import Quantizer
+from adfq.streams import Heads, Stream
 
 #: The parts that a tensor plays in a transformer. A layer's name stands for its input and its weight; the four
 #: operands of attention's two matrix products have names of their own.
@@ -187,6 +188,9 @@ class Network:
             of `trunk_outputs`. Calibration in batches goes from one to the next (`adfq.calibration.walk`).
         trunk_outputs: names of modules of the trunk, beside the last, whose outputs are read behind the trunk.
         forward_all: takes images through every layer; None where that is the model itself.
+        streams: residual streams that can be rotated (`adfq.transforms.rotation`).
+        heads: attentions whose heads can be rotated.
+        unrotated: by the name of a part with another stream, or other heads, the reason why these cannot be rotated.
     """
 
     model: nn.Module
@@ -198,6 +202,9 @@ class Network:
     trunk_outputs: tuple[str, ...] = ()
     forward_all: Callable[[Tensor], Any] | None = None
     excluded: tuple[str, ...] = ()
+    streams: tuple[Stream, ...] = ()
+    heads: tuple[Heads, ...] = ()
+    unrotated: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def blocks(self) -> tuple[str, ...]:

@@ -3,37 +3,28 @@
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-
-import torch
-from torch import Tensor, nn
 
 from adfq.bits import Bits
 from adfq.errors import AdfqError
 from adfq.method import Run
 from adfq.output_error import APHQ, Settings, calibrate_by_output_error
 from adfq.reconstruction import (
-    Batch,
     Composition,
     Divergence,
     Loss,
     OptimizerOptions,
     RoundingMethod,
     Unit,
-    Weights,
     optimize_units,
     roundings_and_steps,
 )
 from adfq.reconstruction.fisher import Normalized, WeightedError, fisher_diagonal
-from adfq.reconstruction.unit import size_index
+from adfq.reconstruction.mlps import reconstruct_mlps
 from adfq.sites import Network, Recipe
-from adfq.transforms.relu import gelu_mlps, linears_of, substitute_relu
 
 _TEMPERATURE = 20.0
-_VALUES = 2**22  # behind GELU, on which a percentile is taken
 
 
 @dataclass(frozen=True)
@@ -103,7 +94,15 @@ class APHQViT(RoundingMethod):
         """Quantize a network in place; see `adfq.method.Method.apply`."""
         teacher = copy.deepcopy(network)
         if self.relu and self.iterations:
-            reconstruct_mlps(network, teacher, run, bits, self)
+            reconstruct_mlps(
+                network,
+                teacher,
+                run,
+                OptimizerOptions(self.mlp_iterations, self.optimize_batch_size, autocast=self.autocast),
+                self.mlp_learning_rate,
+                0.99 if bits.activation <= 3 else 0.98,
+                lambda unit: fisher_diagonal(unit, _TEMPERATURE, self.labels),
+            )
         calibrate_by_output_error(network, run, bits, self._settings())
         if self.iterations:
             composition = Composition(
@@ -120,119 +119,3 @@ class APHQViT(RoundingMethod):
             return [Normalized(Divergence(unit))]
         importance = [found.pow(self.power) for found in fisher_diagonal(unit, _TEMPERATURE, self.labels)]
         return [Normalized(WeightedError(unit, importance))]
-
-
-def reconstruct_mlps(network: Network, teacher: Network, run: Run, bits: Bits, options: APHQViT) -> None:
-    """Put ReLU in the place of GELU, and train each MLP to give the original one's outputs on the original's inputs.
-
-    Args:
-        network: network without quantizers, changed in place.
-        teacher: a copy of it, which stays as it is.
-        run: calibration images, and the folder to resume from.
-        bits: bit-widths; at 3 bits and below activations are clipped at the 99th percentile of the values above 0, else
-            at the 98th.
-        options: iterations, learning rate, batch size, labels.
-    """
-    names = gelu_mlps(network)
-    for name in names:
-        substitute_relu(network.model, name)
-    if not options.mlp_iterations or not names:
-        return
-    fraction = 0.99 if bits.activation <= 3 else 0.98
-    composition = Composition(
-        losses=lambda unit: [_ClippedError(unit, teacher, fraction, options)],
-        trained=lambda unit: [Weights(unit, options.mlp_learning_rate, options.mlp_iterations)],
-        units=lambda _: names,
-        mix_probability=0.0,
-        keeps_all=True,
-        stage="mlps.",
-    )
-    settings = OptimizerOptions(options.mlp_iterations, options.optimize_batch_size, autocast=options.autocast)
-    results = optimize_units(network, run, settings, composition, teacher)
-    run.report["mlps"] = {name: asdict(result) for name, result in results.items()}
-
-
-class _ClippedError(Loss):
-    """The weighted error of an MLP's output, and twice that with its inner activation clipped from above."""
-
-    def __init__(self, unit: Unit, teacher: Network, fraction: float, options: APHQViT) -> None:
-        super().__init__(unit)
-        importance = fisher_diagonal(unit, _TEMPERATURE, options.labels)
-        self.importance = [normalized(found) for found in importance]
-        self.bound = self._percentile(teacher.model.get_submodule(unit.name), fraction)
-        self.last = linears_of(unit.module)[1]
-        self.inner: list[Tensor] = []
-
-    def _percentile(self, original: nn.Module, fraction: float) -> Tensor:
-        """Return a percentile of the positive values behind the original's GELU, on a part of many."""
-        batches = list(self.unit.batches(torch.arange(len(self.unit.places))))
-        found: list[Tensor] = []
-        for batch in batches:
-            arguments, keywords = batch.examples.arguments(self.unit.rows(batch.examples.inputs, batch.chosen))
-            with _input_of(linears_of(original)[1]) as inner:
-                original.forward(*arguments, **keywords)
-            values = inner.pop().flatten()
-            found.append(values[:: -(-values.numel() * len(batches) // _VALUES)])
-        return positive_percentile(torch.cat(found), fraction)
-
-    @contextmanager
-    def watching(self, batch: Batch) -> Iterator[None]:
-        """Collect the inner activation; see `Loss.watching`."""
-        with _input_of(self.last) as self.inner:
-            yield
-
-    def __call__(self, output: Tensor, batch: Batch) -> Tensor:
-        """Return the loss of the pass that was watched; see `Loss.__call__`."""
-        clipped = self.last(self.inner.pop().clamp(max=self.bound))
-        return self.error(output, batch) + 2 * self.error(clipped, batch)
-
-    def error(self, output: Tensor, batch: Batch) -> Tensor:
-        """Return the weighted error; see `Loss.error`."""
-        shape = (len(batch.chosen), -1)
-        output, target = (values.float().unflatten(0, shape) for values in (output, self.unit.targets(batch)))
-        return mlp_error(output, target, self.importance[size_index(self.unit, batch)])
-
-
-def normalized(importance: Tensor) -> Tensor:
-    """Return an importance in parts of its root mean square.
-
-    Args:
-        importance: any shape.
-    """
-    size = importance.square().mean().sqrt()
-    return importance / size if size > 0 else torch.ones_like(importance)
-
-
-def mlp_error(output: Tensor, target: Tensor, importance: Tensor) -> Tensor:
-    """Return a tenth of the weighted squared error, summed over tokens, mean over images and channels.
-
-    Args:
-        output: B×…×C, tokens between.
-        target: its output in full precision.
-        importance: …×C.
-    """
-    return ((output - target).square() * importance).flatten(1, -2).sum(1).mean() / 10
-
-
-def positive_percentile(values: Tensor, fraction: float) -> Tensor:
-    """Return the smallest value that so large a part of the values above 0 does not exceed; infinity without these.
-
-    Args:
-        values: any shape.
-        fraction: the part, 0 to 1.
-    """
-    positive = values[values > 0]
-    if not positive.numel():
-        return values.new_tensor(torch.inf)
-    return positive.kthvalue(math.ceil(fraction * positive.numel())).values
-
-
-@contextmanager
-def _input_of(layer: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect the inputs of a layer inside the block."""
-    found: list[Tensor] = []
-    hook = layer.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
-    try:
-        yield found
-    finally:
-        hook.remove()

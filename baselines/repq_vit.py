@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from functools import partial
 
 from adfq.bits import Bits
-from adfq.calibration import calibrate_activations, quantize_weights
 from adfq.method import Method, Run
 from adfq.quantizers import LogQuantizer, UniformQuantizer
-from adfq.sites import POST_NORM_ROLES, Network, Recipe
-from adfq.transforms.reparameterization import norms_with_readers, reparameterize
+from adfq.sites import Network, Recipe
+from adfq.transforms.reparameterization import calibrate_reparameterized
 
 
 @dataclass(frozen=True)
@@ -39,13 +38,5 @@ class RepQViT(Method):
     def apply(self, network: Network, run: Run, bits: Bits) -> None:
         """Quantize a network in place; see `adfq.method.Method.apply`."""
         network.attach(self.recipe(bits))
-        groups = norms_with_readers(network, POST_NORM_ROLES)
-        readers = [layer for group in groups for layer in group.layers]
-        for layer in readers:
-            layer.input_quantizer = UniformQuantizer(bits.activation, "channel", "percentile")
-        quantize_weights(network)
-        calibrate_activations(network, run.images)
-        for group in groups:
-            reparameterize(*group)
-        for layer in readers:
-            layer.find_weight_range()
+        by_channel = partial(UniformQuantizer, bits.activation, "channel", "percentile")
+        calibrate_reparameterized(network, run.images, by_channel)

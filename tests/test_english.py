@@ -32,9 +32,9 @@ VERBS = set(
     merge minimize move multiply name normalize note number observe offer open optimize order pack pad paint pair parse
     pass pick place plan plot predict prepare prevent print profile prune put quantize raise read rebuild record reduce
     refuse register remove render reparameterize repeat replace report require rescale reset resolve restore return
-    reuse round run sample save say scale score search segment select send serialize set share shift show silence skip
-    sort split start stop store strip submit sum switch take tell time trace train translate try turn unpack update use
-    validate wait warn weigh wrap write yield
+    reuse rotate round run sample save say scale score search segment select send serialize set share shift show silence
+    skip sort split start stop store strip submit sum switch take tell time trace train translate try turn unpack update
+    use validate wait warn weigh wrap write yield
     """,
     )
 )

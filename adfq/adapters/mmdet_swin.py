@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from adfq.adapters import Architecture, pair, qualified_name, replace, replace_attention
 from adfq.adapters.mmcv_ops import provide_mmcv_ops
 from adfq.adapters.multihead_attention import QuantMultiheadAttention, can_replace
-from adfq.adapters.window_attention import QuantWindowAttention
+from adfq.adapters.window_attention import QuantWindowAttention, heads_of_windows
 from adfq.errors import AdfqError
 from adfq.plain import check_plain, keeps_forward
 from adfq.sites import Network
@@ -150,7 +150,14 @@ def _adapt_backbone(model: nn.Module, prefix: str) -> Network:
     stages: Any = model.get_submodule(f"{prefix}stages")
     ends = [f"{prefix}stages.{index}.blocks.{len(stage.blocks) - 1}" for index, stage in enumerate(stages)]
     return Network(
-        model, norms, tuple(modules), input_paddings=paddings, trunk=tuple(trunk), trunk_outputs=tuple(ends[:-1])
+        model,
+        norms,
+        tuple(modules),
+        input_paddings=paddings,
+        trunk=tuple(trunk),
+        trunk_outputs=tuple(ends[:-1]),
+        heads=heads_of_windows(model),
+        unrotated={f"{prefix}stages": "the outputs of several stages are read"},
     )
 
 

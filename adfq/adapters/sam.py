@@ -10,7 +10,13 @@ import torch
 from segment_anything.modeling import ImageEncoderViT
 from segment_anything.modeling.common import MLPBlock
 from segment_anything.modeling.image_encoder import Attention as EncoderAttention
-from segment_anything.modeling.image_encoder import Block, add_decomposed_rel_pos, window_partition, window_unpartition
+from segment_anything.modeling.image_encoder import (
+    Block,
+    PatchEmbed,
+    add_decomposed_rel_pos,
+    window_partition,
+    window_unpartition,
+)
 from segment_anything.modeling.transformer import Attention as DecoderAttention
 from segment_anything.modeling.transformer import TwoWayAttentionBlock
 from torch import Tensor, nn
@@ -24,6 +30,7 @@ from adfq.errors import AdfqError
 from adfq.layers import QuantLinear, QuantMatMul
 from adfq.plain import keeps_forward
 from adfq.sites import Network
+from adfq.streams import Heads, Stream
 
 #: Number of boxes, and of points, for each image.
 _PROMPTS = 2
@@ -157,6 +164,9 @@ def adapt(model: nn.Module) -> Network:
         trunk=tuple(f"image_encoder.{name}" for name in network.trunk),
         forward_all=partial(segment_densely, model),
         excluded=("prompt_encoder.*",),
+        streams=tuple(stream.within("image_encoder.") for stream in network.streams),
+        heads=tuple(heads.within("image_encoder.") for heads in network.heads),
+        unrotated={f"image_encoder.{name}": reason for name, reason in network.unrotated.items()},
     )
 
 
@@ -181,6 +191,7 @@ def _adapt_encoder(encoder: Any) -> Network:
             pair(norms, f"{name}.mlp.lin1", block.norm2)
         paddings[f"{name}.attn.qkv"] = block.attn.padding
     modules.append(neck := mobile_sam.adapt_neck(encoder))
+    stream = _stream(encoder)
     return Network(
         encoder,
         norms,
@@ -188,7 +199,31 @@ def _adapt_encoder(encoder: Any) -> Network:
         input_paddings=paddings,
         trunk=(*trunk, neck),
         forward_all=partial(listed, encoder),
+        streams=() if isinstance(stream, str) else (stream,),
+        heads=tuple(_heads(name, block.attn) for name, block in zip(trunk[1:], encoder.blocks, strict=True)),
+        unrotated={"blocks": stream} if isinstance(stream, str) else {},
     )
+
+
+def _stream(encoder: Any) -> Stream | str:
+    """Return the residual stream of an encoder, which its neck reads without a norm, or why it cannot be rotated."""
+    own = ((encoder, ImageEncoderViT), (encoder.patch_embed, PatchEmbed), *((b.mlp, MLPBlock) for b in encoder.blocks))
+    for module, cls in own:
+        if type(module) is not cls or not keeps_forward(module, cls):
+            return f"a {type(module).__name__} may read the stream its own way"
+    names = [f"blocks.{index}" for index in range(len(encoder.blocks))]
+    writers = ["patch_embed.proj", *(f"{name}.{layer}" for name in names for layer in ("attn.proj", "mlp.lin2"))]
+    norms = {f"{name}.norm1": (f"{name}.attn.qkv",) for name in names}
+    norms |= {f"{name}.norm2": (f"{name}.mlp.lin1",) for name in names}
+    width = encoder.patch_embed.proj.out_channels
+    tokens = () if encoder.pos_embed is None else ("pos_embed",)
+    return Stream("blocks", width, dict.fromkeys(writers, ""), norms, ("neck.0",), tokens)
+
+
+def _heads(block: str, attention: Any) -> Heads:
+    positions = () if attention.rel_pos_h is None else (f"{block}.attn.rel_pos_h", f"{block}.attn.rel_pos_w")
+    layers = f"{block}.attn.qkv", f"{block}.attn.proj"
+    return Heads(f"{block}.attn", *layers, attention.num_heads, positions=positions)
 
 
 def _adapt_decoder(model: nn.Module) -> list[str]:

@@ -11,7 +11,8 @@ from torch import nn
 
 from adfq.adapters import Architecture, pair, replace, replace_attention
 from adfq.adapters.timm_factory import create_timm, describe_timm, timm_names
-from adfq.adapters.window_attention import QuantWindowAttention
+from adfq.adapters.timm_streams import streams_of_swin
+from adfq.adapters.window_attention import QuantWindowAttention, heads_of_windows
 from adfq.plain import keeps_forward
 from adfq.sites import Network
 
@@ -51,7 +52,16 @@ def adapt(model: nn.Module) -> Network:
     if isinstance(model.get_submodule("head.fc"), nn.Linear):
         replace(model, "head.fc", "head")
         modules.append("head.fc")
-    return Network(model, norms, tuple(modules), trunk=tuple(trunk))
+    streams, unrotated = streams_of_swin(model)
+    return Network(
+        model,
+        norms,
+        tuple(modules),
+        trunk=tuple(trunk),
+        streams=streams,
+        heads=heads_of_windows(model),
+        unrotated=unrotated,
+    )
 
 
 def model_names() -> list[str]:

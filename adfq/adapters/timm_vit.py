@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from adfq.adapters import Architecture, replace, replace_attention
 from adfq.adapters.timm_factory import create_timm, describe_timm, hidden_ratio, is_present, timm_names
 from adfq.adapters.timm_parts import adapt_end, adapt_mlp, pair_attention
+from adfq.adapters.timm_streams import heads_of_vit, stream_of_vit
 from adfq.errors import AdfqError
 from adfq.layers import QuantLinear, QuantMatMul
 from adfq.sites import Network
@@ -91,7 +92,16 @@ def adapt(model: nn.Module) -> Network:
         modules += adapt_block(model, name, norms)
     modules += adapt_end(model, norms)
     blocks = (f"blocks.{index}" for index in range(len(model.get_submodule("blocks"))))  # type: ignore[arg-type]
-    return Network(model, norms, tuple(modules), trunk=("patch_embed", *blocks))
+    stream = stream_of_vit(model)
+    return Network(
+        model,
+        norms,
+        tuple(modules),
+        trunk=("patch_embed", *blocks),
+        streams=() if isinstance(stream, str) else (stream,),
+        heads=heads_of_vit(model),
+        unrotated={"blocks": stream} if isinstance(stream, str) else {},
+    )
 
 
 def adapt_block(model: nn.Module, block_name: str, norms: dict[str, nn.LayerNorm]) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from adfq.layers import QuantLinear, QuantMatMul
+from adfq.streams import Heads
 
 
 class QuantWindowAttention(nn.Module):
@@ -59,3 +60,16 @@ class QuantWindowAttention(nn.Module):
         context = self.context(self.attn_drop(probs), value)
         output: Tensor = self.proj_drop(self.proj(context.transpose(1, 2).reshape(batch, tokens, -1)))
         return output
+
+
+def heads_of_windows(model: nn.Module) -> tuple[Heads, ...]:
+    """Return the heads of a model's window attentions.
+
+    Args:
+        model: an adapted model.
+    """
+    return tuple(
+        Heads(name, f"{name}.qkv", f"{name}.proj", module.num_heads)
+        for name, module in model.named_modules()
+        if isinstance(module, QuantWindowAttention)
+    )

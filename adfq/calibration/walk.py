@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from adfq.calibration.images import CalibrationImages
 from adfq.calibration.waiting import Waiting, WaitingRoom
+from adfq.layers import QuantWeightLayer
 from adfq.sites import Network
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -212,6 +213,49 @@ class Walk:
                     stack.enter_context(_replaced_forward(here, lambda *_, **__: known()))
                 stack.enter_context(_replaced_forward(module, lambda *_, **__: output))
                 return self.network.run(self.images[batch])
+
+        return run
+
+    def feature(self, module: nn.Module) -> Callable[[int, int, Tensor], Tensor | None] | None:
+        """Return the network from a module on, up to the feature that its classifier reads.
+
+        The images may be any, since later modules depend on the module's output alone. The feature is the input of the
+        head, or of all heads side by side. Without a head it is the network's output, or None unless that is a tensor.
+
+        Args:
+            module: a module of the network.
+
+        Returns:
+            Function from the index of a batch with such images, the number of images and the module's output for these
+            to the feature (B×…). None for a module that is not the part at hand, or whose output is not all that later
+            modules depend on.
+        """
+        if self._calls is None or self._trunk[self._behind] is not module or self.network.trunk_outputs:
+            return None
+        layers = (self.network.model.get_submodule(name) for name in self.network.units)
+        heads = [layer for layer in layers if isinstance(layer, QuantWeightLayer) and layer.role == "head"]
+        behind, samples = self._behind, dict[int, Tensor]()
+
+        def run(batch: int, count: int, output: Tensor) -> Tensor | None:
+            if batch not in samples:
+                samples[batch] = self.images[batch][:1]
+            found: list[Tensor] = []
+
+            def take(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                found.append(inputs[0])
+                if len(found) == len(heads):
+                    raise Enough
+
+            with self.mode(), ExitStack() as stack:
+                self._leave_out(behind, batch, [], stack)
+                stack.enter_context(_replaced_forward(module, lambda *_, **__: output))
+                for head in heads:
+                    stack.callback(head.register_forward_pre_hook(take).remove)
+                try:
+                    result = self.network.run(samples[batch].expand(count, -1, -1, -1))
+                except Enough:
+                    return torch.cat(found, -1)
+            return result if isinstance(result, Tensor) and len(result) == count and not heads else None
 
         return run
 

@@ -8,6 +8,7 @@ Esser et al., 2020; blocks, BRECQ, Li et al., 2021; mixed inputs and dropped qua
 from adfq.reconstruction.losses import AttentionScores, Divergence, Loss
 from adfq.reconstruction.optimizer import Composition, Result, optimize_units, roundings_and_steps
 from adfq.reconstruction.options import OptimizerOptions, OptimizingMethod, RoundingMethod, RoundingOptions
+from adfq.reconstruction.suffix import SuffixFeature
 from adfq.reconstruction.trained import Roundings, Steps, Trained, Weights
 from adfq.reconstruction.unit import Batch, Unit, blocks_of
 
@@ -24,6 +25,7 @@ __all__ = [
     "RoundingOptions",
     "Roundings",
     "Steps",
+    "SuffixFeature",
     "Trained",
     "Unit",
     "Weights",

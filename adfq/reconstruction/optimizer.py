@@ -141,9 +141,9 @@ def optimize_units(
         source = teacher.model.get_submodule(name)
         units = source, network.model.get_submodule(name)
         examples, places = collect(units, walks, parts)
-        rest = walks[0].rest(source)
+        rest, feature = walks[0].rest(source), walks[0].feature(source)
         sizes = run.images.sizes, options.optimize_batch_size
-        unit = Unit(network, name, examples, places, *sizes, run.images.folder, rest, images.sizes)
+        unit = Unit(network, name, examples, places, *sizes, run.images.folder, rest, images.sizes, feature)
         unit.set_targets(source, list(sites_of(teacher.model, name)))
         known = finished.restore(composition.stage + name)
         if known is None:

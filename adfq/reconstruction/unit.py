@@ -66,6 +66,9 @@ class Unit:
         rest: function from the index of a batch of `rest_sizes` and the unit's output to the output of the network in
             full precision; None, the default, for none.
         rest_sizes: number of images in each of these batches.
+        feature: function from the index of such a batch, a number of images and the unit's output for these to the
+            feature before the classifier in full precision (`adfq.calibration.walk.Walk.feature`); None, the default,
+            for none.
 
     Attributes:
         layers: its layers with a weight, by name within the unit.
@@ -86,10 +89,12 @@ class Unit:
         folder: Path | None = None,
         rest: Callable[[int, Tensor], Any] | None = None,
         rest_sizes: Sequence[int] = (),
+        feature: Callable[[int, int, Tensor], Tensor | None] | None = None,
     ) -> None:
         self.network, self.name, self.module = network, name, network.model.get_submodule(name)
         self.examples, self.places, self.sizes, self.batch_size = examples, places, sizes, batch_size
         self.folder, self.rest, self.rest_sizes = folder, rest, rest_sizes
+        self._feature = feature
         self.device = next(network.model.parameters()).device
         modules = self.module.named_modules()
         self.layers = {key: layer for key, layer in modules if isinstance(layer, QuantWeightLayer)}
@@ -145,6 +150,21 @@ class Unit:
         for index, images in enumerate(torch.arange(len(self.places)).split(list(self.rest_sizes))):
             (batch,) = self.by_examples(images)  # a batch has images of one size
             yield index, batch
+
+    def feature(self, batch: Batch, output: Tensor) -> Tensor | None:
+        """Return the feature before the classifier that the rest of the network, in full precision, makes of an output.
+
+        Args:
+            batch: the images.
+            output: the unit's output for these.
+
+        Returns:
+            B×…; None if there is no such feature, or the unit's output is not all that it depends on.
+        """
+        if self._feature is None:
+            return None
+        index = next(index for index, other in self.rest_batches() if other.examples is batch.examples)
+        return self._feature(index, len(batch.chosen), output)
 
     def rows(self, inputs: Mapping[int | str, Tensor], chosen: Tensor) -> dict[int | str, Tensor]:
         """Return rows of inputs on the unit's device.

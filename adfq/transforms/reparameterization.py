@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from adfq.calibration import CalibrationImages, calibrate_activations, quantize_weights
 from adfq.layers import QuantWeightLayer
 from adfq.quantizers import UniformQuantizer
-from adfq.sites import Network
+from adfq.sites import POST_NORM_ROLES, Network
 
 
 class NormGroup(NamedTuple):
@@ -43,6 +44,29 @@ def norms_with_readers(network: Network, roles: Collection[str]) -> list[NormGro
         for norm, names in readers.items()
         if norm.bias is not None and all(layers[name].role in roles for name in names)
     ]
+
+
+def calibrate_reparameterized(
+    network: Network, images: CalibrationImages, by_channel: Callable[[], UniformQuantizer]
+) -> None:
+    """Calibrate weights and activations, those behind a LayerNorm per channel, and move these scales into the norms.
+
+    Args:
+        network: network with quantizers attached. Layers that share a LayerNorm are reparameterized together. A layer
+            whose LayerNorm has readers of another kind or no bias keeps its quantizer.
+        images: calibration images.
+        by_channel: factory of the quantizers behind a LayerNorm, per channel.
+    """
+    groups = norms_with_readers(network, POST_NORM_ROLES)
+    readers = [layer for group in groups for layer in group.layers]
+    for layer in readers:
+        layer.input_quantizer = by_channel()
+    quantize_weights(network)
+    calibrate_activations(network, images)
+    for group in groups:
+        reparameterize(*group)
+    for layer in readers:
+        layer.find_weight_range()
 
 
 @torch.no_grad()

@@ -483,7 +483,9 @@ CODES = "blocks.0.mlp.fc1.codes"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (set_field("format", 3), "written in format 3; this version of adfq reads formats 1 and 2"),
+        (set_field("format", 4), "written in format 4; this version of adfq reads formats 1, 2, 3"),
+        (set_field("maps", ["blocks.0.attn"]), "blocks.0.attn is no LayerNorm over channels"),
+        (set_field("maps", [["norm"]]), "names no modules"),
         (set_field("relu", ["blocks.0.attn"]), "blocks.0.attn is no MLP with a GELU"),
         (set_field("relu", "blocks.0.mlp"), "no usable 'relu'"),
         (set_field("format", None), "written in format None"),

@@ -46,8 +46,8 @@ def _walk_units(model: nn.Module, images: Tensor, names: tuple[str, ...], size: 
                 if name == parts[0].name or name.startswith(f"{parts[0].name}.") or not parts[0].name:
                     module = network.model.get_submodule(name)
                     examples, places = collect([module, module], walks, parts)
-                    rest = walks[0].rest(module)
-                    unit = Unit(network, name, examples, places, [len(images)], size, None, rest, batches.sizes)
+                    rest = walks[0].rest(module), batches.sizes, walks[0].feature(module)
+                    unit = Unit(network, name, examples, places, [len(images)], size, None, *rest)
                     unit.set_targets(module, unit.sites)
                     names = tuple(other for other in names if other != name)
                     yield unit
