@@ -102,7 +102,8 @@ def quick() -> Mapping[str, dict[str, Any]]:
     Optimizations take minutes; tests/adfq/reconstruction and those of each method are about them, others do without.
     """
     optimizing = {key: {"iterations": 0} for key in ("adfq_vit", "aphq_vit", "fima_q", "iasvit", "qdrop")}
-    return defaultdict(dict, optimizing, ptq4vit={"rounds": 1}, adalog={"rounds": 1})
+    others = {"ptq4vit": {"rounds": 1}, "adalog": {"rounds": 1}, "glf_q": {"iterations": 0, "range": "percentile"}}
+    return defaultdict(dict, optimizing | others)
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,7 @@ MODELS = [
 #: Options on the command line with which full-size models take no hours.
 _QUICK = {
     **{key: ["iterations=1", "optimize_batch_size=1"] for key in ("adfq_vit", "fima_q", "iasvit", "qdrop")},
-    "aphq_vit": ["iterations=1", "mlp_iterations=1", "optimize_batch_size=1"],
+    **{key: ["iterations=1", "mlp_iterations=1", "optimize_batch_size=1"] for key in ("aphq_vit", "glf_q")},
     "adalog": ["rounds=1"],
     "ptq4vit": ["rounds=1"],
 }

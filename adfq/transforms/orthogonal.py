@@ -74,10 +74,9 @@ def random_rotation(size: int) -> Tensor:
     matrix = hadamard(size)
     if matrix is None:
         orthogonal, triangular = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64))
-        found: Tensor = orthogonal * triangular.diagonal().sign()
-        return found
-    left, right = torch.randint(2, (2, size)).double() * 2 - 1
-    return left[:, None] * matrix * right / math.sqrt(size)
+        return torch.as_tensor(orthogonal * triangular.diagonal().sign())
+    signs = torch.randint(2, (2, size)).double() * 2 - 1
+    return signs[0, :, None] * matrix * signs[1] / math.sqrt(size)
 
 
 def mean_keeping_rotation(size: int) -> Tensor:

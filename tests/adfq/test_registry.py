@@ -27,6 +27,7 @@ from baselines.aphq_vit import APHQViT
 from baselines.base_ptq import BasePTQ
 from baselines.erq import ERQ
 from baselines.fima_q import FIMAQ
+from baselines.glf_q import GLFQ
 from baselines.gptq import GPTQ
 from baselines.iasvit import IASViT
 from baselines.ptq4vit import PTQ4ViT
@@ -41,6 +42,7 @@ CLASSES = {
     "base_ptq": BasePTQ,
     "erq": ERQ,
     "fima_q": FIMAQ,
+    "glf_q": GLFQ,
     "gptq": GPTQ,
     "iasvit": IASViT,
     "ptq4vit": PTQ4ViT,
@@ -59,9 +61,9 @@ def test_names_lead_to_classes_and_back() -> None:
 
 
 def test_a_method_tells_what_it_is_before_it_runs() -> None:
-    assert [cls.calibration_size for cls in CLASSES.values() if cls.calibration_size != 32] == [0, *[1024] * 5]
+    assert [cls.calibration_size for cls in CLASSES.values() if cls.calibration_size != 32] == [0, *[1024] * 6]
     optimizing = {name for name, cls in CLASSES.items() if issubclass(cls, OptimizingMethod)}
-    assert optimizing == {"adalog", "adfq_vit", "aphq_vit", "fima_q", "iasvit", "qdrop"}
+    assert optimizing == {"adalog", "adfq_vit", "aphq_vit", "fima_q", "glf_q", "iasvit", "qdrop"}
     assert {name for name, cls in CLASSES.items() if cls().trained_iterations} == optimizing - {"adalog"}
     assert AdaLog(reconstruct=True).trains == "roundings, step sizes"
     assert ADFQViT.paper == "arXiv 2407.02763"

@@ -50,6 +50,7 @@ def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
         "base_ptq",
         "erq",
         "fima_q",
+        "glf_q",
         "gptq",
         "iasvit",
         "ptq4vit",

@@ -498,6 +498,7 @@ def test_training_stands_in_each_row() -> None:
         ("adalog", {"reconstruct": True, "iterations": 7}, "roundings, step sizes", 7),
         ("aphq_vit", {"iterations": 7, "mlp_iterations": 5}, "weights of MLPs, roundings, step sizes", 12),
         ("aphq_vit", {"iterations": 7, "relu": False}, "roundings, step sizes", 7),
+        ("glf_q", {"iterations": 7, "mlp_iterations": 5}, "weights, step sizes", 12),
         ("qdrop", {"iterations": 0}, "", 0),
         ("fima_q", {"iterations": 7, "step_learning_rate": 0.0}, "roundings", 7),
     ],
