@@ -21,6 +21,8 @@ class Stream:
             linear layers that read its output. It is empty where something else reads that.
         readers: names of layers that read it without a norm.
         tokens: names of parameters (…×C) that are added to it or are tokens of it.
+        interleaved: names of the LayerNorms over several tokens that have each channel of all tokens side by side, in
+            place of each token's channels.
     """
 
     name: str
@@ -29,6 +31,7 @@ class Stream:
     norms: Mapping[str, tuple[str, ...]]
     readers: tuple[str, ...] = ()
     tokens: tuple[str, ...] = ()
+    interleaved: tuple[str, ...] = ()
 
     def within(self, prefix: str) -> Stream:
         """Return the stream of a model that has this one's as a part.
@@ -43,6 +46,7 @@ class Stream:
             {prefix + norm: tuple(prefix + layer for layer in layers) for norm, layers in self.norms.items()},
             tuple(prefix + layer for layer in self.readers),
             tuple(prefix + token for token in self.tokens),
+            tuple(prefix + norm for norm in self.interleaved),
         )
 
 

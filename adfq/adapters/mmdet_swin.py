@@ -19,10 +19,18 @@ from adfq.adapters.window_attention import QuantWindowAttention, heads_of_window
 from adfq.errors import AdfqError
 from adfq.plain import check_plain, keeps_forward
 from adfq.sites import Network
+from adfq.streams import Stream
 
 provide_mmcv_ops()
 
-from mmdet.models.backbones.swin import FFN, ShiftWindowMSA, SwinBlock, SwinTransformer, WindowMSA  # noqa: E402
+from mmdet.models.backbones.swin import (  # noqa: E402
+    FFN,
+    ShiftWindowMSA,
+    SwinBlock,
+    SwinBlockSequence,
+    SwinTransformer,
+    WindowMSA,
+)
 from mmdet.models.dense_heads.base_dense_head import BaseDenseHead  # noqa: E402
 from mmdet.models.detectors.base import BaseDetector  # noqa: E402
 from mmdet.models.layers import PatchMerging  # noqa: E402
@@ -149,6 +157,8 @@ def _adapt_backbone(model: nn.Module, prefix: str) -> Network:
             paddings[f"{name}.attn.w_msa.qkv"] = attention.padding
     stages: Any = model.get_submodule(f"{prefix}stages")
     ends = [f"{prefix}stages.{index}.blocks.{len(stage.blocks) - 1}" for index, stage in enumerate(stages)]
+    backbone = model.get_submodule(prefix.rstrip("."))
+    found = [_stream_of_stage(backbone, index, stage) for index, stage in enumerate(stages)]
     return Network(
         model,
         norms,
@@ -157,8 +167,37 @@ def _adapt_backbone(model: nn.Module, prefix: str) -> Network:
         trunk=tuple(trunk),
         trunk_outputs=tuple(ends[:-1]),
         heads=heads_of_windows(model),
-        unrotated={f"{prefix}stages": "the outputs of several stages are read"},
+        streams=tuple(stream.within(prefix) for stream in found if isinstance(stream, Stream)),
+        unrotated={
+            f"{prefix}stages.{index}": stream for index, stream in enumerate(found) if not isinstance(stream, Stream)
+        },
     )
+
+
+def _stream_of_stage(backbone: Any, index: int, stage: Any) -> Stream | str:
+    """Return the residual stream of a stage, whose output leaves through a norm, or why it cannot be rotated."""
+    if not index:
+        return "the stream begins with the patch embedding, whose output is normalized"
+    own = [(backbone, SwinTransformer), (stage, SwinBlockSequence), *((block, SwinBlock) for block in stage.blocks)]
+    own += [(block.ffn, FFN) for block in stage.blocks]
+    merged = [backbone.stages[index - 1].downsample, *filter(None, [stage.downsample])]
+    for module, cls in [*own, *((merging, PatchMerging) for merging in merged)]:
+        if type(module) is not cls or not keeps_forward(module, cls):
+            return f"a {type(module).__name__} may read the stream its own way"
+    if not all(isinstance(block.ffn.gamma2, nn.Identity) and block.ffn.add_identity for block in stage.blocks):
+        return "an FFN scales its output"
+    name = f"stages.{index}"
+    writers, norms = {f"stages.{index - 1}.downsample.reduction": ""}, dict[str, tuple[str, ...]]()
+    for number in range(len(stage.blocks)):
+        part = f"{name}.blocks.{number}"
+        writers |= {f"{part}.attn.w_msa.proj": "", f"{part}.ffn.layers.1": ""}
+        norms |= {f"{part}.norm1": (f"{part}.attn.w_msa.qkv",), f"{part}.norm2": (f"{part}.ffn.layers.0.0",)}
+    if stage.downsample is not None:
+        norms[f"{name}.downsample.norm"] = (f"{name}.downsample.reduction",)
+    if index in backbone.out_indices:
+        norms[f"norm{index}"] = ()
+    merging = (f"{name}.downsample.norm",) if stage.downsample is not None else ()
+    return Stream(name, backbone.num_features[index], writers, norms, interleaved=merging)
 
 
 def detect_densely(model: Any, images: Tensor) -> list[Tensor]:

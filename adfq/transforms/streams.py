@@ -6,6 +6,8 @@ affine part. Source: SliceGPT, arXiv 2401.15024, and GLF-Q, arXiv 2609.34564, wh
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -122,9 +124,10 @@ def rotate_stream(network: Network, stream: Stream, rotation: Tensor, centre: bo
     """
     model = network.model
     rotation = _checked(rotation, stream).to(next(model.parameters()).device)
-    widths = [model.get_submodule(name).normalized_shape for name in stream.norms]
+    norms: dict[str, Any] = {name: model.get_submodule(name) for name in stream.norms}
+    tokens = {name: norm.normalized_shape[0] // stream.width for name, norm in norms.items()}
     onto = rotation
-    if centre and not stream.readers and all(width == (stream.width,) for width in widths):
+    if centre and not stream.readers and all(count == 1 for count in tokens.values()):
         onto = rotation - rotation.mean(0)
     for name, scale in stream.writers.items():
         _write(weight_layer(model, name), model.get_parameter(scale) if scale else None, onto)
@@ -134,7 +137,9 @@ def rotate_stream(network: Network, stream: Stream, rotation: Tensor, centre: bo
     for name in stream.readers:
         _read(weight_layer(model, name), rotation)
     for name, layers in stream.norms.items():
-        _fold_norm(network, name, layers, rotation)
+        each = torch.eye(tokens[name]).to(rotation)
+        back = torch.kron(rotation, each) if name in stream.interleaved else torch.kron(each, rotation)
+        _fold_norm(network, name, layers, back)
 
 
 def _checked(rotation: Tensor, stream: Stream) -> Tensor:
@@ -166,15 +171,13 @@ def _read(layer: QuantWeightLayer, back: Tensor) -> None:
     layer.weight.copy_((weight @ back).movedim(-1, 1))
 
 
-def _fold_norm(network: Network, name: str, layers: tuple[str, ...], rotation: Tensor) -> None:
+def _fold_norm(network: Network, name: str, layers: tuple[str, ...], back: Tensor) -> None:
     """Rotate the channels of a LayerNorm, and move its affine part into the layers that read it."""
     norm = network.model.get_submodule(name)
     assert isinstance(norm, nn.LayerNorm)
-    width = norm.normalized_shape[0]
-    ones = rotation.new_ones(width)
+    ones = back.new_ones(len(back))
     gamma = ones if norm.weight is None else norm.weight.double()
     beta = 0 * ones if norm.bias is None else norm.bias.double()
-    back = torch.block_diag(*[rotation] * (width // len(rotation)))
     if not layers:
         mapped = map_norm(network.model, name)
         mapped.weight.copy_(gamma[:, None] * back)

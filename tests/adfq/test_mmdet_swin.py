@@ -22,6 +22,7 @@ from adfq.method import Run
 from adfq.quantizers import PerPatchOutlierQuantizer, RunTimePatchOutlierQuantizer
 from adfq.registry import create_method, methods
 from adfq.sites import Network
+from adfq.transforms.rotation import rotate
 
 pytest.importorskip("mmdet")
 provide_mmcv_ops()
@@ -127,6 +128,35 @@ KINDS = list(_configs())
 
 #: Methods that leave the input image in full precision.
 WITHOUT_IMAGE = ("adalog", "aphq_vit", "erq", "fima_q", "iasvit", "ptq4vit")
+
+
+@pytest.mark.parametrize("outputs", [(0, 1, 2), (1,)])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_rotated_streams_give_the_same_outputs(randomize: Randomize, outputs: tuple[int, ...], seed: int) -> None:
+    register_all_modules(init_default_scope=True)
+    shape = {"depths": [1, 2, 1], "num_heads": [2, 4, 4], "strides": (4, 2, 2), "out_indices": outputs}
+    model = randomize(MODELS.build(SWIN | shape), seed)
+    for block in (block for stage in model.stages for block in stage.blocks):  # type: ignore[union-attr]
+        block.attn.w_msa.proj.weight.data[:2] *= 30
+    images = draw(*SIZE).double()
+    with torch.no_grad():
+        wanted = model.double()(images)
+        for double in (True, False):
+            network = adapt(copy.deepcopy(model if double else model.float()))
+            assert list(rotate(network)) == ["stages.0"]
+            assert [stream.name for stream in network.streams] == ["stages.1", "stages.2"]
+            for found, output in zip(network.model(images if double else images.float()), wanted, strict=True):
+                assert (found - output).norm() / output.norm() < (1e-12 if double else 1e-5)
+
+
+def test_streams_of_a_detector_are_those_of_its_backbone(detectors: Mapping[str, nn.Module]) -> None:
+    detector = detectors["retinanet"]
+    images, network = draw(64, 64), adapt(copy.deepcopy(detector))
+    left = rotate(network)
+    assert list(left) == ["backbone.stages.0"]
+    with torch.no_grad():
+        pairs = zip(detect_densely(network.model, images), detect_densely(detector, images), strict=True)
+        assert all((found - wanted).norm() / wanted.norm() < 1e-5 for found, wanted in pairs)
 
 
 def draw(*size: int) -> Tensor:
