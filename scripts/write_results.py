@@ -14,6 +14,7 @@ import jinja2
 import pandas as pd
 
 from adfq.errors import AdfqError
+from adfq.method import FULL_PRECISION
 from adfq.registry import method_label
 from benchmarks.bundled import BUNDLED
 from benchmarks.plan import RECORDED, Selection, Table, load_table, make_plan
@@ -46,7 +47,7 @@ def write_page(name: str) -> str:
             "facts": _collect_facts(),
         }
     if name == "field":
-        given |= {"published": _tabulate_published}
+        given |= {"published": _tabulate_published} | _tabulate_fashion()
     if name == "memory":
         given |= _tabulate_memory()
     return environment.get_template(f"{name}.md.jinja").render(**given)
@@ -97,6 +98,22 @@ def _tabulate_published(bits: str) -> str:
     return markdown_table(wide.reset_index())
 
 
+def _tabulate_fashion() -> dict[str, str]:
+    """Return the accuracies on Fashion-MNIST as Markdown, that in full precision, and the commit they are of."""
+    frame = _read_file("fashion_mnist")
+    (reference,) = frame[frame["method"] == FULL_PRECISION]["top1"]
+    quantized = frame[frame["method"] != FULL_PRECISION]
+    grouped = quantized.groupby(["method", "bits"])["top1"].agg(["mean", "std"])
+    spread = grouped["std"].map(lambda value: "" if pd.isna(value) else f" ± {value:.2f}")
+    difference = (grouped["mean"] - reference).map(" ({:+.2f})".format)
+    texts = (grouped["mean"].map("{:.2f}".format) + spread + difference).unstack()
+    rows = [row for row in load_table("field").rows if row.key in texts.index]
+    wide = texts.loc[[row.key for row in rows], list(dict.fromkeys(quantized["bits"]))]
+    wide.insert(0, "Method", [row.label for row in rows])
+    commit = ", ".join(frame["commit"].str[:7].drop_duplicates())
+    return {"fashion": markdown_table(wide), "fashion_reference": f"{reference:.2f}", "fashion_commit": commit}
+
+
 def _tabulate_sensitivity(bits: str) -> str:
     """Return the errors of parts at a bit-width as Markdown."""
     frame = _read_file("sensitivity")
@@ -108,7 +125,8 @@ def _tabulate_sensitivity(bits: str) -> str:
 
 def _tabulate_memory() -> dict[str, str]:
     """Return the peaks of scripts/measure_memory.py before and now, as Markdown, and the two commits."""
-    frame = pd.read_csv(STORES / "bench" / "calibration.csv", keep_default_na=False)
+    file = STORES / "bench" / "calibration.csv"
+    frame = pd.read_csv(file, keep_default_na=False, na_values={"seconds": ""})
     keys = ["model", "size", "method", "arguments", "images", "batch"]
     old = frame["commit"] == frame["commit"].iloc[0]
     halves = [
