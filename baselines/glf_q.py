@@ -84,9 +84,12 @@ class GLFQ(OptimizingMethod):
 
     @property
     def trains(self) -> str:
-        """Weights and step sizes, but for those of learning rate 0; none without iterations."""
-        rates = {"weights": self.weight_learning_rate, "step sizes": self.step_learning_rate}
-        return ", ".join(name for name, rate in rates.items() if rate and self.iterations)
+        """Weights, or those of MLPs alone, and step sizes, but for those of learning rate 0; none without iterations."""
+        if not self.iterations:
+            return ""
+        mlps = "weights of MLPs" if self.relu and self.mlp_iterations else ""
+        weights = "weights" if self.weight_learning_rate else mlps
+        return ", ".join(filter(None, (weights, "step sizes" if self.step_learning_rate else "")))
 
     @property
     def trained_iterations(self) -> int:
