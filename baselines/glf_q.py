@@ -84,7 +84,7 @@ class GLFQ(OptimizingMethod):
 
     @property
     def trains(self) -> str:
-        """Weights, or those of MLPs alone, and step sizes, but for those of learning rate 0; none without iterations."""
+        """Weights, or those of MLPs alone, and step sizes; with learning rates above 0, none without iterations."""
         if not self.iterations:
             return ""
         mlps = "weights of MLPs" if self.relu and self.mlp_iterations else ""
