@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,27 +100,52 @@ class GPTQ(Method):
         order = order.to(products.device)
         diagonal[diagonal == 0] = 1  # a channel that is 0 on all images has no effect on the others
         diagonal += self.damping * diagonal.mean()
-        inverse = _inverse_factor(products[order][:, order])
+        inverse = inverse_factor(products[order][:, order])
         correction = None
         if gram.differences is not None:
             ahead = (gram.differences.T[order][:, order] @ inverse.T).triu(1)
             correction = self.correction * ahead @ inverse
-        grid = _Grid(quantizer.scale.flatten(), quantizer.zero_point.flatten(), quantizer.levels)
+        grid = Grid.of(quantizer)
         columns = layer.weight.detach().flatten(1).double().T[order]
         codes = torch.empty_like(columns)
         codes[order] = round_columns(columns, grid, inverse, correction)
         return quantizer.decode(codes.T.contiguous().view(layer.weight.shape).to(torch.uint8)).to(layer.weight.dtype)
 
 
-class _Grid(NamedTuple):
-    """Scale and zero point of each output channel, m each, and the number of codes."""
+@dataclass(frozen=True)
+class Grid:
+    """The grid of each output channel of a weight.
+
+    Attributes:
+        scale: step sizes, m.
+        zero_point: codes of 0, m: whole numbers.
+        levels: number of codes.
+    """
 
     scale: Tensor
     zero_point: Tensor
     levels: int
 
+    @classmethod
+    def of(cls, quantizer: UniformQuantizer) -> Grid:
+        """Return the grid of a calibrated quantizer with a scale for each output channel."""
+        return cls(quantizer.scale.flatten(), quantizer.zero_point.flatten(), quantizer.levels)
 
-def _inverse_factor(matrix: Tensor) -> Tensor:
+    def encode(self, column: Tensor) -> Tensor:
+        """Return the codes of a column of the weight, m."""
+        # In single precision, so that without compensation these are the codes of the quantizer itself.
+        return column.float().div_(self.scale).round_().add_(self.zero_point).clamp_(0, self.levels - 1)
+
+
+class AffineGrid(Grid):
+    """A grid whose zero points are any real numbers."""
+
+    def encode(self, column: Tensor) -> Tensor:
+        """Return the codes of a column of the weight, m."""
+        return column.float().div_(self.scale).add_(self.zero_point).round_().clamp_(0, self.levels - 1)
+
+
+def inverse_factor(matrix: Tensor) -> Tensor:
     """Return the upper triangular U with UᵀU = matrix⁻¹."""
     factor = cholesky(matrix.flip(0, 1), "damping").flip(0, 1)  # upper, factor·factorᵀ = matrix
     identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
@@ -129,7 +153,21 @@ def _inverse_factor(matrix: Tensor) -> Tensor:
     return inverse
 
 
-def round_columns(columns: Tensor, grid: _Grid, inverse: Tensor, correction: Tensor | None = None) -> Tensor:
+def compensated_codes(columns: Tensor, products: Tensor, grid: Grid) -> Tensor:
+    """Return codes of a weight's columns, those of the largest inputs rounded first: n×m, double precision.
+
+    Args:
+        columns: the weight transposed, n×m, double precision.
+        products: positive definite XᵀX, n×n.
+        grid: grid of each output channel.
+    """
+    order = products.diagonal().argsort(descending=True)
+    codes = torch.empty_like(columns)
+    codes[order] = round_columns(columns[order], grid, inverse_factor(products[order][:, order]))
+    return codes
+
+
+def round_columns(columns: Tensor, grid: Grid, inverse: Tensor, correction: Tensor | None = None) -> Tensor:
     """Return codes of a weight's columns, rounded one after the other: n×m, double precision.
 
     Args:
@@ -144,8 +182,7 @@ def round_columns(columns: Tensor, grid: _Grid, inverse: Tensor, correction: Ten
         rest = slice(start + _BLOCK, None)
         errors, weights = torch.empty_like(columns[block]), torch.empty_like(columns[block])
         for index, (within, shares) in enumerate(zip(columns[block], inverse[block, block], strict=True)):
-            # In single precision, so that without compensation these are the codes of the quantizer itself.
-            code = within.float().div_(grid.scale).round_().add_(grid.zero_point).clamp_(0, grid.levels - 1)
+            code = grid.encode(within)
             codes[start + index] = code
             weights[index] = within
             errors[index] = (within - (code - grid.zero_point) * grid.scale) / shares[index]

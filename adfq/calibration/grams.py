@@ -128,7 +128,7 @@ def has_gram(layer: QuantWeightLayer) -> bool:
 
 
 def grams_of_layers(
-    network: Network, images: CalibrationImages, inputs: str
+    network: Network, images: CalibrationImages, inputs: str, teacher: Network | None = None
 ) -> Iterator[tuple[str, QuantWeightLayer, Gram | None]]:
     """Yield each quantizable layer with the Gram matrix of its inputs, None for one that has none (`has_gram`).
 
@@ -140,7 +140,9 @@ def grams_of_layers(
         network: network with calibrated activation quantizers.
         images: calibration images.
         inputs: one of `INPUTS`. Behind the trunk, where inputs may depend on quantized choices such as a detector's
-            proposals, ``"asymmetric"`` is ``"quantized"``.
+            proposals, ``"asymmetric"`` is ``"quantized"``; not so with a teacher in a model that makes no such choices.
+        teacher: copy of the network that gives the inputs in full precision, for a caller that changes biases; None,
+            the default, for the network itself.
 
     Raises:
         AdfqError: for a full disk.
@@ -148,8 +150,10 @@ def grams_of_layers(
     """
     layers = dict(network.weight_layers())
     walked = with_checked_trunk(network, images)
+    exact = walked if teacher is None else with_checked_trunk(teacher, images)
     kinds = {"full_precision": (True,), "own": (True,), "quantized": (False,), "asymmetric": (False, True)}[inputs]
-    walks = [Walk(walked, images, kind) for kind in kinds]
+    walks = [Walk(exact if kind else walked, images, kind) for kind in kinds]
+    aligned = teacher is not None and teacher.forward_all is None
     with progress_bar("compensating weights", len(layers)) as progress:
         for parts in zip(*(walk.parts() for walk in walks), strict=True):
             within = {name: layers[name] for name in list(layers) if is_within(name, parts[0].name)}
@@ -160,7 +164,8 @@ def grams_of_layers(
             found = {name: layer for name, layer in within.items() if has_gram(layer)}
             together = inputs in ("full_precision", "own")
             for group in _groups(found, inputs) if together else [[name] for name in found]:
-                grams = _collect(walks, parts, {name: found[name] for name in group}, inputs)
+                asymmetric = inputs == "asymmetric" and (bool(parts[0].name) or aligned)
+                grams = _collect(walks, parts, {name: found[name] for name in group}, inputs, asymmetric)
                 for name in group:
                     gram = grams.pop(name)
                     gram.check_finite(name)
@@ -184,12 +189,15 @@ def _groups(layers: Mapping[str, QuantWeightLayer], inputs: str) -> Iterator[lis
 
 
 def _collect(
-    walks: Sequence[Walk], parts: Sequence[Part], layers: Mapping[str, QuantWeightLayer], inputs: str
+    walks: Sequence[Walk],
+    parts: Sequence[Part],
+    layers: Mapping[str, QuantWeightLayer],
+    inputs: str,
+    asymmetric: bool,
 ) -> dict[str, Gram]:
     """Return the Gram matrices of layers of a part, from one pass over its batches."""
     # In full precision the layers have no quantizers.
     quantizers = {name: layer.input_quantizer for name, layer in layers.items()}
-    asymmetric = inputs == "asymmetric" and bool(parts[0].name)
     grams = {name: Gram(layer, asymmetric or inputs == "own") for name, layer in layers.items()}
     targets: dict[str, list[Tensor]] = {name: [] for name in layers}
 
@@ -206,7 +214,8 @@ def _collect(
 
     for batch in range(len(parts[0].sizes)):
         if asymmetric:
-            _run(walks[1].mode(), parts[1], batch, layers, keep)
+            exact = {name: walks[1].network.model.get_submodule(name) for name in layers}
+            _run(walks[1].mode(), parts[1], batch, exact, keep)
         _run(walks[0].mode(), parts[0], batch, layers, take)
     return grams
 
@@ -215,7 +224,7 @@ def _run(
     mode: AbstractContextManager[None],
     part: Part,
     batch: int,
-    layers: Mapping[str, QuantWeightLayer],
+    layers: Mapping[str, nn.Module],
     observe: Callable[[str, Tensor], None],
 ) -> None:
     """Take a batch through a part, and show the inputs of layers on the way."""

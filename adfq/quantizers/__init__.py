@@ -4,6 +4,7 @@ A quantizer is calibrated once and is a pure function from then on.
 """
 
 from adfq.quantizers.adalog import AdaLogQuantizer
+from adfq.quantizers.affine_uniform import AffineUniformQuantizer
 from adfq.quantizers.base import Quantizer
 from adfq.quantizers.dual_uniform import DualUniformQuantizer
 from adfq.quantizers.log import LogQuantizer
@@ -15,6 +16,7 @@ from adfq.quantizers.uniform import UniformQuantizer
 
 __all__ = [
     "AdaLogQuantizer",
+    "AffineUniformQuantizer",
     "DualUniformQuantizer",
     "LogQuantizer",
     "OutlierQuantizer",

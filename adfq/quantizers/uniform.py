@@ -12,7 +12,7 @@ from adfq.quantizers.base import Quantizer, rescale
 from adfq.ranges import RANGES, fake_quantize
 from adfq.statistics import Search
 
-GRANULARITIES = ("tensor", "channel", "row", "patch", "head")
+GRANULARITIES = ("tensor", "channel", "row", "patch", "head", "head_channel")
 
 
 def quantize_uniformly(
@@ -46,7 +46,7 @@ class UniformQuantizer(Quantizer):
             one index of the last dimension, an activation's channel. ``"row"``: those of one index of the first
             dimension, a weight's output channel. ``"patch"``: those of one token position of a B×N×C or B×H×W×C
             activation, over batch and channels. ``"head"``: those of one head of a B×H×N×d operand of attention (Swin:
-            B windows), with a scale of 1×H×1×1.
+            B windows), with a scale of 1×H×1×1. ``"head_channel"``: those of one channel of one head, 1×H×1×d.
         range: search for the range in `adfq.ranges`: ``"minmax"``, the default, ``"percentile"``,
             ``"percentile9"``, ``"percentile10"`` or ``"mse"``.
 
@@ -103,8 +103,8 @@ class UniformQuantizer(Quantizer):
         self._placeholder = ((found.scale == 1) & (found.largest < tiny)).reshape(self._shape)
 
     def _kept_dimensions(self, x: Tensor) -> list[int]:
-        least = {"tensor": 0, "patch": 3, "head": 4}.get(self.granularity, 2)
-        if x.dim() < least or (self.granularity == "head" and x.dim() > least):
+        least = {"tensor": 0, "patch": 3, "head": 4, "head_channel": 4}.get(self.granularity, 2)
+        if x.dim() < least or ("head" in self.granularity and x.dim() > least):
             raise AdfqError(f"granularity {self.granularity!r} does not fit a tensor of shape {tuple(x.shape)}")
         dimensions = list(range(x.dim()))
         return {
@@ -113,13 +113,17 @@ class UniformQuantizer(Quantizer):
             "row": dimensions[:1],
             "patch": dimensions[1:-1],
             "head": dimensions[1:2],
+            "head_channel": dimensions[1::2],
         }[self.granularity]
 
-    def _quantize(self, x: Tensor) -> Tensor:
+    def _check_positions(self, x: Tensor) -> None:
         if self.granularity == "patch" and x.shape[1:-1] != self.scale.shape[1:-1]:
             raise AdfqError(
                 f"calibrated for {tuple(self.scale.shape[1:-1])} token positions, got {tuple(x.shape[1:-1])}"
             )
+
+    def _quantize(self, x: Tensor) -> Tensor:
+        self._check_positions(x)
         return quantize_uniformly(x, self.scale, self.zero_point, self.levels, self.straight_through)
 
     @torch.no_grad()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor
 
 from adfq.calibration import CalibrationImages
-from adfq.layers import QuantMatMul, QuantWeightLayer
+from adfq.layers import QuantConv2d, QuantMatMul, QuantWeightLayer
 from adfq.quantizers import UniformQuantizer
 from adfq.sites import Network, Site, sites_of
 
@@ -20,17 +24,13 @@ def spread_scales(network: Network, images: CalibrationImages) -> None:
         network: network with calibrated quantizers.
         images: calibration images.
     """
-    sites = [site for name in network.blocks for site in _sites_with_fixed_positions(network, name)]
-    shapes = _shapes(network, {site.name: quantizer for site in sites if (quantizer := site.quantizer)}, images)
-    for site in sites:
-        quantizer, found = site.quantizer, shapes.get(site.name, set())
-        if not isinstance(quantizer, UniformQuantizer) or len(found) != 1:
+    for site, shape in sites_with_fixed_positions(network, images, network.blocks):
+        quantizer = site.quantizer
+        if not isinstance(quantizer, UniformQuantizer):
             continue
-        (shape,) = found
         wanted: tuple[int, ...]
         if isinstance(site.operator, QuantMatMul):
-            transposed = site.attribute == "right_quantizer" and not site.operator.transpose_right
-            wanted = (1, shape[1], 1, shape[3]) if transposed else (1, shape[1], shape[2], 1)
+            wanted = (1, shape[1], 1, shape[3]) if has_columns(site) else (1, shape[1], shape[2], 1)
         elif len(shape) == 3:
             wanted = (1, shape[1], 1)
         else:
@@ -38,30 +38,60 @@ def spread_scales(network: Network, images: CalibrationImages) -> None:
         quantizer.scale = quantizer.scale.expand(wanted).clone()
 
 
-def _sites_with_fixed_positions(network: Network, block: str) -> list[Site]:
-    """Return the activations of a block; none if token positions of one of its layers differ between images."""
-    sites = [site for site in sites_of(network.model, block) if not site.is_weight]
+def has_columns(site: Site) -> bool:
+    """Return True for the right operand of a matrix product whose last dimension is not summed over: `value`.
+
+    Args:
+        site: an activation.
+    """
+    operator = site.operator
+    return isinstance(operator, QuantMatMul) and site.attribute == "right_quantizer" and not operator.transpose_right
+
+
+def sites_with_fixed_positions(
+    network: Network, images: CalibrationImages, parts: Sequence[str]
+) -> Iterator[tuple[Site, tuple[int, ...]]]:
+    """Yield the activations whose token positions do not differ between images, with their shapes.
+
+    Inputs of convolutions have no tokens, and are left out.
+
+    Args:
+        network: network with quantizers or without.
+        images: calibration images.
+        parts: names of modules, such as blocks; one with a layer whose token positions differ is left out.
+
+    Yields:
+        Site, and the shape of its values with 0 as the first size: three or four dimensions.
+    """
+    sites = [site for name in parts for site in _sites_with_fixed_positions(network, name)]
+    shapes = _shapes(network, sites, images)
+    for site in sites:
+        if len(found := shapes[site.name]) == 1:
+            (shape,) = found
+            if len(shape) in (3, 4):
+                yield site, shape
+
+
+def _sites_with_fixed_positions(network: Network, part: str) -> list[Site]:
+    """Return the activations of a module; none if token positions of one of its layers differ between images."""
+    sites = [site for site in sites_of(network.model, part) if not site.is_weight]
     layers = [site.operator for site in sites if isinstance(site.operator, QuantWeightLayer)]
-    return sites if all(layer.fixed_positions for layer in layers) else []
+    fixed = all(layer.fixed_positions for layer in layers)
+    return [site for site in sites if not isinstance(site.operator, QuantConv2d)] if fixed else []
 
 
-def _shapes(
-    network: Network, quantizers: dict[str, nn.Module], images: CalibrationImages
-) -> dict[str, set[tuple[int, ...]]]:
-    """Return the shapes that quantizers meet, without the first dimension, by the name of their site."""
-    found: dict[str, set[tuple[int, ...]]] = {name: set() for name in quantizers}
+@torch.no_grad()
+def _shapes(network: Network, sites: Sequence[Site], images: CalibrationImages) -> dict[str, set[tuple[int, ...]]]:
+    """Return the shapes that sites meet in full precision, with 0 as the first size, by the name of the site."""
+    found: dict[str, set[tuple[int, ...]]] = {site.name: set() for site in sites}
 
-    def note(name: str, x: Tensor) -> None:
-        found[name].add((0, *x.shape[1:]))
+    def note(site: Site, inputs: tuple[Tensor, ...]) -> None:
+        found[site.name].add((0, *inputs[site.attribute == "right_quantizer"].shape[1:]))
 
-    hooks = [
-        quantizer.register_forward_pre_hook(lambda _, inputs, name=name: note(name, inputs[0]))
-        for name, quantizer in quantizers.items()
-    ]
-    try:
+    with ExitStack() as hooks, network.full_precision():
+        for site in sites:
+            hook = site.operator.register_forward_pre_hook(lambda _, inputs, site=site: note(site, inputs))
+            hooks.callback(hook.remove)
         for image in images.one_of_each_shape():
             network.run(image)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {name: shapes for name, shapes in found.items() if all(len(shape) in (3, 4) for shape in shapes)}
+    return found
