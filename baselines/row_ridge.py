@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -17,15 +18,28 @@ from adfq.calibration.grams import Gram, cholesky, grams_of_layers
 from adfq.calibration.passes import naming
 from adfq.errors import AdfqError
 from adfq.layers import QuantWeightLayer
-from adfq.method import Method, Run
+from adfq.method import Run
 from adfq.quantizers import AffineUniformQuantizer, UniformQuantizer
+from adfq.reconstruction import (
+    Composition,
+    Divergence,
+    Loss,
+    OptimizingMethod,
+    SuffixFeature,
+    Unit,
+    optimize_units,
+)
+from adfq.reconstruction.options import check_number
+from adfq.reconstruction.trained import Steps, Trained, Weights
 from adfq.sites import Network, Recipe
 from adfq.transforms.positions import has_columns, sites_with_fixed_positions
 from baselines.gptq import AffineGrid, compensated_codes
 
+_WITHIN = 0.45  # steps that a weight starts off its code at most
+
 
 @dataclass(frozen=True)
-class RowRidge(Method):
+class RowRidge(OptimizingMethod):
     """Row-Ridge: static uniform grids for each row, weights and biases in closed form on the quantized inputs.
 
     An activation has a step size for each token position, an operand of attention one for each head and position, and
@@ -41,23 +55,49 @@ class RowRidge(Method):
         positions: False has one step size for all positions, and one for each head of an operand of attention.
         regression: False rounds the weights in full precision, with the same compensation.
         compensation: False rounds to nearest.
+        reconstruct: True trains each block afterwards, straight through the rounding and on the quantized network's
+            inputs, so that the feature before the classifier is that of full precision
+            (`adfq.reconstruction.SuffixFeature`).
+        local_weight: weight of the block's own error beside the feature's, above 0.
+        weight_travel: iterations times learning rate of weights and biases (Adam, cosine to 0), in step sizes of the
+            weight.
+        step_travel: iterations times learning rate of activation step sizes (Adam, cosine to 0), in step sizes; the
+            rate is limited to a hundredth.
 
     Raises:
-        AdfqError: for a penalty out of range.
+        AdfqError: for a value out of range.
     """
 
     label = "Row-Ridge"
-    trains = "weights, in closed form"
     calibration_size = 128
 
     penalty: float = 1.0
     positions: bool = True
     regression: bool = True
     compensation: bool = True
+    reconstruct: bool = False
+    local_weight: float = 2.0
+    weight_travel: float = 0.3
+    step_travel: float = 0.1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("weight_travel", "step_travel"):
+            check_number(self, name)
+        if not self.local_weight > 0:
+            raise AdfqError(f"local_weight must be above 0, got {self.local_weight!r}")
         if not (isinstance(self.penalty, (int, float)) and 0 < self.penalty < math.inf):
             raise AdfqError(f"penalty must be above 0, got {self.penalty!r}")
+
+    @property
+    def trains(self) -> str:
+        """Weights, in closed form; weights and step sizes with iterations."""
+        return "weights, step sizes" if self.reconstruct and self.iterations else "weights, in closed form"
+
+    @property
+    def trained_iterations(self) -> int:
+        """Iterations of a block."""
+        return self.iterations if self.reconstruct else 0
 
     def recipe(self, bits: Bits) -> Recipe:
         """Return the quantizer of each site role."""
@@ -87,6 +127,17 @@ class RowRidge(Method):
                     layer.find_weight_range()
                 else:
                     self.fit(layer, gram)
+        if self.reconstruct and self.iterations:
+            composition = Composition(losses=self._losses, trained=self._trained, mix_probability=1.0)
+            results = optimize_units(network, run, self, composition, teacher)
+            run.report["modules"] = {name: asdict(result) for name, result in results.items()}
+
+    def _losses(self, unit: Unit) -> Sequence[Loss]:
+        return [Divergence(unit) if unit.is_head else SuffixFeature(unit, self.local_weight)]
+
+    def _trained(self, unit: Unit) -> Sequence[Trained]:
+        weights = Weights(unit, self.weight_travel / self.iterations, self.iterations, relative=True)
+        return [weights, Steps(unit, self.step_travel / self.iterations, self.iterations, relative=True)]
 
     @torch.no_grad()
     def fit(self, layer: QuantWeightLayer, gram: Gram) -> None:
@@ -116,7 +167,9 @@ class RowRidge(Method):
             compensated = compensated_codes(fitted, moments.products, AffineGrid.of(quantizer))
             codes = compensated.T.reshape(shape).to(torch.uint8)
         quantized = quantizer.decode(codes)
-        layer.learned_weight = quantized.to(layer.weight.dtype)
+        # The weight itself lies where training would start, and is rounded to the same codes.
+        within = (wanted - quantized).clamp(-_WITHIN * quantizer.scale, _WITHIN * quantizer.scale)
+        layer.weight = nn.Parameter((quantized + within).to(layer.weight.dtype), requires_grad=False)
         if layer.bias is not None:
             moved = weight @ moments.target_mean - quantized.flatten(1).double() @ moments.mean
             layer.bias = nn.Parameter((layer.bias + moved).to(layer.bias.dtype), requires_grad=False)

@@ -96,13 +96,15 @@ class Steps(Trained):
         rate: learning rate, limited to a hundredth of the step size.
         iterations: length of the schedule.
         products: False leaves the operands of matrix products as calibrated; True by default.
+        relative: True for a rate in units of each quantizer's mean step size; False by default.
     """
 
-    def __init__(self, unit: Unit, rate: float, iterations: int, products: bool = True) -> None:
+    def __init__(self, unit: Unit, rate: float, iterations: int, products: bool = True, relative: bool = False) -> None:
         self.quantizers = learned_quantizers(unit, products)
         self.steps = [quantizer.scale for quantizer in self.quantizers]
         self.smallest = [_MIN_STEP * step for step in self.steps]
-        rates = [min(rate, _MAX_RATE * mean_step(quantizer)) for quantizer in self.quantizers]
+        means = [mean_step(quantizer) for quantizer in self.quantizers]
+        rates = [min(rate * mean if relative else rate, _MAX_RATE * mean) for mean in means]
         groups = [{"params": [step], "lr": rate} for step, rate in zip(self.steps, rates, strict=True)]
         if groups:
             self.optimizer = torch.optim.Adam(groups, fused=True)
@@ -137,17 +139,21 @@ class Weights(Trained):
         unit: the unit.
         rate: learning rate.
         iterations: length of the schedule.
+        relative: True for a rate in units of the mean step size of each layer's weight; False by default.
     """
 
-    def __init__(self, unit: Unit, rate: float, iterations: int) -> None:
+    def __init__(self, unit: Unit, rate: float, iterations: int, relative: bool = False) -> None:
         self.layers = list(unit.layers.values())
+        groups = []
         for name, layer in unit.layers.items():
-            for kind, parameter in (("weight", layer.weight), ("bias", layer.bias)):
-                if parameter is not None:
-                    unit.trained[f"{name}.{kind}" if name else kind] = parameter
+            own = [(kind, found) for kind in ("weight", "bias") if (found := getattr(layer, kind)) is not None]
+            unit.trained.update((f"{name}.{kind}" if name else kind, parameter) for kind, parameter in own)
+            quantizer = layer.weight_quantizer
+            unit_of_rate = mean_step(quantizer) if relative and isinstance(quantizer, Quantizer) else 1.0
+            groups.append({"params": [parameter for _, parameter in own], "lr": rate * unit_of_rate})
         self.parameters = list(unit.trained.values())
         if self.parameters:
-            self.optimizer = torch.optim.Adam(self.parameters, rate, fused=True)
+            self.optimizer = torch.optim.Adam(groups, rate, fused=True)
             self.decay = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, iterations)
         for parameter in self.parameters:
             parameter.requires_grad_(True)
