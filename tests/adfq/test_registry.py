@@ -33,6 +33,7 @@ from baselines.iasvit import IASViT
 from baselines.ptq4vit import PTQ4ViT
 from baselines.qdrop import QDrop
 from baselines.repq_vit import RepQViT
+from baselines.row_ridge import RowRidge
 
 CLASSES = {
     "full_precision": FullPrecision,
@@ -48,6 +49,7 @@ CLASSES = {
     "ptq4vit": PTQ4ViT,
     "qdrop": QDrop,
     "repq_vit": RepQViT,
+    "row_ridge": RowRidge,
 }
 
 
@@ -61,11 +63,13 @@ def test_names_lead_to_classes_and_back() -> None:
 
 
 def test_a_method_tells_what_it_is_before_it_runs() -> None:
-    assert [cls.calibration_size for cls in CLASSES.values() if cls.calibration_size != 32] == [0, *[1024] * 6]
+    assert [cls.calibration_size for cls in CLASSES.values() if cls.calibration_size != 32] == [0, *[1024] * 6, 128]
     optimizing = {name for name, cls in CLASSES.items() if issubclass(cls, OptimizingMethod)}
-    assert optimizing == {"adalog", "adfq_vit", "aphq_vit", "fima_q", "glf_q", "iasvit", "qdrop"}
-    assert {name for name, cls in CLASSES.items() if cls().trained_iterations} == optimizing - {"adalog"}
+    assert optimizing == {"adalog", "adfq_vit", "aphq_vit", "fima_q", "glf_q", "iasvit", "qdrop", "row_ridge"}
+    assert {name for name, cls in CLASSES.items() if cls().trained_iterations} == optimizing - {"adalog", "row_ridge"}
     assert AdaLog(reconstruct=True).trains == "roundings, step sizes"
+    assert RowRidge().trains == "weights, in closed form"
+    assert RowRidge(reconstruct=True).trains == "weights, step sizes"
     assert ADFQViT.paper == "arXiv 2407.02763"
     assert list(PTQ4ViT.options()) == ["search", "rounds", "gradient_batch_size", "released"]
     assert list(ADFQViT.options())[:2] == ["qkv_threshold", "fc1_threshold"]

@@ -56,6 +56,7 @@ def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
         "ptq4vit",
         "qdrop",
         "repq_vit",
+        "row_ridge",
     ]
     assert main(["list", "tables"]) == 0
     assert capsys.readouterr().out.split() == ["1", "2", "3", "4", "5", "encoders", "field"]
