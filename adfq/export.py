@@ -27,6 +27,7 @@ from adfq.errors import AdfqError
 from adfq.files import replacing
 from adfq.layers import QuantConv2d, QuantMatMul, QuantWeightLayer
 from adfq.quantizers import (
+    AffineUniformQuantizer,
     LogQuantizer,
     OutlierQuantizer,
     Quantizer,
@@ -36,7 +37,8 @@ from adfq.quantizers import (
     TwinSoftmaxQuantizer,
     UniformQuantizer,
 )
-from adfq.sites import Network, check_weights
+from adfq.sites import Network, Site, check_weights, sites_of
+from adfq.transforms.positions import has_columns
 
 INPUT, OUTPUT = "images", "logits"
 
@@ -187,12 +189,15 @@ def _serialize(model: nn.Module, input_size: tuple[int, int, int]) -> bytes:
 
 def _check_exportable(model: nn.Module) -> None:
     network = Network(model)
-    for site, quantizer in network.activation_quantizers().items():
+    for site in sites_of(model):
+        quantizer = site.quantizer
+        if site.is_weight or quantizer is None:
+            continue
         problem = next((reason for cls, reason in _REFUSED.items() if isinstance(quantizer, cls)), None)
         if problem is None and not isinstance(quantizer, LogQuantizer):
-            problem = _problem_of_uniform(quantizer)
+            problem = _problem_of_uniform(site, quantizer)
         if problem is not None:
-            raise AdfqError(f"{site} cannot be exported ({quantizer.describe()}): {problem}")
+            raise AdfqError(f"{site.name} cannot be exported ({quantizer.describe()}): {problem}")
     for name, layer in network.weight_layers():
         weight = layer.weight_quantizer
         by_row = isinstance(weight, UniformQuantizer) and weight.scale.numel() in (1, len(layer.weight))
@@ -200,11 +205,14 @@ def _check_exportable(model: nn.Module) -> None:
             raise AdfqError(f"{name}.weight_quantizer cannot be exported ({weight.describe()}): only uniform ones can")
 
 
-def _problem_of_uniform(quantizer: Quantizer) -> str | None:
+def _problem_of_uniform(site: Site, quantizer: Quantizer) -> str | None:
     if not isinstance(quantizer, UniformQuantizer):
         return "ONNX has no operator for it"
     if quantizer.scale.numel() != 1:
-        return "integers are summed up in a product before they are scaled, so that an activation has one scale alone"
+        summed = -2 if has_columns(site) else -1
+        convolution = isinstance(site.operator, QuantConv2d)
+        if convolution or quantizer.scale.shape[summed] != 1 or quantizer.zero_point.unique().numel() != 1:
+            return "integers are summed up in a product before they are scaled, so that all in a sum have one grid"
     if quantizer.bits != _BITS:
         return (
             f"integer kernels take {_BITS} bits, and fewer would not make them faster; quantize activations to {_BITS}"
@@ -261,7 +269,8 @@ class _Grid(nn.Module):
     """Grid of a `UniformQuantizer` in ONNX's form, with a zero point that is a code.
 
     Values are scale·(q - zero_point) + offset. The offset is 0 unless the range leaves out 0, as that of probabilities
-    that are all large can.
+    that are all large can, or the quantizer's zero point is no whole number. An activation with several scales is
+    divided by them before, and has a scale of 1 in ONNX: they are factors of the product's output.
 
     Args:
         quantizer: calibrated uniform quantizer.
@@ -272,8 +281,10 @@ class _Grid(nn.Module):
         scale: float32, the shape of the quantizer's scale without dimensions of 1.
         zero_point: uint8 or int8, the shape of `scale`.
         offset: float32, the shape of `scale`; None for 0.
+        factor: float32, the scales that an activation is divided by, which broadcast against it; None for one scale.
     """
 
+    factor: Tensor | None
     scale: Tensor
     zero_point: Tensor
     offset: Tensor | None
@@ -283,11 +294,18 @@ class _Grid(nn.Module):
         self.shift, self.dtype = (quantizer.levels // 2, torch.int8) if signed else (0, torch.uint8)
         # RepQ-ViT's zero point is a mean of whole numbers. Steps are counted from 0 on either way, so that rounding it
         # changes only the values at the ends of the range that are cut off, by less than a step.
-        wanted = quantizer.zero_point.squeeze().round()
-        zero_point = wanted.clamp(0, quantizer.levels - 1)
-        scale = quantizer.scale.squeeze()
+        several = not signed and quantizer.scale.numel() > 1
+        self.register_buffer("factor", quantizer.scale.clone() if several else None)
+        wanted, scale = quantizer.zero_point.squeeze(), quantizer.scale.squeeze()
+        if several:
+            wanted, scale = wanted.flatten()[0], torch.ones(())
+        if not isinstance(quantizer, AffineUniformQuantizer):
+            wanted = wanted.round()
+        zero_point = wanted.round().clamp(0, quantizer.levels - 1)
         self.register_buffer("scale", scale.clone())
         self.register_buffer("zero_point", self.shift_codes(zero_point))
+        # onnxruntime cannot read a file in which weights share a zero point, which is 0 where there is none.
+        self.without_zero_point = signed and not self.zero_point.any()
         offset = scale * (zero_point - wanted)
         self.register_buffer("offset", offset if offset.any() else None)
 
@@ -297,13 +315,14 @@ class _Grid(nn.Module):
 
     def quantize(self, x: Tensor) -> Tensor:
         """Return the codes of `x`, by ONNX's operator."""
+        x = x if self.factor is None else x / self.factor
         operands = [x if self.offset is None else x - self.offset, self.scale, self.zero_point]
         codes: Tensor = torch.onnx.ops.symbolic("QuantizeLinear", operands, dtype=self.dtype, shape=x.shape)
         return codes
 
     def dequantize(self, codes: Tensor) -> Tensor:
         """Return the values of codes without the offset; several scales belong to the last dimension."""
-        operands = [codes, self.scale, self.zero_point]
+        operands = [codes, self.scale, *([] if self.without_zero_point else [self.zero_point])]
         values: Tensor = torch.onnx.ops.symbolic(
             "DequantizeLinear", operands, {"axis": codes.dim() - 1}, dtype=torch.float32, shape=codes.shape
         )
@@ -320,7 +339,8 @@ class _QuantizeDequantize(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the quantized values of `x`."""
         values = self.grid.dequantize(self.grid.quantize(x))
-        return values if self.grid.offset is None else values + self.grid.offset
+        values = values if self.grid.offset is None else values + self.grid.offset
+        return values if self.grid.factor is None else values * self.grid.factor
 
 
 class _Logarithmic(nn.Module):
@@ -353,6 +373,8 @@ class _IntegerProduct(nn.Module):
         assert isinstance(product.right_quantizer, UniformQuantizer)
         self.left, self.right = _Grid(product.left_quantizer), _Grid(product.right_quantizer)
         self.transpose_right = product.transpose_right
+        if self.transpose_right and self.right.factor is not None:
+            self.right.factor = self.right.factor.transpose(-2, -1)
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
         """Return the product of the quantized operands."""
@@ -367,6 +389,8 @@ class _IntegerProduct(nn.Module):
             right = right + self.right.offset
         if self.left.offset is not None:
             output = output + right.sum(-2, keepdim=True) * self.left.offset
+        for factor in (self.left.factor, self.right.factor):
+            output = output if factor is None else output * factor
         return output
 
 
@@ -379,6 +403,7 @@ class _IntegerLayer(nn.Module):
 
     codes: Tensor
     bias: Tensor
+    shift: Tensor | None
 
     def __init__(self, layer: QuantWeightLayer) -> None:
         super().__init__()
@@ -390,9 +415,13 @@ class _IntegerLayer(nn.Module):
         codes = self.weight.shift_codes(layer.weight_quantizer.encode(weight))
         self.register_buffer("codes", codes.flatten(1).T.contiguous())
         bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach()
+        shift = None
         if self.input.offset is not None:  # see _IntegerProduct; this part of it is known already
-            bias = bias + weight.flatten(1).sum(1) * self.input.offset
+            shift = weight.flatten(1).sum(1) * self.input.offset
+        if shift is not None and self.input.factor is None:
+            bias, shift = bias + shift, None
         self.register_buffer("bias", bias)
+        self.register_buffer("shift", shift)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output for the quantized input and weight."""
@@ -403,7 +432,11 @@ class _IntegerLayer(nn.Module):
             x = patches.unflatten(2, (rows, height)).permute(0, 2, 4, 1, 3, 5).flatten(3)
         x = self.input.dequantize(self.input.quantize(x))
         # onnxruntime would make a Gemm from a matrix and a bias, and runs that on integers only if the bias has codes.
-        output = (x[None] @ self.weight.dequantize(self.codes))[0] + self.bias
+        output = (x[None] @ self.weight.dequantize(self.codes))[0]
+        if self.input.factor is None:
+            output = output + self.bias
         if self.weight.offset is not None:
             output = output + x.sum(-1, keepdim=True) * self.weight.offset
+        if self.input.factor is not None:
+            output = (output if self.shift is None else output + self.shift) * self.input.factor + self.bias
         return output.permute(0, 3, 1, 2) if self.patch else output

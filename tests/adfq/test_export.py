@@ -67,6 +67,21 @@ def test_base_ptq_runs_on_integers_alone(files: dict[str, tuple[Path, Exported]]
         assert difference(runtime, models["base_ptq"], images) < 0.02
 
 
+@pytest.mark.parametrize("make", ["make_vit", "make_swin"])
+def test_scales_of_rows_and_columns_leave_the_integer_products(
+    make: str, make_images: MakeImages, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    model = quantize(request.getfixturevalue(make)(), "row_ridge", 8, 8, make_images(8))
+    assert any(quantizer.scale.numel() > 1 for quantizer in Network(model).activation_quantizers().values())
+    exported = export_onnx(model, tmp_path / "model.onnx")
+    assert exported.floating == {}
+    assert deployment.count_integer_products(tmp_path / "model.onnx") == len(exported.integer)
+    images = make_images(4, seed=2)
+    assert difference(deployment.OnnxModel(tmp_path / "model.onnx"), model, images) < 0.02
+    zero_points = [quantizer.zero_point for quantizer in Network(model).activation_quantizers().values()]  # type: ignore[union-attr]
+    assert any((points.frac() != 0).any() for points in zero_points)
+
+
 def test_repq_vits_probabilities_stay_in_float(
     files: dict[str, tuple[Path, Exported]], models: dict[str, nn.Module]
 ) -> None:
@@ -177,7 +192,7 @@ def logarithmic_weight(model: nn.Module) -> None:
         ("adfq_vit", {"ppoq": False}, 8, None, r"blocks\.0\.mlp\.fc2\.input_quantizer .* shifted by the minimum"),
         ("ptq4vit", {}, 8, None, r"(context\.left|fc2\.input)_quantizer cannot be exported .* two steps in one tensor"),
         ("base_ptq", {}, 6, None, r"blocks\.0\.attn\.qkv\.input_quantizer .* 8 bits, .* quantize activations to 8"),
-        ("base_ptq", {}, 8, per_channel, r"blocks\.0\.attn\.qkv\.input_quantizer .* an activation has one scale alone"),
+        ("base_ptq", {}, 8, per_channel, r"blocks\.0\.attn\.qkv\.input_quantizer .* all in a sum have one grid"),
         ("base_ptq", {}, 8, unknown, r"blocks\.0\.attn\.qkv\.input_quantizer .*Halves.* ONNX has no operator for it"),
         ("base_ptq", {}, 8, logarithmic_weight, r"blocks\.1\.mlp\.fc2\.weight_quantizer .* only uniform ones can"),
     ],
