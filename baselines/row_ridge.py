@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from adfq.bits import Bits
 from adfq.calibration import calibrate_activations
+from adfq.calibration.compensation import AffineGrid, compensated_codes
 from adfq.calibration.grams import Gram, cholesky, grams_of_layers
 from adfq.calibration.passes import naming
 from adfq.errors import AdfqError
@@ -33,8 +34,8 @@ from adfq.reconstruction.options import check_number
 from adfq.reconstruction.trained import Steps, Trained, Weights
 from adfq.sites import Network, Recipe
 from adfq.transforms.positions import has_columns, sites_with_fixed_positions
-from baselines.gptq import AffineGrid, compensated_codes
 
+_LEAST = 1e-12  # least penalty, in units of the mean square of an input: inputs may be the same in all rows
 _WITHIN = 0.45  # steps that a weight starts off its code at most
 
 
@@ -154,7 +155,8 @@ class RowRidge(OptimizingMethod):
         assert isinstance(quantizer, AffineUniformQuantizer)
         weight = layer.weight.detach().flatten(1).double()
         moments = Moments.of(gram, centred=layer.bias is not None)
-        penalty = self.penalty * moments.products.diagonal().mean()
+        mean_square = gram.products.diagonal().mean() / gram.rows
+        penalty = torch.maximum(self.penalty * moments.products.diagonal().mean(), _LEAST * mean_square)
         moments.products.diagonal().add_(penalty)
         moments.targets.diagonal().add_(penalty)
         fitted = weight.T
@@ -167,12 +169,13 @@ class RowRidge(OptimizingMethod):
             compensated = compensated_codes(fitted, moments.products, AffineGrid.of(quantizer))
             codes = compensated.T.reshape(shape).to(torch.uint8)
         quantized = quantizer.decode(codes)
-        # The weight itself lies where training would start, and is rounded to the same codes.
-        within = (wanted - quantized).clamp(-_WITHIN * quantizer.scale, _WITHIN * quantizer.scale)
-        layer.weight = nn.Parameter((quantized + within).to(layer.weight.dtype), requires_grad=False)
+        layer.learned_weight = quantized.to(layer.weight.dtype)
+        if self.reconstruct:  # training starts where the weight is rounded to the same codes
+            within = (wanted - quantized).clamp(-_WITHIN * quantizer.scale, _WITHIN * quantizer.scale)
+            layer.weight, layer.learned_weight = nn.Parameter((quantized + within).to(layer.weight.dtype)), None
         if layer.bias is not None:
             moved = weight @ moments.target_mean - quantized.flatten(1).double() @ moments.mean
-            layer.bias = nn.Parameter((layer.bias + moved).to(layer.bias.dtype), requires_grad=False)
+            layer.bias = nn.Parameter((layer.bias.detach() + moved).to(layer.bias.dtype))
 
 
 class Moments(NamedTuple):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adfq import AdfqError, quantize
+from adfq.calibration import compensation
 from adfq.calibration.grams import Gram
 from adfq.layers import QuantLinear, QuantWeightLayer
 from adfq.quantizers import UniformQuantizer
@@ -83,7 +84,7 @@ def test_blocks_of_columns_do_not_matter(target: bool, monkeypatch: pytest.Monke
     layer, x = make_layer(40), correlated(90, 40)
     gram = gram_of(layer, x, x + 0.3 * torch.randn(90, 40) if target else None)
     whole = GPTQ().compensate(layer, gram)
-    monkeypatch.setattr(gptq, "_BLOCK", 7)
+    monkeypatch.setattr(compensation, "_BLOCK", 7)
     assert torch.equal(GPTQ().compensate(layer, gram), whole)
 
 

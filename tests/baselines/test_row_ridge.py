@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 import adfq
 from adfq import AdfqError, quantize
+from adfq.calibration.compensation import AffineGrid, compensated_codes
 from adfq.calibration.grams import Gram
 from adfq.layers import QuantConv2d, QuantLinear, QuantWeightLayer
 from adfq.quantizers import AffineUniformQuantizer, UniformQuantizer
 from adfq.sites import check_weights
-from baselines.gptq import GPTQ, AffineGrid, compensated_codes
+from baselines.gptq import GPTQ
 from baselines.row_ridge import RowRidge
 
 MakeModel = Callable[..., nn.Module]
