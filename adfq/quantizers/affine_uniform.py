@@ -26,7 +26,7 @@ class AffineUniformQuantizer(UniformQuantizer):
 
     x̂ = scale·(q - zero_point). With zero_point = (2^bits - 1)/2 the levels lie symmetrically about 0, which is none of
     them. An integer matrix product needs no whole zero point: with one for all rows its part is a constant for each
-    output channel. Step sizes have the least mean squared error among shares of the range.
+    output channel. Step sizes have the least mean |x̂ - x|^2.4 among shares of the range.
 
     Args:
         bits: bit-width, 2 to 8.
