@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -117,7 +118,8 @@ def test_every_method_comes_back_bit_for_bit(
         adfq.save(cast, tmp_path / "model")
         loaded = adfq.load(tmp_path / "model")
         assert_same_model(loaded, cast, make_images(3, seed=2))
-        assert loaded.quantization == quantized.quantization
+        # A file holds the model, and not what the method found out about it.
+        assert loaded.quantization == dataclasses.replace(quantized.quantization, report={})
         assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 

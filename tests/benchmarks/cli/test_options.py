@@ -135,4 +135,4 @@ def test_any_value_of_an_option(value: Any, parse: Callable[[list[str]], argpars
     cell = Cell.create(task="classification", model="m", data="x", method="base_ptq", model_arguments=(("k", value),))
     again = cell_of(command_line(cell), parse)
     assert again.config == cell.config
-    assert type(again.model_arguments[0][1]) is type(value)
+    assert type(again.model_arguments[0][1]) is type(cell.model_arguments[0][1])
