@@ -231,13 +231,22 @@ class Errors(Statistic):
             for part in values[rows].split(columns, dim=1):
                 for error, quantize in zip(errors, self.candidates, strict=True):
                     off = quantize(part, rows).sub_(part)
-                    error[rows] += (off.square_() if self.exponent == 2 else off.abs_().pow_(self.exponent)).sum(1)
+                    error[rows] += _powers(off, self.exponent).sum(1)
         self.sums = self.sums.to(errors.device) + errors
         self.count += values.shape[1]
 
     def result(self) -> Tensor:
         """Return the errors, len(candidates)×G, float64."""
         return self.sums / self.count
+
+
+def _powers(x: Tensor, exponent: float) -> Tensor:
+    """Return |x|^exponent in the place of x."""
+    if exponent == 2:
+        return x.square_()
+    if exponent == 2.5:  # a sixth of the time of a general power
+        return x.abs_().sqrt().mul_(x).mul_(x)
+    return x.abs_().pow_(exponent)
 
 
 _BINS = 2048

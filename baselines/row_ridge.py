@@ -28,12 +28,14 @@ from adfq.reconstruction import (
     OptimizingMethod,
     SuffixFeature,
     Unit,
+    importance_of_rows,
     optimize_units,
 )
 from adfq.reconstruction.options import check_number
 from adfq.reconstruction.trained import Steps, Trained, Weights
 from adfq.sites import Network, Recipe
 from adfq.transforms.positions import has_columns, sites_with_fixed_positions
+from adfq.transforms.standardization import standardize_norms
 
 _LEAST = 1e-12  # least penalty, in units of the mean square of an input: inputs may be the same in all rows
 _WITHIN = 0.45  # steps that a weight starts off its code at most
@@ -53,6 +55,8 @@ class RowRidge(OptimizingMethod):
     Attributes:
         penalty: pull of the regression towards the weight in full precision, in units of the mean square of an input
             about its mean, above 0.
+        importance: False gives every row of a layer the same weight in sums over rows.
+        standardized: False leaves means and spreads of channels in the outputs of LayerNorms.
         positions: False has one step size for all positions, and one for each head of an operand of attention.
         regression: False rounds the weights in full precision, with the same compensation.
         compensation: False rounds to nearest.
@@ -73,6 +77,8 @@ class RowRidge(OptimizingMethod):
     calibration_size = 128
 
     penalty: float = 1.0
+    importance: bool = True
+    standardized: bool = True
     positions: bool = True
     regression: bool = True
     compensation: bool = True
@@ -120,9 +126,12 @@ class RowRidge(OptimizingMethod):
         for site, _ in sites_with_fixed_positions(network, run.images, parts):
             if isinstance(quantizer := site.quantizer, AffineUniformQuantizer):
                 quantizer.granularity = "head_channel" if has_columns(site) else "patch"
+        importance = importance_of_rows(network, run.images) if self.importance else {}
+        if self.standardized:
+            standardize_norms(network, run.images, importance)
         teacher = copy.deepcopy(network)  # biases change on the way
         calibrate_activations(network, run.images)
-        for name, layer, gram in grams_of_layers(network, run.images, "asymmetric", teacher):
+        for name, layer, gram in grams_of_layers(network, run.images, "asymmetric", teacher, importance):
             with naming(f"{name}.weight"):
                 if gram is None or not gram.products.diagonal().any():
                     layer.find_weight_range()

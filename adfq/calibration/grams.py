@@ -42,7 +42,7 @@ class Gram:
         sums: sum of the rows of X̂, n.
         differences: X̂ᵀ(X - X̂), n×n; None without.
         difference_sums: sum of the rows of X - X̂, n; None without.
-        rows: N.
+        rows: N, or the sum of the rows' weights.
         is_flat: True if the inputs have two dimensions, as a classifier's: a row an image.
     """
 
@@ -56,27 +56,35 @@ class Gram:
         self.products, self.sums = new(size, size), new(size)
         self.differences = new(size, size) if differences else None
         self.difference_sums = new(size) if differences else None
-        self.rows = 0
+        self.rows: float = 0
         self.is_flat = False
 
-    def update(self, quantized: Tensor, x: Tensor | None = None) -> None:
+    def update(self, quantized: Tensor, x: Tensor | None = None, weights: Tensor | None = None) -> None:
         """Take in the inputs of a batch.
 
         Args:
             quantized: X̂ in the shape of the layer's input.
             x: X, the shape of `quantized`; None without differences.
+            weights: weight of each row in all sums, in the shape of the layer's output without its channels; None, the
+                default, for 1.
         """
         self.is_flat = quantized.dim() == 2
         targets = iter(()) if x is None else _rows(self.layer, x)
+        shares = None if weights is None else weights.flatten().double()
         for chunk in _rows(self.layer, quantized):
-            rows = chunk.double()
-            self.products.addmm_(rows.T, rows)
-            self.sums += rows.sum(0)
-            self.rows += len(rows)
+            rows = weighted = chunk.double()
+            if shares is not None:
+                own, shares = shares.tensor_split([len(rows)])
+                weighted = rows * own[:, None]
+                self.rows += float(own.sum())
+            else:
+                self.rows += len(rows)
+            self.products.addmm_(weighted.T, rows)
+            self.sums += weighted.sum(0)
             if self.differences is not None and self.difference_sums is not None:
                 off = next(targets).double() - rows
-                self.differences.addmm_(rows.T, off)
-                self.difference_sums += off.sum(0)
+                self.differences.addmm_(weighted.T, off)
+                self.difference_sums += (off if shares is None else off * own[:, None]).sum(0)
 
     def check_finite(self, name: str) -> None:
         """Raise NonFiniteError if an input was NaN or infinite.
@@ -128,7 +136,11 @@ def has_gram(layer: QuantWeightLayer) -> bool:
 
 
 def grams_of_layers(
-    network: Network, images: CalibrationImages, inputs: str, teacher: Network | None = None
+    network: Network,
+    images: CalibrationImages,
+    inputs: str,
+    teacher: Network | None = None,
+    weights: Mapping[str, Sequence[Tensor]] | None = None,
 ) -> Iterator[tuple[str, QuantWeightLayer, Gram | None]]:
     """Yield each quantizable layer with the Gram matrix of its inputs, None for one that has none (`has_gram`).
 
@@ -143,6 +155,9 @@ def grams_of_layers(
             proposals, ``"asymmetric"`` is ``"quantized"``; not so with a teacher in a model that makes no such choices.
         teacher: copy of the network that gives the inputs in full precision, for a caller that changes biases; None,
             the default, for the network itself.
+        weights: by the name of a layer, weights of the rows of one use in a batch after the other
+            (`adfq.reconstruction.importance_of_rows`). They count where inputs have differences. None, the default, for
+            1; so has a layer that is not there.
 
     Raises:
         AdfqError: for a full disk.
@@ -165,7 +180,8 @@ def grams_of_layers(
             together = inputs in ("full_precision", "own")
             for group in _groups(found, inputs) if together else [[name] for name in found]:
                 asymmetric = inputs == "asymmetric" and (bool(parts[0].name) or aligned)
-                grams = _collect(walks, parts, {name: found[name] for name in group}, inputs, asymmetric)
+                shares = {name: (weights or {}).get(name) for name in group} if asymmetric else {}
+                grams = _collect(walks, parts, {name: found[name] for name in group}, inputs, asymmetric, shares)
                 for name in group:
                     gram = grams.pop(name)
                     gram.check_finite(name)
@@ -194,12 +210,14 @@ def _collect(
     layers: Mapping[str, QuantWeightLayer],
     inputs: str,
     asymmetric: bool,
+    weights: Mapping[str, Sequence[Tensor] | None],
 ) -> dict[str, Gram]:
     """Return the Gram matrices of layers of a part, from one pass over its batches."""
     # In full precision the layers have no quantizers.
     quantizers = {name: layer.input_quantizer for name, layer in layers.items()}
     grams = {name: Gram(layer, asymmetric or inputs == "own") for name, layer in layers.items()}
     targets: dict[str, list[Tensor]] = {name: [] for name in layers}
+    shares = {name: iter(found) for name, found in weights.items() if found is not None}
 
     def keep(name: str, x: Tensor) -> None:
         targets[name].append(x)
@@ -210,7 +228,8 @@ def _collect(
         elif inputs == "own":
             grams[name].update(quantizers[name](x), x)
         else:
-            grams[name].update(quantizers[name](x), targets[name].pop(0) if asymmetric else None)
+            share = next(shares[name]) if name in shares else None
+            grams[name].update(quantizers[name](x), targets[name].pop(0) if asymmetric else None, share)
 
     for batch in range(len(parts[0].sizes)):
         if asymmetric:

@@ -17,7 +17,7 @@ ZEROS = ("lowest", "middle", "shared")
 
 _WIDTHS = (0.2, 0.3, 0.4, 0.52, 0.66, 0.82, 1.0)  # shares of the least step size that reaches all values
 _FINER = (0.84, 0.92, 1.0, 1.08, 1.16)  # factors of the best of these
-_EXPONENT = 2.4
+_EXPONENT = 2.5
 _ZEROS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # zero points as shares of the highest code
 
 
@@ -26,7 +26,7 @@ class AffineUniformQuantizer(UniformQuantizer):
 
     x̂ = scale·(q - zero_point). With zero_point = (2^bits - 1)/2 the levels lie symmetrically about 0, which is none of
     them. An integer matrix product needs no whole zero point: with one for all rows its part is a constant for each
-    output channel. Step sizes have the least mean |x̂ - x|^2.4 among shares of the range.
+    output channel. Step sizes have the least mean |x̂ - x|^2.5 among shares of the range.
 
     Args:
         bits: bit-width, 2 to 8.

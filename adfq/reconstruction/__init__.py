@@ -5,6 +5,7 @@ A method composes it (`Composition`) of losses (`adfq.reconstruction.losses`), o
 Esser et al., 2020; blocks, BRECQ, Li et al., 2021; mixed inputs and dropped quantization, QDrop, Wei et al., 2022.
 """
 
+from adfq.reconstruction.importance import importance_of_rows
 from adfq.reconstruction.losses import AttentionScores, Divergence, Loss
 from adfq.reconstruction.optimizer import Composition, Result, optimize_units, roundings_and_steps
 from adfq.reconstruction.options import OptimizerOptions, OptimizingMethod, RoundingMethod, RoundingOptions
@@ -30,6 +31,7 @@ __all__ = [
     "Unit",
     "Weights",
     "blocks_of",
+    "importance_of_rows",
     "optimize_units",
     "roundings_and_steps",
 ]

@@ -26,18 +26,23 @@ def output_divergence(outputs: Any, reference: Any, temperature: float) -> Tenso
         reference: outputs of full precision, of the same shape.
         temperature: τ.
     """
-    found, wanted = _tensors(outputs), _tensors(reference)
+    found, wanted = output_tensors(outputs), output_tensors(reference)
     if _are_logits(wanted):
         return divergence(found[0], wanted[0], temperature)
     terms = [
         ((output.float() - target.float()) / spread).square().sum() / (2 * len(target))
         for output, target in zip(found, wanted, strict=True)
-        if (spread := _spread(target)) is not None
+        if (spread := output_spread(target)) is not None
     ]
     return torch.stack(terms).sum()
 
 
-def _tensors(outputs: Any) -> list[Tensor]:
+def output_tensors(outputs: Any) -> list[Tensor]:
+    """Return the floating-point tensors in a network's output.
+
+    Args:
+        outputs: any nesting of tensors.
+    """
     return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
@@ -45,7 +50,12 @@ def _are_logits(outputs: list[Tensor]) -> bool:
     return len(outputs) == 1 and outputs[0].dim() == 2
 
 
-def _spread(output: Tensor) -> Tensor | None:
+def output_spread(output: Tensor) -> Tensor | None:
+    """Return the standard deviation of an output, None for one that is constant up to rounding.
+
+    Args:
+        output: any shape.
+    """
     values = output.detach().float()
     spread = values.std(correction=0)
     return spread if spread > _ROUNDING * values.abs().amax() else None
@@ -72,7 +82,7 @@ def fisher_diagonal(unit: Unit, temperature: float, labels: int) -> list[Tensor]
         leaf = unit.targets(batch).float().requires_grad_()
         total = totals[size_index(unit, batch)]
         with torch.enable_grad():
-            outputs = _tensors(unit.rest(index, leaf.to(batch.examples.targets.dtype)))
+            outputs = output_tensors(unit.rest(index, leaf.to(batch.examples.targets.dtype)))
         for function, weights in _log_probabilities(outputs, temperature, labels):
             with torch.enable_grad():
                 value = function()
@@ -87,7 +97,7 @@ def _log_probabilities(outputs: list[Tensor], temperature: float, labels: int) -
     one = torch.ones(1, device=outputs[0].device)
     if not _are_logits(outputs):
         for _ in range(labels):
-            noise = [(torch.randn_like(output.float()), _spread(output)) for output in outputs]
+            noise = [(torch.randn_like(output.float()), output_spread(output)) for output in outputs]
             yield (
                 lambda noise=noise: torch.stack(
                     [
