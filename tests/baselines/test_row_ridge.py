@@ -230,6 +230,17 @@ def test_positions_heads_and_channels_have_step_sizes(
     assert first.input_quantizer.bits == 8
 
 
+@pytest.mark.parametrize("part", ["importance", "standardized", "positions", "regression", "compensation"])
+@torch.no_grad()
+def test_each_part_can_be_left_out(part: str, make_vit: MakeModel, make_images: MakeImages) -> None:
+    model, images = make_vit(depth=1), make_images(8)
+    whole, without = (quantize(model, method, 3, 3, images) for method in (RowRidge(), RowRidge(**{part: False})))
+    assert not torch.equal(whole(images), without(images))
+    norms = [found.get_submodule("blocks.0.norm1").weight for found in (model, whole, without)]
+    assert torch.equal(norms[0], norms[2]) == (part == "standardized")
+    assert not torch.equal(norms[0], norms[1])
+
+
 @torch.no_grad()
 def test_images_of_several_token_counts_have_one_step_size(make_vit: MakeModel) -> None:
     model = make_vit(dynamic_img_size=True)

@@ -47,6 +47,20 @@ def test_a_convolution_is_the_product_of_its_patches(
     torch.testing.assert_close(weight @ gram.sums, outputs.sum(1), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("chunk", [1, 2**22])
+def test_a_row_of_weight_two_counts_as_two(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grams, "_CHUNK", chunk)
+    layer = QuantLinear(nn.Linear(5, 3), "fc1")
+    x, quantized, weights = torch.randn(2, 7, 5), torch.randn(2, 7, 5), torch.randint(0, 3, (2, 7))
+    found, expected = Gram(layer, True), Gram(layer, True)
+    found.update(quantized, x, weights)
+    repeats = weights.flatten()
+    expected.update(*(rows.flatten(0, 1).repeat_interleave(repeats, 0) for rows in (quantized, x)))
+    assert found.rows == expected.rows == int(weights.sum())
+    for field in ("products", "sums", "differences", "difference_sums"):
+        torch.testing.assert_close(getattr(found, field), getattr(expected, field))
+
+
 def test_layers_without_a_matrix() -> None:
     assert has_gram(QuantConv2d(nn.Conv2d(4, 4, 3), "conv"))
     assert not has_gram(QuantConv2d(nn.Conv2d(4, 4, 3, groups=4), "conv"))

@@ -1,0 +1,96 @@
+"""LayerNorms whose channels have mean 0 and less different spreads."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from adfq.adapters import adapt
+from adfq.calibration import CalibrationImages
+from adfq.reconstruction import importance_of_rows
+from adfq.sites import POST_NORM_ROLES, Network
+from adfq.transforms.reparameterization import norms_with_readers
+from adfq.transforms.standardization import standardize_norms
+
+MakeModel = Callable[..., nn.Module]
+MakeImages = Callable[..., Tensor]
+
+MODELS = ["vit", "swin", "padded swin"]
+
+
+def network_of(kind: str, make_vit: MakeModel, make_swin: MakeModel) -> Network:
+    model = make_vit() if kind == "vit" else make_swin(img_size=32 if kind == "swin" else 24)
+    return adapt(copy.deepcopy(model).double())
+
+
+def inputs_of(network: Network, images: Tensor) -> dict[str, Tensor]:
+    """Return the inputs of the layers behind a LayerNorm, rows×channels."""
+    readers = {layer for group in norms_with_readers(network, POST_NORM_ROLES) for layer in group.layers}
+    found: dict[str, Tensor] = {}
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, inputs, name=name: found.update({name: inputs[0].flatten(0, -2)}))
+        for name, layer in network.weight_layers()
+        if layer in readers
+    ]
+    with torch.no_grad():
+        network.run(images)
+    for hook in hooks:
+        hook.remove()
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("kind", MODELS)
+@torch.no_grad()
+def test_channels_have_no_mean_and_the_root_of_their_spread(
+    kind: str, weighted: bool, make_vit: MakeModel, make_swin: MakeModel, make_images: MakeImages
+) -> None:
+    network, images = network_of(kind, make_vit, make_swin), make_images(4, 24 if "padded" in kind else 32).double()
+    batches = CalibrationImages([images])
+    expected, before = network.run(images), inputs_of(network, images)
+    weights = importance_of_rows(network, batches) if weighted else {}
+    standardize_norms(network, batches, weights)
+    torch.testing.assert_close(network.run(images), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(network.run(images[:1] * 2), network.run(images[:1].mul(2)), rtol=1e-9, atol=1e-9)
+    for name, after in inputs_of(network, images).items():
+        share = weights[name][0].flatten().double() if weighted else torch.ones(len(after)).double()
+        share /= share.sum()
+        spreads = []
+        for rows in (before[name], after):
+            mean = share @ rows
+            spreads.append((share @ (rows - mean).square()).sqrt())
+        assert mean.abs().max() < 1e-9 * spreads[1].max()
+        product = spreads[1] / spreads[0].sqrt()
+        torch.testing.assert_close(product, product[:1].expand_as(product), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@torch.no_grad()
+def test_other_images_give_the_same_output(
+    kind: str, make_vit: MakeModel, make_swin: MakeModel, make_images: MakeImages
+) -> None:
+    network, size = network_of(kind, make_vit, make_swin), 24 if "padded" in kind else 32
+    others = make_images(3, size, seed=2).double()
+    expected = network.run(others)
+    standardize_norms(network, CalibrationImages(make_images(4, size).double().split(3)), {})
+    torch.testing.assert_close(network.run(others), expected, rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_a_constant_channel_keeps_its_unit(make_vit: MakeModel, make_images: MakeImages) -> None:
+    network, images = network_of("vit", make_vit, make_vit), make_images(4).double()
+    norm = network.model.get_submodule("blocks.0.norm1")
+    assert isinstance(norm, nn.LayerNorm)
+    norm.weight[[1, 5]] = 0
+    layer = network.model.get_submodule("blocks.0.attn.qkv")
+    kept = layer.weight[:, [1, 5]].clone()
+    expected = network.run(images)
+    standardize_norms(network, CalibrationImages([images]), {})
+    torch.testing.assert_close(network.run(images), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(layer.weight[:, [1, 5]], kept)
+    assert not inputs_of(network, images)["blocks.0.attn.qkv"][:, [1, 5]].any()
