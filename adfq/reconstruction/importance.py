@@ -25,7 +25,7 @@ def importance_of_rows(network: Network, images: CalibrationImages) -> dict[str,
     """Return the importance of the rows of each layer's output: the norm of their gradient.
 
     A row is the output for a token, or for a position of a convolution. The gradient is that of the network's output
-    along two random directions, whose root mean square is taken. Of several outputs, such as a detector's, each counts
+    along two random directions, whose root mean square is taken. Several outputs, such as a detector's, count each
     in units of its standard deviation. Memory holds a batch, and what one module of the trunk keeps for its gradient.
     The result takes four bytes a row.
 
