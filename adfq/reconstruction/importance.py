@@ -34,9 +34,10 @@ def importance_of_rows(network: Network, images: CalibrationImages) -> dict[str,
         images: calibration images.
 
     Returns:
-        Importance by name of the layer, in the order in which the layer is used in the batches: float32, in the shape
-        of the output without its channels. A layer without an effect on the output is left out, and so is one whose
-        gradients are not finite, or whose inputs have no Gram matrix (`adfq.calibration.grams.has_gram`).
+        Importance by name of the layer, in the order in which the layer is used in the batches. It is float32, and has
+        the shape of the layer's output without its channels. A layer without an effect on the output is left out, and
+        so is one whose gradients are not finite, or whose inputs have no Gram matrix
+        (`adfq.calibration.grams.has_gram`).
     """
     signs = torch.Generator().manual_seed(0)
     found: dict[str, list[Tensor]] = {}
