@@ -67,6 +67,8 @@ def _squared_gradients(
         with torch.enable_grad():
             outputs = output_tensors(network.run(leaf))
             watch.clear()  # a layer that runs again for the gradients is not used once more
+            if len(outputs) != len(spreads):  # a stage of a detector without a proposal in that image
+                spreads = [output_spread(output) for output in outputs]
             terms = [
                 (output.float() * drawn / spread).flatten(1).sum(1)
                 for output, drawn, spread in zip(outputs, _signs(outputs, len(batch), signs), spreads, strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -92,6 +93,19 @@ def test_batches_do_not_matter(size: int, make_swin: MakeModel, make_images: Mak
     whole = importance(network, images)
     for name, own in importance(network, *images.split(size)).items():
         torch.testing.assert_close(own, whole[name], rtol=1e-5, atol=1e-8)
+
+
+def test_images_may_have_other_numbers_of_outputs(make_vit: MakeModel, make_images: MakeImages) -> None:
+    network, images = network_of(make_vit()), make_images(3)
+    whole = importance(network, images)
+
+    def twice_unless_single(batch: Tensor) -> list[Tensor]:
+        output = network.model(batch)
+        return [output] if len(batch) == 1 else [output, 2 * output]
+
+    found = importance(dataclasses.replace(network, forward_all=twice_unless_single), images)
+    assert found.keys() == whole.keys()
+    assert all(own.shape == whole[name].shape for name, own in found.items())
 
 
 def test_the_model_stays_as_it_is(make_vit: MakeModel, make_images: MakeImages) -> None:
