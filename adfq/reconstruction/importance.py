@@ -109,10 +109,12 @@ def _watched(layers: Iterator[tuple[str, QuantWeightLayer]], found: dict[str, li
     watch = [True]
 
     def take(name: str, layer: nn.Module, _: Any, output: Tensor) -> None:
-        if watch and output.requires_grad:
-            calls = found.setdefault(name, [])
-            calls.append(torch.zeros(()))
-            output.register_hook(partial(_add, calls, len(calls) - 1, 1 if isinstance(layer, QuantConv2d) else -1))
+        if watch:
+            channels = 1 if isinstance(layer, QuantConv2d) else -1
+            squares = torch.zeros_like(output.detach().select(channels, 0), dtype=torch.float32)
+            found.setdefault(name, []).append(squares)
+            if output.requires_grad:
+                output.register_hook(partial(_add, squares, channels))
 
     hooks = [layer.register_forward_hook(partial(take, name)) for name, layer in layers if has_gram(layer)]
     try:
@@ -122,9 +124,8 @@ def _watched(layers: Iterator[tuple[str, QuantWeightLayer]], found: dict[str, li
             hook.remove()
 
 
-def _add(calls: list[Tensor], index: int, channels: int, gradient: Tensor) -> None:
-    squared = gradient.detach().float().square().sum(channels)
-    calls[index] = calls[index].to(squared.device) + squared
+def _add(squares: Tensor, channels: int, gradient: Tensor) -> None:
+    squares += gradient.detach().float().square().sum(channels)
 
 
 @contextmanager

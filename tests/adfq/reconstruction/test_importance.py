@@ -95,6 +95,21 @@ def test_batches_do_not_matter(size: int, make_swin: MakeModel, make_images: Mak
         torch.testing.assert_close(own, whole[name], rtol=1e-5, atol=1e-8)
 
 
+def test_a_use_without_an_effect_counts_as_a_use(make_vit: MakeModel, make_images: MakeImages) -> None:
+    network, images = network_of(make_vit()), make_images(3)
+    head = network.model.get_submodule("head")
+
+    def twice(batch: Tensor) -> Tensor:
+        head(torch.zeros(2, 48, dtype=torch.float64))  # no gradient reaches it
+        head(network.model.forward_features(batch)[:, 0])  # nothing reads it
+        return network.model(batch)
+
+    batches = CalibrationImages([images.double()])
+    calls = importance_of_rows(dataclasses.replace(network, forward_all=twice), batches)["head"]
+    assert [call.shape[0] for call in calls] == [2, 3, 3]
+    assert [bool(call.any()) for call in calls] == [False, False, True]
+
+
 def test_images_may_have_other_numbers_of_outputs(make_vit: MakeModel, make_images: MakeImages) -> None:
     network, images = network_of(make_vit()), make_images(3)
     whole = importance(network, images)
