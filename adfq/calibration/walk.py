@@ -210,8 +210,8 @@ class Walk:
                 if calls is not None and (here := self._trunk[behind]) is not module:
                     arguments, keywords = calls[batch]
                     known = partial(here.forward, *arguments, **keywords)
-                    stack.enter_context(_replaced_forward(here, lambda *_, **__: known()))
-                stack.enter_context(_replaced_forward(module, lambda *_, **__: output))
+                    stack.enter_context(replaced_forward(here, lambda *_, **__: known()))
+                stack.enter_context(replaced_forward(module, lambda *_, **__: output))
                 return self.network.run(self.images[batch])
 
         return run
@@ -248,7 +248,7 @@ class Walk:
 
             with self.mode(), ExitStack() as stack:
                 self._leave_out(behind, batch, [], stack)
-                stack.enter_context(_replaced_forward(module, lambda *_, **__: output))
+                stack.enter_context(replaced_forward(module, lambda *_, **__: output))
                 for head in heads:
                     stack.callback(head.register_forward_pre_hook(take).remove)
                 try:
@@ -274,7 +274,7 @@ class Walk:
         """Put outputs in the place of so many modules of the trunk, until the stack is left."""
         for index, module in enumerate(self._trunk[:behind]):
             output = partial(self._output, index, module.forward, batch, used)
-            stack.enter_context(_replaced_forward(module, lambda *_, output=output, **__: output()))
+            stack.enter_context(replaced_forward(module, lambda *_, output=output, **__: output()))
 
     def _output(self, index: int, forward: Callable[..., Any], batch: int, used: list[int]) -> Any:
         """Return the output of a module that is behind: what is left of it, or the whole of it for the first time."""
@@ -319,7 +319,13 @@ def _holds_nan(tree: Any) -> bool:
 
 
 @contextmanager
-def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Give a module another forward function inside the block.
+
+    Args:
+        module: any module.
+        forward: function that is called in the place of the module's own.
+    """
     own = vars(module).get("forward")
     module.forward = forward
     try:

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from adfq.calibration import CalibrationImages, progress_bar
 from adfq.calibration.grams import has_gram
+from adfq.calibration.walk import replaced_forward
 from adfq.layers import QuantConv2d, QuantWeightLayer
 from adfq.reconstruction.fisher import output_spread, output_tensors
 from adfq.sites import Network
@@ -61,8 +62,9 @@ def _squared_gradients(
     found: dict[str, list[Tensor]] = {}
     with ExitStack() as stack:
         watch = stack.enter_context(_watched(network.weight_layers(), found))
-        for name in network.trunk:
-            stack.enter_context(_checkpointed(network.model.get_submodule(name)))
+        for name in network.trunk:  # computes again what its gradient needs, instead of keeping it
+            module = network.model.get_submodule(name)
+            stack.enter_context(replaced_forward(module, partial(checkpoint, module.forward, use_reentrant=False)))
         leaf = network.place(batch).detach().requires_grad_()
         with torch.enable_grad():
             outputs = output_tensors(network.run(leaf))
@@ -126,16 +128,3 @@ def _watched(layers: Iterator[tuple[str, QuantWeightLayer]], found: dict[str, li
 
 def _add(squares: Tensor, channels: int, gradient: Tensor) -> None:
     squares += gradient.detach().float().square().sum(channels)
-
-
-@contextmanager
-def _checkpointed(module: nn.Module) -> Iterator[None]:
-    """Compute what a module needs for its gradient again, instead of keeping it."""
-    own = vars(module).get("forward")
-    module.forward = partial(checkpoint, module.forward, use_reentrant=False)
-    try:
-        yield
-    finally:
-        del module.forward
-        if own is not None:
-            module.forward = own
