@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from adfq.adapters import create
 from adfq.api import Quantization
-from adfq.export import INPUT, trace
+from adfq.export.trace import INPUT, trace
 from benchmarks.run.console import markdown_table
 from benchmarks.run.cost import time_of
 from benchmarks.tasks import Subject

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import adfq
 from adfq import AdfqError, export_onnx, quantize
-from adfq.export import Exported, _Logarithmic
+from adfq.export import Exported
+from adfq.export.forms import Logarithmic
 from adfq.quantizers import LogQuantizer, Quantizer, UniformQuantizer
 from adfq.sites import Network
 from benchmarks.cell import Cell
@@ -159,7 +160,7 @@ def test_logarithmic_levels_are_those_of_the_quantizer() -> None:
     for bits in (2, 4, 8):
         quantizer = LogQuantizer(bits).calibrate(torch.rand(1000))
         with torch.no_grad():
-            torch.testing.assert_close(_Logarithmic(quantizer)(values), quantizer(values), rtol=1e-4, atol=1e-30)
+            torch.testing.assert_close(Logarithmic(quantizer)(values), quantizer(values), rtol=1e-4, atol=1e-30)
 
 
 class Halves(Quantizer):
@@ -238,7 +239,7 @@ def test_nothing_is_left_of_what_fails(
     with pytest.raises(AdfqError, match=r"cannot write .*no/model: No such file"):
         export_onnx(model, tmp_path / "no" / "model")
     with monkeypatch.context() as patch:
-        patch.setattr("adfq.export._LARGEST", 1000)
+        patch.setattr("adfq.export.trace._LARGEST", 1000)
         with pytest.raises(AdfqError, match="larger than 2 GB"):
             export_onnx(model, tmp_path / "model")
     with monkeypatch.context() as patch:

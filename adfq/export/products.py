@@ -1,0 +1,156 @@
+"""Products of integers in the place of those of simulated values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from adfq.export.forms import Grid, convert_quantizer
+from adfq.layers import QuantConv2d, QuantMatMul, QuantWeightLayer
+from adfq.quantizers import LogQuantizer, UniformQuantizer
+from adfq.sites import Network
+
+_LOGARITHMIC = (
+    "logarithmic levels are no multiples of one step, so that no integers stand for them; "
+    "they are computed by float operators"
+)
+_FULL_PRECISION = "an operand is not quantized"
+_OVERLAPPING = "windows of the convolution overlap, and integer convolutions have one zero point for all channels"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """Products of an exported model, by the type that they are computed in.
+
+    Products are those with a weight, and the two of each attention.
+
+    Attributes:
+        integer: names of the products of integers.
+        floating: names of the products in floating point, with the reason.
+    """
+
+    integer: tuple[str, ...]
+    floating: Mapping[str, str]
+
+
+def convert(model: nn.Module) -> Exported:
+    """Replace, in place, every product by one that is traced to ONNX's operators."""
+    network = Network(model)
+    integer, floating = [], {}
+    for name, layer in list(network.weight_layers()):
+        reason = _why_float((layer.input_quantizer, layer.weight_quantizer))
+        if reason is None and isinstance(layer, QuantConv2d) and not _is_patchwise(layer):
+            reason = _OVERLAPPING
+        if reason is None:
+            integer.append(name)
+            model.set_submodule(name, IntegerLayer(layer))
+        else:
+            floating[name] = reason
+            layer.input_quantizer = convert_quantizer(layer.input_quantizer)
+    for name, product in list(network.matmuls()):
+        operands = product.left_quantizer, product.right_quantizer
+        reason = _why_float(operands)
+        if reason is None:
+            integer.append(name)
+            model.set_submodule(name, IntegerProduct(product))
+        else:
+            floating[name] = reason
+            product.left_quantizer, product.right_quantizer = map(convert_quantizer, operands)
+    return Exported(tuple(integer), floating)
+
+
+def _why_float(operands: tuple[nn.Module, nn.Module]) -> str | None:
+    if any(isinstance(quantizer, LogQuantizer) for quantizer in operands):
+        return _LOGARITHMIC
+    return None if all(isinstance(quantizer, UniformQuantizer) for quantizer in operands) else _FULL_PRECISION
+
+
+def _is_patchwise(layer: QuantConv2d) -> bool:
+    """Return True for a convolution that sees every pixel once, as a patch embedding does."""
+    size = tuple(layer.weight.shape[2:])
+    unpadded = layer.padding in ("valid", (0, 0))
+    return unpadded and layer.stride == size and layer.groups == 1 and tuple(layer.dilation) == (1, 1)
+
+
+class IntegerProduct(nn.Module):
+    """`QuantMatMul` of two uniformly quantized operands.
+
+    With a and b the parts that integers stand for and α and β the offsets, (a + α)(b + β) = ab + α·(column sums of b +
+    β) + (row sums of a)·β.
+    """
+
+    def __init__(self, product: QuantMatMul) -> None:
+        super().__init__()
+        assert isinstance(product.left_quantizer, UniformQuantizer)
+        assert isinstance(product.right_quantizer, UniformQuantizer)
+        self.left, self.right = Grid(product.left_quantizer), Grid(product.right_quantizer)
+        self.transpose_right = product.transpose_right
+        if self.transpose_right and self.right.factor is not None:
+            self.right.factor = self.right.factor.transpose(-2, -1)
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        """Return the product of the quantized operands."""
+        # The operand is transposed before it is quantized: nothing may stand between the product and its operands.
+        right = right.transpose(-2, -1) if self.transpose_right else right
+        left, right = (
+            grid.dequantize(grid.quantize(operand)) for grid, operand in ((self.left, left), (self.right, right))
+        )
+        output = left @ right
+        if self.right.offset is not None:
+            output = output + left.sum(-1, keepdim=True) * self.right.offset
+            right = right + self.right.offset
+        if self.left.offset is not None:
+            output = output + right.sum(-2, keepdim=True) * self.left.offset
+        for factor in (self.left.factor, self.right.factor):
+            output = output if factor is None else output * factor
+        return output
+
+
+class IntegerLayer(nn.Module):
+    """Linear layer, or convolution that sees every pixel once, with uniformly quantized input and weight.
+
+    Such a convolution becomes a linear layer on patches, because onnxruntime's integer convolution has one zero point
+    for all output channels.
+    """
+
+    codes: Tensor
+    bias: Tensor
+    shift: Tensor | None
+
+    def __init__(self, layer: QuantWeightLayer) -> None:
+        super().__init__()
+        assert isinstance(layer.input_quantizer, UniformQuantizer)
+        assert isinstance(layer.weight_quantizer, UniformQuantizer)
+        self.input, self.weight = Grid(layer.input_quantizer), Grid(layer.weight_quantizer, signed=True)
+        self.patch = tuple(layer.weight.shape[2:])
+        weight = layer.weight.detach()
+        codes = self.weight.shift_codes(layer.weight_quantizer.encode(weight))
+        self.register_buffer("codes", codes.flatten(1).T.contiguous())
+        bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach()
+        shift = None
+        if self.input.offset is not None:  # see IntegerProduct; this part of it is known already
+            shift = weight.flatten(1).sum(1) * self.input.offset
+        if shift is not None and self.input.factor is None:
+            bias, shift = bias + shift, None
+        self.register_buffer("bias", bias)
+        self.register_buffer("shift", shift)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output for the quantized input and weight."""
+        if self.patch:
+            height, width = self.patch
+            rows, columns = x.shape[2] // height, x.shape[3] // width
+            patches = x[:, :, : rows * height, : columns * width].unflatten(3, (columns, width))
+            x = patches.unflatten(2, (rows, height)).permute(0, 2, 4, 1, 3, 5).flatten(3)
+        x = self.input.dequantize(self.input.quantize(x))
+        # onnxruntime would make a Gemm from a matrix and a bias, and runs that on integers only if the bias has codes.
+        output = (x[None] @ self.weight.dequantize(self.codes))[0]
+        if self.input.factor is None:
+            output = output + self.bias
+        if self.weight.offset is not None:
+            output = output + x.sum(-1, keepdim=True) * self.weight.offset
+        if self.input.factor is not None:
+            output = (output if self.shift is None else output + self.shift) * self.input.factor + self.bias
+        return output.permute(0, 3, 1, 2) if self.patch else output
