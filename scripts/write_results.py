@@ -45,6 +45,7 @@ def write_page(name: str) -> str:
             "components": _tabulate_components(),
             "ranges": _tabulate_ranges(),
             "facts": _collect_facts(),
+            "oneshot": _tabulate_oneshot,
         }
     if name == "field":
         given |= {"published": _tabulate_published} | _tabulate_fashion()
@@ -112,6 +113,20 @@ def _tabulate_fashion() -> dict[str, str]:
     wide.insert(0, "Method", [row.label for row in rows])
     commit = ", ".join(frame["commit"].str[:7].drop_duplicates())
     return {"fashion": markdown_table(wide), "fashion_reference": f"{reference:.2f}", "fashion_commit": commit}
+
+
+def _tabulate_oneshot(bits: str) -> str:
+    """Return the accuracies at a bit-width on images of 400 classes as Markdown."""
+    frame = _read_file("oneshot")
+    columns = {"knn": "k-NN", "prototypes": "prototypes", "ridge": "ridge", "feature_error": "feature error"}
+    grouped = frame[frame["bits"].isin(["W32/A32", bits])].groupby("method")
+    spread = grouped[list(columns)].std().map(lambda value: "" if pd.isna(value) else f" ± {value:.1f}")
+    texts = grouped[list(columns)].mean().map("{:.1f}".format) + spread
+    labels = {FULL_PRECISION: "Full precision"} | {row.key: row.label for row in load_table("field").rows}
+    keys = [key for key in labels if key in texts.index]
+    wide = texts.loc[keys].rename(labels).rename(columns=columns)
+    wide.insert(0, "images", grouped["calibration_images"].first()[keys].astype(str).to_list())
+    return markdown_table(wide.rename_axis("Method").reset_index())
 
 
 def _tabulate_sensitivity(bits: str) -> str:
