@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from numbers import Real
 from pathlib import Path
@@ -106,7 +106,7 @@ def load(file: str | os.PathLike[str]) -> nn.Module:
             this installation does not have; the message names the file.
     """
     try:
-        return _rebuild(Path(file).read_bytes())
+        return _rebuild(Path(file).read_bytes()).model
     except OSError as error:
         raise AdfqError(f"cannot read {file}: {error.strerror}") from None
     except RecursionError:
@@ -238,26 +238,27 @@ def _check_rebuilds(model: nn.Module, architecture: Architecture, content: bytes
         rebuilt = _rebuild(content)
     except AdfqError as error:
         raise AdfqError(f"{problem}: {error}") from None
-    original = copy.deepcopy(model).eval()
+    original = replace(rebuilt, model=copy.deepcopy(model).eval())
     # Modules first: quantization hides many a difference from the logits of one image.
-    if difference := first_difference(original, rebuilt):
+    if difference := first_difference(original.model, rebuilt.model):
         raise AdfqError(f"{problem}: {difference}")
-    parameter = next(original.parameters())
     image = torch.randn(1, *architecture.input_size, generator=torch.Generator().manual_seed(0))
-    image = image.to(parameter.device, parameter.dtype)
+    rebuilt.model.to(next(model.parameters()).device)
     with torch.no_grad():
-        if not _identical(original(image), rebuilt.to(parameter.device)(image)):
-            raise AdfqError(f"{problem}: the logits differ")
+        outputs = original.run(image), rebuilt.run(image)
+    if not all(map(_identical, *(output if isinstance(output, list) else [output] for output in outputs))):
+        raise AdfqError(f"{problem}: the outputs differ")
 
 
-def _rebuild(content: bytes) -> nn.Module:
+def _rebuild(content: bytes) -> Network:
     header, tensors = _read(content)
     architecture = _read_architecture(header["architecture"])
     method, bits = header["method"], Bits.parse(header["bits"])
     if header["dtype"] not in _DTYPES:
         raise AdfqError(f"its header names the dtype {header['dtype']!r}; there are {', '.join(_DTYPES)}")
     with torch.random.fork_rng():
-        model = adapt(create(architecture).eval()).model
+        network = adapt(create(architecture).eval())
+    model = network.model
     for field, exchange in _CHANGES.items():
         for name in header.get(field, ()):
             exchange(model, name)
@@ -271,7 +272,7 @@ def _rebuild(content: bytes) -> nn.Module:
     cast(Any, model).quantization = Quantization(
         method, bits, header["options"], *numbers, architecture, header["notes"]
     )
-    return model
+    return network
 
 
 def _read(content: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -317,6 +318,8 @@ def _read_architecture(values: dict[str, Any]) -> Architecture:
 
 
 def _to_tuple(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _to_tuple(entry) for key, entry in value.items()}
     return tuple(map(_to_tuple, value)) if isinstance(value, list) else value
 
 

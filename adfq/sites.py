@@ -187,7 +187,8 @@ class Network:
             Later values depend on an earlier module only through the output of the one before them, and through those
             of `trunk_outputs`. Calibration in batches goes from one to the next (`adfq.calibration.walk`).
         trunk_outputs: names of modules of the trunk, beside the last, whose outputs are read behind the trunk.
-        forward_all: takes images through every layer; None where that is the model itself.
+        forward_all: function from the model and images, which takes these through every layer; None where that is the
+            model itself.
         streams: residual streams that can be rotated (`adfq.transforms.rotation`).
         heads: attentions whose heads can be rotated.
         unrotated: by the name of a part with another stream, or other heads, the reason why these cannot be rotated.
@@ -200,7 +201,7 @@ class Network:
     input_paddings: Mapping[str, Tensor] = field(default_factory=dict)
     trunk: tuple[str, ...] = ()
     trunk_outputs: tuple[str, ...] = ()
-    forward_all: Callable[[Tensor], Any] | None = None
+    forward_all: Callable[[nn.Module, Tensor], Any] | None = None
     excluded: tuple[str, ...] = ()
     streams: tuple[Stream, ...] = ()
     heads: tuple[Heads, ...] = ()
@@ -217,7 +218,8 @@ class Network:
         Args:
             images: B×C×H×W; moved to the model's device and dtype.
         """
-        return (self.forward_all or self.model)(self.place(images))
+        placed = self.place(images)
+        return self.model(placed) if self.forward_all is None else self.forward_all(self.model, placed)
 
     def place(self, images: Tensor) -> Tensor:
         """Return images on the model's device and in its dtype."""

@@ -48,7 +48,8 @@ class Architecture:
         family: qualified name of the supported class that the model is an instance of.
         cls: qualified name of the model's own class.
         name: name in the family's factory; None for a model that was made from its class.
-        arguments: keyword arguments of factory or class: numbers, strings, truth values, None and tuples of them.
+        arguments: keyword arguments of factory or class: numbers, strings, truth values, None, and tuples and mappings
+            of them.
         input_size: channels, height and width in pixels.
     """
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace as replace_fields
-from functools import partial
 from typing import Any
 
 import torch
@@ -123,7 +122,7 @@ def adapt(model: nn.Module) -> Network:
     for name, module in list(model.named_modules()):
         if isinstance(module, (nn.Linear, nn.Conv2d)) and not name.startswith(inside):
             replace(model, name, "neck" if name.startswith("neck.") else "head", fixed_positions=False)
-    return replace_fields(network, forward_all=partial(detect_densely, model))
+    return replace_fields(network, forward_all=detect_densely)
 
 
 def _adapt_backbone(model: nn.Module, prefix: str) -> Network:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, cast
 
 from segment_anything.modeling.common import LayerNorm2d
@@ -10,7 +9,9 @@ from timm.models.tiny_vit import Attention, ConvNorm, MBConv, NormMlp, PatchEmbe
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from adfq.adapters import Architecture, pair, qualified_name, replace, replace_attention
+from adfq.adapters import pair, replace, replace_attention
+from adfq.adapters.sam_factory import create as create
+from adfq.adapters.sam_factory import describe as describe
 from adfq.errors import AdfqError
 from adfq.layers import QuantLinear, QuantMatMul
 from adfq.plain import check_plain, keeps_forward
@@ -137,7 +138,7 @@ def adapt(model: nn.Module) -> Network:
             modules += [f"{name}.attn", f"{name}.local_conv", f"{name}.mlp"]
             trunk.append(name)
     neck = adapt_neck(model)
-    return Network(model, norms, (*modules, neck), trunk=(*trunk, neck), forward_all=partial(listed, model))
+    return Network(model, norms, (*modules, neck), trunk=(*trunk, neck), forward_all=listed)
 
 
 def adapt_neck(encoder: nn.Module) -> str:
@@ -182,22 +183,3 @@ def listed(encoder: nn.Module, images: Tensor) -> list[Tensor]:
         images: B×3×S×S, preprocessed.
     """
     return [encoder(images)]
-
-
-def describe(model: nn.Module, family: str) -> Architecture:
-    """Describe a model, see `adfq.adapters.describe`; a Segment Anything model does not tell how it was made.
-
-    Args:
-        model: Sam or image encoder.
-        family: qualified name of the supported class.
-    """
-    return Architecture(family, qualified_name(type(model)), None, {}, (3, 0, 0))
-
-
-def create(architecture: Architecture) -> nn.Module:
-    """Raise AdfqError: models of Segment Anything cannot be built from a description yet.
-
-    Args:
-        architecture: without effect.
-    """
-    raise AdfqError("models of Segment Anything cannot be built from a file yet")

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adfq.adapters import mobile_sam, pair, replace, replace_attention
-from adfq.adapters.mobile_sam import create as create
-from adfq.adapters.mobile_sam import describe as describe
 from adfq.adapters.mobile_sam import listed
+from adfq.adapters.sam_factory import create as create
+from adfq.adapters.sam_factory import describe as describe
 from adfq.errors import AdfqError
 from adfq.layers import QuantLinear, QuantMatMul
 from adfq.plain import keeps_forward
@@ -162,7 +162,7 @@ def adapt(model: nn.Module) -> Network:
         tuple(modules),
         input_paddings={f"image_encoder.{name}": padding for name, padding in network.input_paddings.items()},
         trunk=tuple(f"image_encoder.{name}" for name in network.trunk),
-        forward_all=partial(segment_densely, model),
+        forward_all=segment_densely,
         excluded=("prompt_encoder.*",),
         streams=tuple(stream.within("image_encoder.") for stream in network.streams),
         heads=tuple(heads.within("image_encoder.") for heads in network.heads),
@@ -198,7 +198,7 @@ def _adapt_encoder(encoder: Any) -> Network:
         tuple(modules),
         input_paddings=paddings,
         trunk=(*trunk, neck),
-        forward_all=partial(listed, encoder),
+        forward_all=listed,
         streams=() if isinstance(stream, str) else (stream,),
         heads=tuple(_heads(name, block.attn) for name, block in zip(trunk[1:], encoder.blocks, strict=True)),
         unrotated={"blocks": stream} if isinstance(stream, str) else {},

@@ -21,6 +21,8 @@ from adfq.export.trace import serialize
 from adfq.files import replacing
 from adfq.sites import check_weights
 
+_NOT_CLASSIFIERS = ("mmdet.", "segment_anything.", "adfq.adapters.mobile_sam.")  # beginnings of families
+
 __all__ = ["Exported", "check_installed", "export_onnx"]
 
 
@@ -47,10 +49,8 @@ def export_onnx(model: nn.Module, file: str | os.PathLike[str]) -> Exported:
     quantization = getattr(model, "quantization", None)
     if not isinstance(quantization, Quantization):
         raise AdfqError("only a model that adfq.quantize has quantized can be exported")
-    if min(quantization.architecture.input_size) < 1:  # those of detectors and of Segment Anything
-        raise AdfqError(
-            f"a {type(model).__name__} cannot be exported: only classifiers can, which have one size of images"
-        )
+    if quantization.architecture.family.startswith(_NOT_CLASSIFIERS):
+        raise AdfqError(f"a {type(model).__name__} cannot be exported: only classifiers can")
     check_weights(model)
     check_exportable(model)
     check_installed()

@@ -49,7 +49,7 @@ def _run(options: argparse.Namespace) -> None:
         given = [option for option, name in _IN_QUANTIZED_FILE.items() if getattr(options, name) is not None]
         if given:
             raise AdfqError(f"what {', '.join(given)} would say is in the file given with --quantized; leave it out")
-        cell, subject = load_quantized(options.quantized, **cell_fields(options))
+        cell, subject = load_quantized(options.quantized, options.results, **cell_fields(options))
         record = evaluate_model(cell, subject, subject.model, device)
     else:
         cell = create_cell(options)

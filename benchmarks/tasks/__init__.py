@@ -67,7 +67,7 @@ def load_subject(cell: Cell, results: str | None = None) -> Subject:
     return task.load(cell) if results is None else task.load(cell, results)
 
 
-def check_saved(task: str) -> Callable[[Cell, nn.Module], Subject]:
+def check_saved(task: str) -> Callable[..., Subject]:
     """Return a task's `attach`.
 
     Args:
@@ -100,11 +100,12 @@ def save_quantized(model: nn.Module, cell: Cell, subject: Subject, file: str | o
     adfq.save(model, file, notes=notes)
 
 
-def load_quantized(file: str, **fields: Any) -> tuple[Cell, Subject]:
+def load_quantized(file: str, results: str | None = None, **fields: Any) -> tuple[Cell, Subject]:
     """Load a quantized model with its data.
 
     Args:
         file: from `save_quantized`; for one from `adfq.save`, the task decides the preprocessing.
+        results: prefix of the files that a task with results writes them to; None, the default, for none.
         **fields: fields of the cell that the file does not decide: task, data, limit, batch size, and preprocessing
             that goes before the file's.
 
@@ -134,4 +135,4 @@ def load_quantized(file: str, **fields: Any) -> tuple[Cell, Subject]:
         calibration_batch_size=notes.get("calibration_batch_size"),
         seed=quantization.seed,
     )
-    return cell, attach(cell, model)
+    return cell, attach(cell, model) if results is None else attach(cell, model, results)

@@ -204,14 +204,15 @@ class CocoSplit:
             raise AdfqError(f"categories of {self.file} are in another order than the model's classes")
 
 
-def digest_splits(train: CocoSplit, validation: CocoSplit) -> dict[str, Any]:
+def digest_splits(train: CocoSplit | None, validation: CocoSplit) -> dict[str, Any]:
     """Return `benchmarks.tasks.Subject.data_digests` of a data set.
 
     Args:
-        train: split to calibrate on.
+        train: split to calibrate on; None for a quantized model.
         validation: split to evaluate on.
     """
-    return {"images": len(validation.images), "validation": validation.digest, "train": train.digest}
+    digests = {"images": len(validation.images), "validation": validation.digest}
+    return digests if train is None else {**digests, "train": train.digest}
 
 
 def find_root(spec: str) -> Path:

@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from benchmarks.cell import Cell
     from benchmarks.run.correct import Correct
     from benchmarks.tasks.shared import Stopwatch
 
@@ -105,8 +104,9 @@ class Task:
 
     Attributes:
         load: function from a cell to its model and data; a task with ``results`` among its options takes these too.
-        attach: function from a cell and a quantized model to the model with the cell's data. The cell's preprocessing
-            is complete; nothing is calibrated. None if quantized models cannot be saved and loaded.
+        attach: function from a cell and a quantized model to the model with the cell's data; a task with ``results``
+            among its options takes these too. The cell's preprocessing is complete; nothing is calibrated. None if
+            quantized models cannot be saved and loaded.
         model_names: function that returns the names of models.
         describe: function from metrics to a phrase.
         main_metrics: metrics that results are compared by.
@@ -121,7 +121,7 @@ class Task:
     """
 
     load: Callable[..., Subject]
-    attach: Callable[[Cell, nn.Module], Subject] | None
+    attach: Callable[..., Subject] | None
     model_names: Callable[[], list[str]]
     describe: Callable[[Mapping[str, float]], str]
     main_metrics: tuple[str, ...]

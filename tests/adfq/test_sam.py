@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 
 import adfq
 from adfq import AdfqError
-from adfq.adapters import adapt
+from adfq.adapters import adapt, create, describe
 from adfq.bits import Bits
 from adfq.calibration import CalibrationImages
 from adfq.layers import QuantMatMul, QuantWeightLayer
@@ -272,10 +273,77 @@ def test_a_sam_with_another_encoder(vit_sam: Any) -> None:
         adapt(vit_sam)
 
 
-def test_a_sam_cannot_be_saved_or_exported_yet(vit_sam: nn.Module, tmp_path: Path) -> None:
+def assert_comes_back(quantized: nn.Module, file: Path) -> None:
+    adfq.save(quantized, file)
+    loaded = adfq.load(file)
+    expected, found = quantized.state_dict(), loaded.state_dict()
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+    run = segment_densely if hasattr(loaded, "mask_decoder") else lambda encoder, images: [encoder(images)]
+    with torch.no_grad():
+        for one, other in zip(run(loaded, draw()), run(quantized, draw()), strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("method", methods()[1:])
+def test_every_method_is_saved_and_loaded(sam: Any, method: str, quick: Mapping[str, Any], tmp_path: Path) -> None:
+    assert_comes_back(adfq.quantize(sam, method, 4, 6, draw(), **quick[method]), tmp_path / "sam")
+
+
+def test_an_encoder_alone_is_saved_and_loaded(sam: Any, tmp_path: Path) -> None:
+    assert_comes_back(adfq.quantize(sam.image_encoder, "base_ptq", 4, 6, draw()), tmp_path / "encoder")
+
+
+def test_other_parts_are_not_rebuilt(vit_sam: Any, tmp_path: Path) -> None:
+    vit_sam.mask_decoder.output_upscaling[4] = nn.ReLU()
     quantized = adfq.quantize(vit_sam, "base_ptq", 8, 8, draw())
-    with pytest.raises(AdfqError, match="Segment Anything"):
-        adfq.save(quantized, tmp_path / "sam.safetensors")
+    with pytest.raises(AdfqError, match=r"cannot be rebuilt .*output_upscaling\.4 becomes GELU"):
+        adfq.save(quantized, tmp_path / "sam")
+    vit_sam.prompt_encoder.mask_downscaling = nn.Identity()
+    quantized = adfq.quantize(vit_sam, "base_ptq", 8, 8, draw())
+    with pytest.raises(AdfqError, match="of parts of another make cannot be built"):
+        adfq.save(quantized, tmp_path / "sam")
+    assert not list(tmp_path.iterdir())
+
+
+def test_mutated_files_are_refused(vit_sam: nn.Module, tmp_path: Path) -> None:
+    file = tmp_path / "sam"
+    adfq.save(adfq.quantize(vit_sam, "base_ptq", 4, 4, draw()), file)
+    content = file.read_bytes()
+    generator = torch.Generator().manual_seed(0)
+    for position in torch.randint(len(content), (500,), generator=generator).tolist():
+        damaged = bytearray(content)
+        damaged[position] ^= 1 + position % 255
+        file.write_bytes(damaged)
+        with pytest.raises(AdfqError, match=r"damaged|not written|header"):
+            adfq.load(file)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("image_encoder", "class"), "os.system", "no way to build an image encoder 'os.system'"),
+        (("image_encoder", "depth"), "deep", "cannot build"),
+        (("image_encoder", "norm_layer"), "os.system", "cannot build"),
+        (("prompt_encoder",), 3, "cannot build"),
+        (("pixel_mean",), None, "cannot build"),
+        (("image_encoder",), {}, "cannot build"),
+    ],
+)
+def test_forged_descriptions_are_refused(vit_sam: nn.Module, path: tuple[str, ...], value: Any, message: str) -> None:
+    described = describe(vit_sam)
+    arguments: Any = copy.deepcopy(dict(described.arguments))
+    part = arguments
+    for key in path[:-1]:
+        part = part[key]
+    part[path[-1]] = value
+    with pytest.raises(AdfqError, match=message):
+        create(dataclasses.replace(described, arguments=arguments))
+
+
+def test_a_sam_cannot_be_exported_yet(vit_sam: nn.Module, tmp_path: Path) -> None:
+    quantized = adfq.quantize(vit_sam, "base_ptq", 8, 8, draw())
     with pytest.raises(AdfqError, match="a Sam cannot be exported: only classifiers"):
         adfq.export_onnx(quantized, tmp_path / "sam.onnx")
     assert not list(tmp_path.iterdir())

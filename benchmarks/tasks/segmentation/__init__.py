@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.tasks.interface import Task
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from benchmarks.cell import Cell
     from benchmarks.tasks.segmentation.task import Segmentation
 
@@ -27,6 +29,12 @@ def _load(cell: Cell, results: str | None = None) -> Segmentation:
     return load_segmentation(cell, results)
 
 
+def _attach(cell: Cell, model: nn.Module, results: str | None = None) -> Segmentation:
+    from benchmarks.tasks.segmentation.task import attach_segmentation
+
+    return attach_segmentation(cell, model, results)
+
+
 def _model_names() -> list[str]:
     from benchmarks.tasks.segmentation.models import sam_names
 
@@ -44,7 +52,7 @@ def describe_segmentation(metrics: Mapping[str, float]) -> str:
 
 TASK = Task(
     _load,
-    None,
+    _attach,
     _model_names,
     describe_segmentation,
     main_metrics=("mean_iou", "mask_ap"),

@@ -80,7 +80,7 @@ class Segmentation:
         sam: segment_anything's model.
         weights_digest: SHA-256 of the weights and the preprocessing.
         preprocessing: ``size`` of the longer side in pixels, ``mean`` and ``std`` by channel.
-        train: split to calibrate on.
+        train: split to calibrate on; None for a quantized model.
         validation: split to evaluate on.
         workers: largest number of processes that read images for evaluation; 0, the default, reads in this process.
         prompts: `BOXES`, the default, or `POINTS` of the ground truth, or the name of a file.
@@ -93,7 +93,7 @@ class Segmentation:
     sam: nn.Module
     weights_digest: str
     preprocessing: Mapping[str, Any]
-    train: CocoSplit
+    train: CocoSplit | None
     validation: CocoSplit
     workers: int = 0
     prompts: str = BOXES
@@ -123,8 +123,10 @@ class Segmentation:
             batch_size: images a batch, fewer in the last one; None, the default, for all in one.
 
         Raises:
-            AdfqError: for more images than there are, and images that cannot be read.
+            AdfqError: for a quantized model, more images than there are, and images that cannot be read.
         """
+        if self.train is None:
+            raise AdfqError("a quantized model is not calibrated again")
         chosen = choose_images(len(self.train.images), count, seed)
         return self._read(self.train, chosen, "reading calibration images", batch_size)
 
@@ -335,6 +337,36 @@ def load_segmentation(cell: Cell, results: str | None = None) -> Segmentation:
             and results that could not be written.
     """
     _check_supported(cell)
+    return _open(cell, load_sam(cell.model, cell.location.checkpoint), True, results)
+
+
+def attach_segmentation(cell: Cell, model: nn.Module, results: str | None = None) -> Segmentation:
+    """Return a quantized model with its evaluation data; no train split is needed.
+
+    Args:
+        cell: cell of the file that the model is from.
+        model: from `adfq.load`.
+        results: prefix of the file for predicted masks; None, the default, for none.
+
+    Raises:
+        AdfqError: for an image encoder without the rest, other preprocessing than the model's, unusable data or
+            prompts, and results that could not be written.
+    """
+    file = cell.location.checkpoint
+    if not hasattr(model, "mask_decoder"):
+        raise AdfqError(f"{file}: a {type(model).__name__} predicts no masks; quantize the whole model")
+    if dict(cell.task_arguments).get("encoder_only"):
+        raise AdfqError(f"{file}: the file decides which part is quantized; leave --encoder-only out")
+    subject = _open(cell, model, False, results)
+    side = subject.preprocessing["size"]
+    own = {"input_size": (3, side, side), **subject.preprocessing}
+    if any(json.dumps(value) != json.dumps(own.get(name)) for name, value in cell.preprocessing):
+        raise AdfqError("a Segment Anything model has its own preprocessing; there are no arguments for it")
+    return subject
+
+
+def _open(cell: Cell, sam: Any, calibrated: bool, results: str | None) -> Segmentation:
+    """Return a model with a cell's data, checked."""
     if results is not None:
         check_results(results, ["segm"])
     root = find_root(cell.location.data)
@@ -348,13 +380,13 @@ def load_segmentation(cell: Cell, results: str | None = None) -> Segmentation:
     if not validation.images:
         raise AdfqError(f"{validation.file} has no images")
     detected = None if prompts in (BOXES, POINTS) else read_prompts(prompts, validation.images, validation.categories)
-    sam: Any = load_sam(cell.model, cell.location.checkpoint)
     mean, std = (values.flatten().tolist() for values in (sam.pixel_mean, sam.pixel_std))
     preprocessing = {"size": sam.image_encoder.img_size, "mean": mean, "std": std}
     digest = digest_weights(sam, json.dumps(preprocessing))
     workers = 0 if cell.location.data == BUNDLED else count_workers()
+    train = split("train2017") if calibrated else None
     subject = Segmentation(
-        sam, digest, preprocessing, split("train2017"), validation, workers, prompts, detected, encoder_only, results
+        sam, digest, preprocessing, train, validation, workers, prompts, detected, encoder_only, results
     )
     subject.check(cell.limit)  # before the work
     return subject

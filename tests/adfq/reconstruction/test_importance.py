@@ -99,7 +99,7 @@ def test_a_use_without_an_effect_counts_as_a_use(make_vit: MakeModel, make_image
     network, images = network_of(make_vit()), make_images(3)
     head = network.model.get_submodule("head")
 
-    def twice(batch: Tensor) -> Tensor:
+    def twice(_: nn.Module, batch: Tensor) -> Tensor:
         head(torch.zeros(2, 48, dtype=torch.float64))  # no gradient reaches it
         head(network.model.forward_features(batch)[:, 0])  # nothing reads it
         return network.model(batch)
@@ -114,7 +114,7 @@ def test_images_may_have_other_numbers_of_outputs(make_vit: MakeModel, make_imag
     network, images = network_of(make_vit()), make_images(3)
     whole = importance(network, images)
 
-    def twice_unless_single(batch: Tensor) -> list[Tensor]:
+    def twice_unless_single(_: nn.Module, batch: Tensor) -> list[Tensor]:
         output = network.model(batch)
         return [output] if len(batch) == 1 else [output, 2 * output]
 

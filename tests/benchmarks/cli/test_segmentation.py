@@ -71,6 +71,31 @@ def test_a_sam_is_measured(weights: Path, tmp_path: Path, capsys: pytest.Capture
     assert [file.name for file in tmp_path.iterdir()] == ["found.segm.json"]
 
 
+def test_a_saved_sam_is_measured_like_the_run_that_quantizes(
+    weights: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    assert_refused: Callable[[Sequence[str], str], None],
+) -> None:
+    experiment = [*RUN[1:], "base_ptq", "--checkpoint", str(weights), "--calibration-size", "2"]
+    few = ["--limit", "2", "--json"]
+    file = str(tmp_path / "sam.safetensors")
+    assert main(["run", *experiment, *few]) == 0
+    direct = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert main(["quantize", *experiment, "--out", file]) == 0
+    capsys.readouterr()
+    read = ["run", "segmentation", "--quantized", file, "--data", "bundled"]
+    assert main([*read, *few, "--results", str(tmp_path / "found")]) == 0
+    saved = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert saved["metrics"] == direct["metrics"]
+    assert (tmp_path / "found.segm.json").is_file()
+    assert_refused([*read, "--encoder-only"], "the file decides which part is quantized; leave --encoder-only out")
+    assert_refused([*read, "--mean", "0,0,0"], "there are no arguments for it")
+    assert main(["quantize", *experiment, "--encoder-only", "--out", file]) == 0
+    capsys.readouterr()
+    assert_refused(read, "a ImageEncoderViT predicts no masks; quantize the whole model")
+
+
 def test_a_quantized_sam_is_measured(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = [*RUN, "base_ptq", "--checkpoint", str(weights), "--limit", "1", "--calibration-size", "2", "--json"]
     sizes = []
@@ -160,14 +185,8 @@ FULL = [*RUN, "full_precision"]
         ([*FULL, "--data", "no"], "there is no no"),
         ([*FULL, "--data", "."], "instances_val2017.json, with COCO's annotations of "),
         ([*FULL, "--model", "bundled_san"], "unknown model 'bundled_san'; close to it are bundled_sam"),
-        (
-            ["run", "segmentation", "--quantized", "x", "--data", "bundled"],
-            "cannot be saved to a file, or loaded from",
-        ),
-        (
-            ["quantize", *RUN[1:], "base_ptq", "--out", "x"],
-            "cannot be saved to a file, or loaded from one, for segment",
-        ),
+        (["run", "segmentation", "--quantized", "x", "--data", "bundled"], "cannot read x: No such file"),
+        (["quantize", *RUN[1:], "base_ptq", "--out", "no/x"], "cannot write no/x: there is no directory no"),
         (["run", "classification", *FULL[2:], "--prompts", "boxes"], "classification has no --prompts"),
         (["run", "detection", *FULL[2:], "--encoder-only"], "detection has no --encoder-only"),
         (["quantize", "classification", *FULL[2:], "--prompts", "boxes", "--out", "x"], "has no --prompts"),
