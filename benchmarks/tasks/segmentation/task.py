@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import json
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -337,7 +338,7 @@ def load_segmentation(cell: Cell, results: str | None = None) -> Segmentation:
             and results that could not be written.
     """
     _check_supported(cell)
-    return _open(cell, load_sam(cell.model, cell.location.checkpoint), True, results)
+    return _open(cell, partial(load_sam, cell.model, cell.location.checkpoint), True, results)
 
 
 def attach_segmentation(cell: Cell, model: nn.Module, results: str | None = None) -> Segmentation:
@@ -357,7 +358,7 @@ def attach_segmentation(cell: Cell, model: nn.Module, results: str | None = None
         raise AdfqError(f"{file}: a {type(model).__name__} predicts no masks; quantize the whole model")
     if dict(cell.task_arguments).get("encoder_only"):
         raise AdfqError(f"{file}: the file decides which part is quantized; leave --encoder-only out")
-    subject = _open(cell, model, False, results)
+    subject = _open(cell, lambda: model, False, results)
     side = subject.preprocessing["size"]
     own = {"input_size": (3, side, side), **subject.preprocessing}
     if any(json.dumps(value) != json.dumps(own.get(name)) for name, value in cell.preprocessing):
@@ -365,8 +366,8 @@ def attach_segmentation(cell: Cell, model: nn.Module, results: str | None = None
     return subject
 
 
-def _open(cell: Cell, sam: Any, calibrated: bool, results: str | None) -> Segmentation:
-    """Return a model with a cell's data, checked."""
+def _open(cell: Cell, load: Callable[[], Any], calibrated: bool, results: str | None) -> Segmentation:
+    """Return a model, loaded once the data are known to be usable, with a cell's data."""
     if results is not None:
         check_results(results, ["segm"])
     root = find_root(cell.location.data)
@@ -380,6 +381,7 @@ def _open(cell: Cell, sam: Any, calibrated: bool, results: str | None) -> Segmen
     if not validation.images:
         raise AdfqError(f"{validation.file} has no images")
     detected = None if prompts in (BOXES, POINTS) else read_prompts(prompts, validation.images, validation.categories)
+    sam = load()
     mean, std = (values.flatten().tolist() for values in (sam.pixel_mean, sam.pixel_std))
     preprocessing = {"size": sam.image_encoder.img_size, "mean": mean, "std": std}
     digest = digest_weights(sam, json.dumps(preprocessing))
