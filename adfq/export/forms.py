@@ -3,22 +3,46 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adfq.quantizers import AffineUniformQuantizer, LogQuantizer, UniformQuantizer
+from adfq.quantizers import (
+    AdaLogQuantizer,
+    AffineUniformQuantizer,
+    LogQuantizer,
+    PerPatchOutlierQuantizer,
+    Quantizer,
+    ShiftLogQuantizer,
+    ShiftUniformLogQuantizer,
+    TwinGeluQuantizer,
+    TwinSoftmaxQuantizer,
+    UniformQuantizer,
+)
+from adfq.quantizers.adalog import SMALLEST as ADALOG_SMALLEST
+from adfq.quantizers.shift_log import EPSILON as SHIFT_EPSILON
 
 
 def convert_quantizer(quantizer: nn.Module) -> nn.Module:
-    """Return a quantizer in ONNX's operators, outside of integer products; one without such a form as it is.
+    """Return a quantizer in ONNX's operators, outside of integer products; full precision as it is.
 
     Args:
-        quantizer: a `Quantizer`, or nn.Identity.
+        quantizer: a `Quantizer` that `check_exportable` accepts, or nn.Identity.
     """
-    if isinstance(quantizer, UniformQuantizer):
-        return QuantizeDequantize(quantizer)
-    return Logarithmic(quantizer) if isinstance(quantizer, LogQuantizer) else quantizer
+    if not isinstance(quantizer, Quantizer):
+        return quantizer
+    return next(form(quantizer) for cls, form in _FORMS.items() if isinstance(quantizer, cls))
+
+
+def has_form(quantizer: Quantizer) -> bool:
+    """Return True for a quantizer that `convert_quantizer` can convert.
+
+    Args:
+        quantizer: calibrated quantizer.
+    """
+    return isinstance(quantizer, tuple(_FORMS))
 
 
 class Grid(nn.Module):
@@ -99,18 +123,128 @@ class QuantizeDequantize(nn.Module):
         return values if self.grid.factor is None else values * self.grid.factor
 
 
+class SeveralGrids(nn.Module):
+    """Uniform quantizer whose zero points differ, in float operators; with outliers, if it keeps these."""
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, quantizer: UniformQuantizer) -> None:
+        super().__init__()
+        self.register_buffer("scale", quantizer.scale.clone())
+        self.register_buffer("zero_point", quantizer.zero_point.clone())
+        self.highest, self.affine = quantizer.levels - 1, isinstance(quantizer, AffineUniformQuantizer)
+        self.threshold = quantizer.threshold if isinstance(quantizer, PerPatchOutlierQuantizer) else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the quantized values of `x`."""
+        steps = x / self.scale
+        codes = (steps + self.zero_point).round() if self.affine else steps.round() + self.zero_point
+        values = (codes.clamp(0, self.highest) - self.zero_point) * self.scale
+        return values if self.threshold is None else torch.where(x.abs() > self.threshold, x, values)
+
+
+def _convert_uniform(quantizer: UniformQuantizer) -> nn.Module:
+    return QuantizeDequantize(quantizer) if quantizer.zero_point.unique().numel() == 1 else SeveralGrids(quantizer)
+
+
 class Logarithmic(nn.Module):
     """`LogQuantizer` in operators with vectorized kernels in onnxruntime, which has none for powers of 2."""
 
     scale: Tensor
+    shift: Tensor | None
 
     def __init__(self, quantizer: LogQuantizer) -> None:
         super().__init__()
         self.register_buffer("scale", quantizer.scale.clone())
+        static = isinstance(quantizer, ShiftLogQuantizer)
+        self.register_buffer("shift", quantizer.minimum - SHIFT_EPSILON if static else None)
         self.levels, self.step = quantizer.levels, math.log(quantizer.base)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the quantized values of `x`."""
-        codes = ((x / self.scale).clamp(0, 1).log() * (-1 / self.step)).round()
+        shifted = x if self.shift is None else x - self.shift
+        codes = ((shifted / self.scale).clamp(0, 1).log() * (-1 / self.step)).round()
         # Log 0 is beyond every code.
-        return torch.where(codes < self.levels, (codes * -self.step).exp() * self.scale, 0.0)
+        values = torch.where(codes < self.levels, (codes * -self.step).exp() * self.scale, 0.0)
+        return values if self.shift is None else values + self.shift
+
+
+class LogarithmicTable(nn.Module):
+    """`AdaLogQuantizer` or `ShiftUniformLogQuantizer`: a uniform code of the logarithm, and a table of its values."""
+
+    shift: Tensor
+    lowest: Tensor
+    highest: Tensor
+    slope: Tensor
+    start: Tensor
+    table: Tensor
+
+    def __init__(self, quantizer: AdaLogQuantizer | ShiftUniformLogQuantizer) -> None:
+        super().__init__()
+        if isinstance(quantizer, AdaLogQuantizer):
+            levels, per_octave = quantizer.level_table(quantizer.q, quantizer.training_form)
+            table = levels * quantizer.scale - (0.0 if quantizer.folded else quantizer.shift)
+            shift, start, slope = torch.tensor(quantizer.shift), quantizer.scale.log2(), -per_octave
+            lowest, highest = quantizer.scale * ADALOG_SMALLEST, quantizer.scale
+        else:
+            shift, start, slope = quantizer.shift, quantizer.log_min, 1 / quantizer.scale
+            codes = torch.arange(quantizer.highest + 1, device=slope.device)
+            table = (codes * quantizer.scale + start).round().exp2() - shift
+            lowest, highest = torch.tensor(torch.finfo().tiny), torch.tensor(torch.finfo().max)
+        parts = {"shift": shift, "lowest": lowest, "highest": highest, "slope": slope, "start": start, "table": table}
+        for name, part in parts.items():
+            self.register_buffer(name, part.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the quantized values of `x`."""
+        logarithms = torch.minimum(torch.maximum(x + self.shift, self.lowest), self.highest).log() * (1 / math.log(2))
+        codes = ((logarithms - self.start) * self.slope).round().clamp(0, len(self.table) - 1)
+        # An index would be traced to GatherND, an embedding is to Gather.
+        return nn.functional.embedding(codes.long(), self.table[:, None])[..., 0]
+
+
+class TwinSoftmax(nn.Module):
+    """`TwinSoftmaxQuantizer` in float operators."""
+
+    scale: Tensor
+
+    def __init__(self, quantizer: TwinSoftmaxQuantizer) -> None:
+        super().__init__()
+        self.register_buffer("scale", quantizer.scale.clone())
+        self.steps, self.released = quantizer.steps, quantizer.released
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the quantized values of `x`."""
+        split = self.scale * self.steps
+        fine = (x / self.scale).clamp(0, self.steps).round() * self.scale
+        coarse = (torch.maximum(x, split).clamp(max=1) * self.steps).round() / self.steps
+        return fine + coarse if self.released else torch.where(x <= split, fine, torch.maximum(coarse, split))
+
+
+class TwinGelu(nn.Module):
+    """`TwinGeluQuantizer` in float operators."""
+
+    scale: Tensor
+
+    def __init__(self, quantizer: TwinGeluQuantizer) -> None:
+        super().__init__()
+        self.register_buffer("scale", quantizer.scale.clone())
+        self.half, self.negative_scale = quantizer.levels // 2, quantizer.negative_scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the quantized values of `x`."""
+        below = (x / self.negative_scale).round().clamp(-self.half, 0) * self.negative_scale
+        return (x / self.scale).round().clamp(0, self.half - 1) * self.scale + below
+
+
+#: Forms by class of quantizer; the first class that a quantizer is an instance of counts.
+_FORMS: Mapping[type[Quantizer], Callable[[Any], nn.Module]] = {
+    PerPatchOutlierQuantizer: SeveralGrids,
+    UniformQuantizer: _convert_uniform,
+    LogQuantizer: Logarithmic,
+    AdaLogQuantizer: LogarithmicTable,
+    ShiftUniformLogQuantizer: LogarithmicTable,
+    TwinSoftmaxQuantizer: TwinSoftmax,
+    TwinGeluQuantizer: TwinGelu,
+}

@@ -9,15 +9,39 @@ from torch import Tensor, nn
 
 from adfq.export.forms import Grid, convert_quantizer
 from adfq.layers import QuantConv2d, QuantMatMul, QuantWeightLayer
-from adfq.quantizers import LogQuantizer, UniformQuantizer
+from adfq.quantizers import (
+    AdaLogQuantizer,
+    DualUniformQuantizer,
+    LogQuantizer,
+    OutlierQuantizer,
+    ShiftUniformLogQuantizer,
+    TwinGeluQuantizer,
+    TwinSoftmaxQuantizer,
+    UniformQuantizer,
+)
 from adfq.sites import Network
 
 _LOGARITHMIC = (
     "logarithmic levels are no multiples of one step, so that no integers stand for them; "
     "they are computed by float operators"
 )
+_TWO_STEPS = "an operand has two steps in one tensor, and an integer product has one step for each operand"
+_TWO_GRIDS = "outlier columns of the weight have a grid of their own, and all in a sum of integers have one"
+_OUTLIERS = "outliers stay in float, so that no integers stand for them"
+_SEVERAL_GRIDS = "integers are summed up in a product before they are scaled, so that all in a sum have one grid"
 _FULL_PRECISION = "an operand is not quantized"
 _OVERLAPPING = "windows of the convolution overlap, and integer convolutions have one zero point for all channels"
+
+#: Reasons of products in float, by class of quantizer; the first class that a quantizer is an instance of counts.
+_FLOATING: Mapping[type[nn.Module], str] = {
+    LogQuantizer: _LOGARITHMIC,
+    AdaLogQuantizer: _LOGARITHMIC,
+    ShiftUniformLogQuantizer: _LOGARITHMIC,
+    TwinSoftmaxQuantizer: _TWO_STEPS,
+    TwinGeluQuantizer: _TWO_STEPS,
+    DualUniformQuantizer: _TWO_GRIDS,
+    OutlierQuantizer: _OUTLIERS,
+}
 
 
 @dataclass(frozen=True)
@@ -40,7 +64,9 @@ def convert(model: nn.Module) -> Exported:
     network = Network(model)
     integer, floating = [], {}
     for name, layer in list(network.weight_layers()):
-        reason = _why_float((layer.input_quantizer, layer.weight_quantizer))
+        reason = _why_float(layer.input_quantizer, layer.weight_quantizer)
+        if reason is None and not _has_one_grid(layer.input_quantizer, None if layer.weight.dim() > 2 else -1):
+            reason = _SEVERAL_GRIDS
         if reason is None and isinstance(layer, QuantConv2d) and not _is_patchwise(layer):
             reason = _OVERLAPPING
         if reason is None:
@@ -51,7 +77,10 @@ def convert(model: nn.Module) -> Exported:
             layer.input_quantizer = convert_quantizer(layer.input_quantizer)
     for name, product in list(network.matmuls()):
         operands = product.left_quantizer, product.right_quantizer
-        reason = _why_float(operands)
+        reason = _why_float(*operands)
+        summed = -1, -1 if product.transpose_right else -2
+        if reason is None and not all(map(_has_one_grid, operands, summed)):
+            reason = _SEVERAL_GRIDS
         if reason is None:
             integer.append(name)
             model.set_submodule(name, IntegerProduct(product))
@@ -61,10 +90,26 @@ def convert(model: nn.Module) -> Exported:
     return Exported(tuple(integer), floating)
 
 
-def _why_float(operands: tuple[nn.Module, nn.Module]) -> str | None:
-    if any(isinstance(quantizer, LogQuantizer) for quantizer in operands):
-        return _LOGARITHMIC
+def _why_float(*operands: nn.Module) -> str | None:
+    """Return why quantizers of these kinds make a product one in float; None for integers."""
+    for quantizer in operands:
+        reason = next((reason for cls, reason in _FLOATING.items() if isinstance(quantizer, cls)), None)
+        if reason is not None:
+            return reason
     return None if all(isinstance(quantizer, UniformQuantizer) for quantizer in operands) else _FULL_PRECISION
+
+
+def _has_one_grid(quantizer: nn.Module, summed: int | None) -> bool:
+    """Return True if all values that a product adds up have one scale, and all of them one zero point.
+
+    Args:
+        quantizer: uniform quantizer of an activation.
+        summed: dimension that the product sums over; None for the several ones of a convolution.
+    """
+    assert isinstance(quantizer, UniformQuantizer)
+    if quantizer.scale.numel() == 1:
+        return True
+    return summed is not None and quantizer.scale.shape[summed] == 1 and quantizer.zero_point.unique().numel() == 1
 
 
 def _is_patchwise(layer: QuantConv2d) -> bool:

@@ -19,7 +19,7 @@ RESOLUTION = 37
 #: Bases that are searched: numerators of the exponent.
 BASES = range(10, 138)
 
-_SMALLEST = 1e-15  # ratio to the scale; smaller values count as this one
+SMALLEST = 1e-15  # ratio to the scale; smaller values count as this one
 
 
 class _Adaptive(torch.autograd.Function):
@@ -121,7 +121,7 @@ class AdaLogQuantizer(Quantizer):
             scale: the highest level.
             per_octave: 37/q.
         """
-        torch.div(x, scale, out=out).clamp_(_SMALLEST, 1).log2_().neg_().mul_(per_octave).round_()
+        torch.div(x, scale, out=out).clamp_(SMALLEST, 1).log2_().neg_().mul_(per_octave).round_()
         return out.clamp_(max=self.levels).long()
 
     def _quantize(self, x: Tensor) -> Tensor:

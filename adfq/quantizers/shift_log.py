@@ -12,7 +12,7 @@ from adfq.ranges import PERCENTILES, ends_of
 from adfq.statistics import Search
 
 SHIFTS = ("dynamic", "static")
-_EPSILON = 1e-6
+EPSILON = 1e-6
 
 
 class ShiftLogQuantizer(LogQuantizer):
@@ -51,7 +51,7 @@ class ShiftLogQuantizer(LogQuantizer):
     def _search(self) -> Search[None]:
         ends = yield from ends_of(PERCENTILES, (0.0,))
         minimum = ends.lower.outermost[0]
-        self.scale = yield from self._search_scale(ends, lambda x: (x - minimum).add_(_EPSILON))
+        self.scale = yield from self._search_scale(ends, lambda x: (x - minimum).add_(EPSILON))
         self._lowest = minimum
         if self.shift == "static":
             self.minimum = minimum
@@ -65,11 +65,11 @@ class ShiftLogQuantizer(LogQuantizer):
             minimum = x.detach().min()
 
         if torch.is_grad_enabled():
-            return super()._quantize((x - minimum).add_(_EPSILON)).add_(minimum - _EPSILON)
+            return super()._quantize((x - minimum).add_(EPSILON)).add_(minimum - EPSILON)
 
         def quantize(part: Tensor, out: Tensor) -> None:
-            shifted = torch.sub(part, minimum, out=out).add_(_EPSILON)
-            self._round(shifted, self.scale, out).add_(minimum - _EPSILON)
+            shifted = torch.sub(part, minimum, out=out).add_(EPSILON)
+            self._round(shifted, self.scale, out).add_(minimum - EPSILON)
 
         return in_parts(quantize, x)
 

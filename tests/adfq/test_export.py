@@ -14,8 +14,22 @@ from torch import Tensor, nn
 import adfq
 from adfq import AdfqError, export_onnx, quantize
 from adfq.export import Exported
-from adfq.export.forms import Logarithmic
-from adfq.quantizers import LogQuantizer, Quantizer, UniformQuantizer
+from adfq.export.forms import Logarithmic, convert_quantizer
+from adfq.export.trace import serialize
+from adfq.quantizers import (
+    AdaLogQuantizer,
+    AffineUniformQuantizer,
+    LogQuantizer,
+    PerPatchOutlierQuantizer,
+    Quantizer,
+    RunTimePatchOutlierQuantizer,
+    ShiftLogQuantizer,
+    ShiftUniformLogQuantizer,
+    TwinGeluQuantizer,
+    TwinSoftmaxQuantizer,
+    UniformQuantizer,
+)
+from adfq.quantizers.twin import GELU_DEPTH
 from adfq.sites import Network
 from benchmarks.cell import Cell
 from benchmarks.studies import deployment
@@ -163,6 +177,74 @@ def test_logarithmic_levels_are_those_of_the_quantizer() -> None:
             torch.testing.assert_close(Logarithmic(quantizer)(values), quantizer(values), rtol=1e-4, atol=1e-30)
 
 
+GELU = torch.nn.functional.gelu(torch.linspace(-8, 8, 4001)).reshape(1, -1, 1)
+PROBABILITIES = torch.cat((torch.zeros(1), torch.logspace(-12, 0, 4000))).reshape(1, -1, 1)
+TOKENS = torch.linspace(-6, 6, 4000).reshape(1, 4, 1000) * torch.tensor([1.0, 2.0, 3.0, 4.0])[:, None] + 1
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "values"),
+    [
+        (AdaLogQuantizer(8), PROBABILITIES),
+        (AdaLogQuantizer(4, shift=GELU_DEPTH), GELU),
+        (AdaLogQuantizer(8, shift=GELU_DEPTH, folded=True), GELU),
+        (TwinSoftmaxQuantizer(8), PROBABILITIES),
+        (TwinSoftmaxQuantizer(4, released=True), PROBABILITIES),
+        (TwinGeluQuantizer(8), GELU),
+        (ShiftUniformLogQuantizer(8), PROBABILITIES),
+        (ShiftUniformLogQuantizer(4, released=True), PROBABILITIES),
+        (ShiftLogQuantizer(8, shift="static"), GELU),
+        (PerPatchOutlierQuantizer(8, 5.0), TOKENS),
+        (UniformQuantizer(8, "patch"), TOKENS),
+        (AffineUniformQuantizer(8, "patch"), TOKENS),
+    ],
+    ids=lambda value: value.describe() if isinstance(value, Quantizer) else "",
+)
+@torch.no_grad()
+def test_forms_are_the_quantizers_in_onnxruntime(quantizer: Quantizer, values: Tensor, tmp_path: Path) -> None:
+    quantizer.calibrate(values)
+    beyond = torch.cat((values, 1.2 * values), -1)
+    file, form = tmp_path / "form", convert_quantizer(quantizer).eval()
+    file.write_bytes(serialize(form, tuple(beyond.shape)))  # type: ignore[arg-type]
+    images = beyond[None].expand(2, -1, -1, -1)
+    found, expected = deployment.OnnxModel(file)(images)[0], quantizer(beyond)
+    same = torch.isclose(found, expected, rtol=1e-5, atol=1e-7)
+    assert same.double().mean() > 0.998  # the others are ties, which a logarithm of another kernel breaks otherwise
+    assert found[~same].sub(expected[~same]).abs().le(0.2 * expected.abs().max()).all()
+
+
+def test_a_product_of_several_grids_is_one_in_float(
+    make_vit: MakeModel, make_images: MakeImages, tmp_path: Path
+) -> None:
+    model = quantize(make_vit(depth=1), "base_ptq", 8, 8, make_images())
+    quantizer = uniform(model, "blocks.0.attn.qkv.input_quantizer")
+    quantizer.scale = quantizer.scale * torch.linspace(1, 2, 48)
+    heads = uniform(model, "blocks.0.attn.scores.left_quantizer")
+    heads.scale = heads.scale * torch.tensor([1.0, 1.1, 1.2]).view(1, 3, 1, 1)
+    heads.zero_point = heads.zero_point + torch.tensor([0.0, 3.0, 6.0]).view(1, 3, 1, 1)
+    exported = export_onnx(model, tmp_path / "model")
+    assert list(exported.floating) == ["blocks.0.attn.qkv", "blocks.0.attn.scores"]
+    assert all("all in a sum have one grid" in reason for reason in exported.floating.values())
+    images = make_images(3, seed=2)
+    assert difference(deployment.OnnxModel(tmp_path / "model"), model, images) < 0.02
+
+
+@pytest.mark.parametrize("method", [name for name in adfq.methods() if name != "full_precision"])
+def test_every_method_is_exported_or_refused(
+    method: str, make_vit: MakeModel, make_images: MakeImages, quick: Mapping[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    model = quantize(make_vit(depth=1), method, 8, 8, make_images(8), **quick[method])
+    file = tmp_path / "model"
+    if method == "adfq_vit":
+        with pytest.raises(AdfqError, match="shifted by the minimum"):
+            export_onnx(model, file)
+        return
+    exported = export_onnx(model, file)
+    assert deployment.count_integer_products(file) == len(exported.integer)
+    images = make_images(4, seed=2)
+    assert difference(deployment.OnnxModel(file), model, images) < 0.05
+
+
 class Halves(Quantizer):
     """A quantizer that nobody knows."""
 
@@ -173,9 +255,9 @@ class Halves(Quantizer):
         return x
 
 
-def per_channel(model: nn.Module) -> None:
-    quantizer = uniform(model, "blocks.0.attn.qkv.input_quantizer")
-    quantizer.scale = quantizer.scale.expand(48).clone()
+def run_time(model: nn.Module) -> None:
+    quantizer = RunTimePatchOutlierQuantizer(8, 3.0).calibrate(torch.ones(1))
+    model.blocks[0].attn.qkv.input_quantizer = quantizer  # type: ignore[union-attr, index]
 
 
 def unknown(model: nn.Module) -> None:
@@ -189,11 +271,9 @@ def logarithmic_weight(model: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("method", "options", "bits", "change", "message"),
     [
-        ("adfq_vit", {}, 8, None, r"blocks\.0\.attn\.qkv\.input_quantizer cannot .* outliers stay in float"),
-        ("adfq_vit", {"ppoq": False}, 8, None, r"blocks\.0\.mlp\.fc2\.input_quantizer .* shifted by the minimum"),
-        ("ptq4vit", {}, 8, None, r"(context\.left|fc2\.input)_quantizer cannot be exported .* two steps in one tensor"),
+        ("adfq_vit", {}, 8, None, r"blocks\.0\.mlp\.fc2\.input_quantizer .* shifted by the minimum"),
+        ("base_ptq", {}, 8, run_time, r"blocks\.0\.attn\.qkv\.input_quantizer .* found at run time, patch by patch"),
         ("base_ptq", {}, 6, None, r"blocks\.0\.attn\.qkv\.input_quantizer .* 8 bits, .* quantize activations to 8"),
-        ("base_ptq", {}, 8, per_channel, r"blocks\.0\.attn\.qkv\.input_quantizer .* all in a sum have one grid"),
         ("base_ptq", {}, 8, unknown, r"blocks\.0\.attn\.qkv\.input_quantizer .*Halves.* ONNX has no operator for it"),
         ("base_ptq", {}, 8, logarithmic_weight, r"blocks\.1\.mlp\.fc2\.weight_quantizer .* only uniform ones can"),
     ],
