@@ -239,6 +239,10 @@ def test_every_method_is_exported_or_refused(
         with pytest.raises(AdfqError, match="shifted by the minimum"):
             export_onnx(model, file)
         return
+    # Ends of ranges move where zero points become whole; I&S-ViT's powers of 2 make much of the least difference.
+    for quantizer in Network(model).activation_quantizers().values():
+        if isinstance(quantizer, UniformQuantizer) and not isinstance(quantizer, AffineUniformQuantizer):
+            quantizer.zero_point.round_()
     exported = export_onnx(model, file)
     assert deployment.count_integer_products(file) == len(exported.integer)
     images = make_images(4, seed=2)
