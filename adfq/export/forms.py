@@ -157,8 +157,9 @@ class Logarithmic(nn.Module):
     def __init__(self, quantizer: LogQuantizer) -> None:
         super().__init__()
         self.register_buffer("scale", quantizer.scale.clone())
-        static = isinstance(quantizer, ShiftLogQuantizer)
-        self.register_buffer("shift", quantizer.minimum - SHIFT_EPSILON if static else None)
+        self.register_buffer("shift", None)
+        if isinstance(quantizer, ShiftLogQuantizer):  # a static one
+            self.shift = quantizer.minimum - SHIFT_EPSILON
         self.levels, self.step = quantizer.levels, math.log(quantizer.base)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -230,12 +231,12 @@ class TwinGelu(nn.Module):
     def __init__(self, quantizer: TwinGeluQuantizer) -> None:
         super().__init__()
         self.register_buffer("scale", quantizer.scale.clone())
-        self.half, self.negative_scale = quantizer.levels // 2, quantizer.negative_scale
+        self.count, self.negative_scale = quantizer.levels // 2, quantizer.negative_scale
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the quantized values of `x`."""
-        below = (x / self.negative_scale).round().clamp(-self.half, 0) * self.negative_scale
-        return (x / self.scale).round().clamp(0, self.half - 1) * self.scale + below
+        below = (x / self.negative_scale).round().clamp(-self.count, 0) * self.negative_scale
+        return (x / self.scale).round().clamp(0, self.count - 1) * self.scale + below
 
 
 #: Forms by class of quantizer; the first class that a quantizer is an instance of counts.

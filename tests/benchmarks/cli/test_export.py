@@ -68,7 +68,7 @@ def test_an_exported_model_is_compared(
         (["--quantized", "{repq_vit}", "--out", "no/x"], "cannot write no/x: there is no directory no"),
         (
             ["--quantized", "{adfq_vit}", "--out", "x"],
-            "blocks.0.attn.qkv.input_quantizer cannot be exported (per-patch",
+            "blocks.0.mlp.fc2.input_quantizer cannot be exported (dynamically shifted",
         ),
     ],
 )
