@@ -17,8 +17,8 @@ from adfq.api import Quantization
 from adfq.errors import AdfqError
 from adfq.export.checks import check_exportable
 from adfq.export.products import Exported, convert
-from adfq.export.trace import serialize
-from adfq.files import replacing
+from adfq.export.storage import writing
+from adfq.export.trace import trace
 from adfq.sites import check_weights
 
 _NOT_CLASSIFIERS = ("mmdet.", "segment_anything.", "adfq.adapters.mobile_sam.")  # beginnings of families
@@ -27,11 +27,11 @@ __all__ = ["Exported", "check_installed", "export_onnx"]
 
 
 def export_onnx(model: nn.Module, file: str | os.PathLike[str]) -> Exported:
-    """Write a quantized model to one ONNX file in QDQ form.
+    """Write a quantized model to one ONNX file in QDQ form; above 2 GB, its weights to ``FILE.data`` beside it.
 
     The input ``images`` is float32, B×C×H×W with any B; the output ``logits`` is float32, B×classes. Activations become
-    uint8 at run time, with one scale each. Weights are stored as int8, also at fewer bits, with a scale and zero point
-    for each output channel. Layers that a method leaves in full precision stay float32.
+    uint8 at run time, with one scale each. Weights are stored as int8, and at four bits or fewer as int4, with a
+    scale and zero point for each output channel. Layers that a method leaves in full precision stay float32.
 
     Args:
         model: model from `adfq.quantize` or `adfq.load`; not changed.
@@ -41,8 +41,8 @@ def export_onnx(model: nn.Module, file: str | os.PathLike[str]) -> Exported:
         Names of the integer and the floating-point products.
 
     Raises:
-        AdfqError: for a model that is not from `adfq.quantize`, is no classifier, cannot be traced or is larger than 2
-            GB; for weights that were trained after quantization (`adfq.requantize`); for quantizers without a form in
+        AdfqError: for a model that is not from `adfq.quantize`, is no classifier or cannot be traced;
+            for weights that were trained after quantization (`adfq.requantize`); for quantizers without a form in
             ONNX and activations of other than 8 bits, with the name of the first site; without the extra ``onnx``; for
             a file that cannot be written.
     """
@@ -56,9 +56,8 @@ def export_onnx(model: nn.Module, file: str | os.PathLike[str]) -> Exported:
     check_installed()
     model = copy.deepcopy(model).cpu().float().eval()
     exported = convert(model)
-    with replacing(file) as temporary:
-        temporary.write_bytes(serialize(model, quantization.architecture.input_size))
-    return exported
+    with writing(trace(model, quantization.architecture.input_size), file):
+        return exported
 
 
 def check_installed() -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from adfq.export.forms import Grid, convert_quantizer
-from adfq.layers import QuantConv2d, QuantMatMul, QuantWeightLayer
+from adfq.layers import QuantConv2d, QuantLinear, QuantMatMul, QuantWeightLayer
 from adfq.quantizers import (
     AdaLogQuantizer,
     DualUniformQuantizer,
@@ -20,6 +23,9 @@ from adfq.quantizers import (
     UniformQuantizer,
 )
 from adfq.sites import Network
+
+_NARROW = 4  # bits
+_BLOCKS = 16, 256  # least and largest block of MatMulNBits
 
 _LOGARITHMIC = (
     "logarithmic levels are no multiples of one step, so that no integers stand for them; "
@@ -74,7 +80,10 @@ def convert(model: nn.Module) -> Exported:
             model.set_submodule(name, IntegerLayer(layer))
         else:
             floating[name] = reason
-            layer.input_quantizer = convert_quantizer(layer.input_quantizer)
+            if isinstance(layer, QuantLinear) and _is_narrow(layer):
+                model.set_submodule(name, NarrowLinear(layer))
+            else:
+                layer.input_quantizer = convert_quantizer(layer.input_quantizer)
     for name, product in list(network.matmuls()):
         operands = product.left_quantizer, product.right_quantizer
         reason = _why_float(*operands)
@@ -110,6 +119,12 @@ def _has_one_grid(quantizer: nn.Module, summed: int | None) -> bool:
     if quantizer.scale.numel() == 1:
         return True
     return summed is not None and quantizer.scale.shape[summed] == 1 and quantizer.zero_point.unique().numel() == 1
+
+
+def _is_narrow(layer: QuantWeightLayer) -> bool:
+    """Return True for a uniform weight of at most four bits."""
+    quantizer = layer.weight_quantizer
+    return isinstance(quantizer, UniformQuantizer) and quantizer.bits <= _NARROW
 
 
 def _is_patchwise(layer: QuantConv2d) -> bool:
@@ -158,6 +173,9 @@ class IntegerLayer(nn.Module):
 
     Such a convolution becomes a linear layer on patches, because onnxruntime's integer convolution has one zero point
     for all output channels.
+
+    Attributes:
+        is_narrow: True for codes of at most four bits.
     """
 
     codes: Tensor
@@ -170,6 +188,7 @@ class IntegerLayer(nn.Module):
         assert isinstance(layer.weight_quantizer, UniformQuantizer)
         self.input, self.weight = Grid(layer.input_quantizer), Grid(layer.weight_quantizer, signed=True)
         self.patch = tuple(layer.weight.shape[2:])
+        self.is_narrow = _is_narrow(layer)
         weight = layer.weight.detach()
         codes = self.weight.shift_codes(layer.weight_quantizer.encode(weight))
         self.register_buffer("codes", codes.flatten(1).T.contiguous())
@@ -199,3 +218,64 @@ class IntegerLayer(nn.Module):
         if self.input.factor is not None:
             output = (output if self.shift is None else output + self.shift) * self.input.factor + self.bias
         return output.permute(0, 3, 1, 2) if self.patch else output
+
+
+class NarrowLinear(nn.Module):
+    """Linear layer with a float input and a uniform weight of at most four bits, in onnxruntime's MatMulNBits.
+
+    onnxruntime makes this operator itself from a float input and a weight in INT4, but not behind a
+    `DequantizeLinear`. It also rounds such inputs to eight bits again, which the accuracy level here forbids.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    bias: Tensor | None
+    offset: Tensor | None
+
+    def __init__(self, layer: QuantLinear) -> None:
+        super().__init__()
+        assert isinstance(layer.weight_quantizer, UniformQuantizer)
+        self.input = convert_quantizer(layer.input_quantizer)
+        self.shape = rows, columns = tuple(layer.weight.shape)
+        least, largest = _BLOCKS
+        self.block = min(max(columns & -columns, least), largest)  # the largest that leaves no gap
+        blocks = -(-columns // self.block)
+        grid = Grid(layer.weight_quantizer, signed=True)
+        codes = grid.shift_codes(layer.weight_quantizer.encode(layer.weight.detach())) + 2 ** (_NARROW - 1)
+        zero_point = (grid.zero_point + 2 ** (_NARROW - 1)).expand(rows)[:, None].expand(-1, blocks)
+        codes = F.pad(codes, (0, blocks * self.block - columns))
+        self.register_buffer("codes", _pack(codes).unflatten(1, (blocks, -1)))
+        self.register_buffer("scale", grid.scale.expand(rows)[:, None].expand(-1, blocks).flatten().contiguous())
+        self.register_buffer("zero_point", _pack(F.pad(zero_point, (0, blocks % 2))).flatten())
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
+        self.register_buffer("offset", grid.offset)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output for the quantized input and weight."""
+        x = self.input(x)
+        rows, columns = self.shape
+        sizes: dict[str, Any] = {
+            "N": rows,
+            "K": columns,
+            "bits": _NARROW,
+            "block_size": self.block,
+            "accuracy_level": 1,
+        }  # float32
+        output: Tensor = torch.onnx.ops.symbolic(
+            "com.microsoft::MatMulNBits",
+            [x, self.codes, self.scale, self.zero_point],
+            sizes,
+            dtype=torch.float32,
+            shape=(*x.shape[:-1], rows),
+            version=1,
+        )
+        if self.offset is not None:
+            output = output + x.sum(-1, keepdim=True) * self.offset
+        return output if self.bias is None else output + self.bias
+
+
+def _pack(codes: Tensor) -> Tensor:
+    """Return two codes from 0 to 15 a byte along the last dimension, the first in the low bits."""
+    low, high = codes.to(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
+    return low + high * 2**_NARROW

@@ -13,19 +13,22 @@ import torch
 from torch import nn
 
 from adfq.errors import AdfqError
+from adfq.export.products import IntegerLayer
+from adfq.export.storage import OPSET, store_in_four_bits
 
 INPUT, OUTPUT = "images", "logits"
 
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*m")  # a terminal's colours
-_LARGEST = 2**31 - 1  # bytes: protobuf's limit, and ONNX files are written in it
 
 
-def trace(model: nn.Module, input_size: tuple[int, int, int]) -> Any:
+def trace(model: nn.Module, input_size: tuple[int, ...]) -> Any:
     """Trace a model to ONNX with any number of images.
+
+    Codes of an `IntegerLayer` that fit four bits are stored in these.
 
     Args:
         model: model on the CPU, float32, in evaluation mode.
-        input_size: channels, height and width in pixels.
+        input_size: shape of an image: channels, height and width in pixels.
 
     Returns:
         A torch.onnx.ONNXProgram.
@@ -33,6 +36,9 @@ def trace(model: nn.Module, input_size: tuple[int, int, int]) -> Any:
     Raises:
         AdfqError: for a model that torch cannot trace.
     """
+    narrow = [
+        f"{name}.codes" for name, layer in model.named_modules() if isinstance(layer, IntegerLayer) and layer.is_narrow
+    ]
     images = torch.zeros(2, *input_size)  # from one image torch would conclude that there is always one
     try:
         with torch.no_grad(), _quiet():
@@ -45,6 +51,7 @@ def trace(model: nn.Module, input_size: tuple[int, int, int]) -> Any:
                 input_names=[INPUT],
                 output_names=[OUTPUT],
                 verbose=False,
+                opset_version=OPSET if narrow else None,
             )
     except Exception as error:  # whatever a model's code raises on tensors without values
         # torch's own message, coloured, only says which of its steps failed.
@@ -55,6 +62,7 @@ def trace(model: nn.Module, input_size: tuple[int, int, int]) -> Any:
     values = [*graph.inputs, *graph.initializers.values(), *(value for node in graph for value in node.outputs)]
     for part in (graph, *graph, *values):
         part.metadata_props.clear()
+    store_in_four_bits(program, narrow)
     return program
 
 
@@ -70,19 +78,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-def serialize(model: nn.Module, input_size: tuple[int, int, int]) -> bytes:
-    """Return the content of a model's ONNX file.
-
-    Args:
-        model: see `trace`.
-        input_size: see `trace`.
-
-    Raises:
-        AdfqError: for a model that torch cannot trace or that is larger than 2 GB.
-    """
-    if sum(tensor.nbytes for tensor in model.state_dict().values()) > _LARGEST:
-        raise AdfqError("the model is larger than 2 GB, which is the most that one ONNX file can hold")
-    content: bytes = trace(model, input_size).model_proto.SerializeToString()
-    return content

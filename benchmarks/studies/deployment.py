@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,6 +24,9 @@ from benchmarks.tasks import Subject
 
 #: Operators of onnxruntime that multiply codes.
 INTEGER_OPERATORS = ("MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "QLinearConv", "QGemm")
+
+#: Operators of onnxruntime that multiply floats with weights of four bits.
+NARROW_OPERATORS = ("MatMulNBits",)
 
 _REPEATS = 5
 _BATCHES = (1, 8)
@@ -67,18 +70,19 @@ def _has_vnni() -> bool:
     return any(known.get(name, False) for name in ("avx512_vnni", "avx_vnni"))
 
 
-def count_integer_products(file: str | os.PathLike[str]) -> int:
+def count_integer_products(file: str | os.PathLike[str], operators: Sequence[str] = INTEGER_OPERATORS) -> int:
     """Count the products that onnxruntime runs on integers, which it decides when it reads a file.
 
     Args:
         file: path of an ONNX file.
+        operators: operators to count; by default those that multiply codes.
     """
     import onnx
 
     with TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
         OnnxModel(file, optimized)
-        return sum(node.op_type in INTEGER_OPERATORS for node in onnx.load(optimized).graph.node)
+        return sum(node.op_type in operators for node in onnx.load(optimized).graph.node)
 
 
 def compare(saved: Path, file: Path, subject: Subject, limit: int, batch_size: int) -> dict[str, Any]:

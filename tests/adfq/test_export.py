@@ -15,7 +15,10 @@ import adfq
 from adfq import AdfqError, export_onnx, quantize
 from adfq.export import Exported
 from adfq.export.forms import Logarithmic, convert_quantizer
-from adfq.export.trace import serialize
+from adfq.export.products import convert
+from adfq.export.storage import writing
+from adfq.export.trace import trace
+from adfq.layers import QuantConv2d
 from adfq.quantizers import (
     AdaLogQuantizer,
     AffineUniformQuantizer,
@@ -124,6 +127,74 @@ def test_files_are_small_and_the_same_each_time(
     assert str(Path(adfq.__file__).parent).encode() not in file.read_bytes()
 
 
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("method", ["base_ptq", "ptq4vit", "row_ridge"])
+def test_weights_of_four_bits_take_half_a_byte(
+    method: str,
+    bits: int,
+    make_vit: MakeModel,
+    make_images: MakeImages,
+    quick: Mapping[str, dict[str, Any]],
+    tmp_path: Path,
+) -> None:
+    import onnx
+
+    # fc2 has 72 inputs, which is no multiple of a block.
+    model = quantize(make_vit(depth=1, mlp_ratio=1.5), method, bits, 8, make_images(8), **quick[method])
+    file = tmp_path / "model"
+    exported = export_onnx(model, file)
+    stored = onnx.load(file).graph.initializer
+    narrow = [tensor.name for tensor in stored if tensor.data_type == onnx.TensorProto.INT4]
+    layers = dict(Network(model).weight_layers())
+    assert {name.removesuffix(".codes.int4") for name in narrow} == set(exported.integer) & layers.keys()
+    assert deployment.count_integer_products(file) == len(exported.integer)
+    assert deployment.count_integer_products(file, deployment.NARROW_OPERATORS) == (
+        "blocks.0.mlp.fc2" in exported.floating
+    )
+    assert ("blocks.0.mlp.fc2" in exported.floating) == (method == "ptq4vit")
+    images = make_images(4, seed=2)
+    assert difference(deployment.OnnxModel(file), model, images) < 0.02
+
+
+@pytest.mark.parametrize(
+    "shape", [{"padding": 1}, {"stride": 2, "groups": 6}, {"padding": "same", "dilation": 2, "groups": 2}]
+)
+@pytest.mark.parametrize("bits", [4, 8])
+@torch.no_grad()
+def test_convolutions_that_overlap_are_float_ones_of_quantized_operands(
+    shape: dict[str, Any], bits: int, tmp_path: Path
+) -> None:
+    images = torch.randn(2, 6, 9, 9) + 0.5
+    layer = QuantConv2d(nn.Conv2d(6, 12, 3, **shape), "patch_embed")
+    layer.input_quantizer = UniformQuantizer(8).calibrate(images)
+    layer.weight_quantizer = UniformQuantizer(bits, "row").calibrate(layer.weight)
+    layer.freeze()
+    expected = layer(images)
+    model = nn.Sequential(layer).eval()
+    exported = convert(model)
+    assert list(exported.floating) == ["0"]
+    assert "windows of the convolution overlap" in exported.floating["0"]
+    with writing(trace(model, (6, 9, 9)), tmp_path / "model"):
+        pass
+    torch.testing.assert_close(deployment.OnnxModel(tmp_path / "model")(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_large_models_have_their_weights_in_a_second_file(
+    models: dict[str, nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, images = models["base_ptq"], torch.randn(4, 3, 32, 32)
+    monkeypatch.setattr("adfq.export.storage._LARGEST", 1000)
+    (tmp_path / "model.data").mkdir()
+    with pytest.raises(AdfqError, match=r"cannot write .*model\.data: it is a directory"):
+        export_onnx(model, tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.data"]
+    (tmp_path / "model.data").rmdir()
+    export_onnx(model, tmp_path / "model")
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "model.data"}
+    assert (tmp_path / "model").stat().st_size < 100_000 < 2 * (tmp_path / "model.data").stat().st_size
+    assert difference(deployment.OnnxModel(tmp_path / "model"), model, images) < 0.02
+
+
 def test_the_given_model_stays_as_it_is(models: dict[str, nn.Module], files: dict[str, tuple[Path, Exported]]) -> None:
     assert files
     for model in models.values():
@@ -205,7 +276,8 @@ def test_forms_are_the_quantizers_in_onnxruntime(quantizer: Quantizer, values: T
     quantizer.calibrate(values)
     beyond = torch.cat((values, 1.2 * values), -1)
     file, form = tmp_path / "form", convert_quantizer(quantizer).eval()
-    file.write_bytes(serialize(form, tuple(beyond.shape)))  # type: ignore[arg-type]
+    with writing(trace(form, tuple(beyond.shape)), file):
+        pass
     images = beyond[None].expand(2, -1, -1, -1)
     found, expected = deployment.OnnxModel(file)(images)[0], quantizer(beyond)
     same = torch.isclose(found, expected, rtol=1e-5, atol=1e-7)
@@ -322,10 +394,6 @@ def test_nothing_is_left_of_what_fails(
     model = models["base_ptq"]
     with pytest.raises(AdfqError, match=r"cannot write .*no/model: No such file"):
         export_onnx(model, tmp_path / "no" / "model")
-    with monkeypatch.context() as patch:
-        patch.setattr("adfq.export.trace._LARGEST", 1000)
-        with pytest.raises(AdfqError, match="larger than 2 GB"):
-            export_onnx(model, tmp_path / "model")
     with monkeypatch.context() as patch:
         patch.setattr(type(model), "forward", lambda self, x: x[x > x.mean()].reshape(2, -1).tolist())
         with pytest.raises(AdfqError, match=r"cannot trace this VisionTransformer: \S") as caught:
