@@ -278,4 +278,5 @@ class NarrowLinear(nn.Module):
 def _pack(codes: Tensor) -> Tensor:
     """Return two codes from 0 to 15 a byte along the last dimension, the first in the low bits."""
     low, high = codes.to(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
-    return low + high * 2**_NARROW
+    packed: Tensor = low + high * 2**_NARROW
+    return packed
