@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from adfq.adapters import create
 from adfq.api import Quantization
-from adfq.export.trace import INPUT, trace
+from adfq.export.graphs import IMAGES, graphs_of
+from adfq.export.trace import trace
 from benchmarks.run.console import markdown_table
 from benchmarks.run.cost import time_of
 from benchmarks.tasks import Subject
@@ -60,7 +61,7 @@ class OnnxModel(nn.Module):
         Args:
             images: B×C×H×W, float32.
         """
-        (logits,) = self.session.run(None, {INPUT: images.numpy()})
+        (logits,) = self.session.run(None, {IMAGES: images.numpy()})
         return torch.from_numpy(logits)
 
 
@@ -110,7 +111,7 @@ def compare(saved: Path, file: Path, subject: Subject, limit: int, batch_size: i
     architecture = cast(Quantization, model.quantization).architecture
     full = create(architecture).eval()
     with TemporaryDirectory() as folder:
-        trace(full, architecture.input_size).save(Path(folder) / "full.onnx")
+        trace(graphs_of(full, architecture.input_size)[0]).save(Path(folder) / "full.onnx")
         size = sum(part.stat().st_size for part in Path(folder).iterdir())
         runtime = OnnxModel(Path(folder) / "full.onnx")
     parameters = 4 * sum(parameter.numel() for parameter in full.parameters())

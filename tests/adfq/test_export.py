@@ -15,6 +15,7 @@ import adfq
 from adfq import AdfqError, export_onnx, quantize
 from adfq.export import Exported
 from adfq.export.forms import Logarithmic, convert_quantizer
+from adfq.export.graphs import image_graph
 from adfq.export.products import convert
 from adfq.export.storage import writing
 from adfq.export.trace import trace
@@ -174,7 +175,7 @@ def test_convolutions_that_overlap_are_float_ones_of_quantized_operands(
     exported = convert(model)
     assert list(exported.floating) == ["0"]
     assert "windows of the convolution overlap" in exported.floating["0"]
-    with writing(trace(model, (6, 9, 9)), tmp_path / "model"):
+    with writing(trace(image_graph("classifier", model, (6, 9, 9), "logits")), tmp_path / "model"):
         pass
     torch.testing.assert_close(deployment.OnnxModel(tmp_path / "model")(images), expected, rtol=1e-4, atol=1e-5)
 
@@ -276,7 +277,7 @@ def test_forms_are_the_quantizers_in_onnxruntime(quantizer: Quantizer, values: T
     quantizer.calibrate(values)
     beyond = torch.cat((values, 1.2 * values), -1)
     file, form = tmp_path / "form", convert_quantizer(quantizer).eval()
-    with writing(trace(form, tuple(beyond.shape)), file):
+    with writing(trace(image_graph("classifier", form, tuple(beyond.shape), "logits")), file):
         pass
     images = beyond[None].expand(2, -1, -1, -1)
     found, expected = deployment.OnnxModel(file)(images)[0], quantizer(beyond)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -303,13 +304,34 @@ def test_another_backbone() -> None:
         adfq.quantize(detector, "base_ptq", calibration=draw())
 
 
-def test_a_detector_cannot_be_saved_or_exported_yet(swin: nn.Module, tmp_path: Path) -> None:
+def test_a_detector_cannot_be_saved_yet(swin: nn.Module, tmp_path: Path) -> None:
     quantized = adfq.quantize(swin, "base_ptq", 8, 8, calibration=draw())
     with pytest.raises(AdfqError, match="MMDetection cannot be built from a file yet"):
         adfq.save(quantized, tmp_path / "swin.safetensors")
-    with pytest.raises(AdfqError, match=r"a SwinTransformer cannot be exported: only classifiers"):
-        adfq.export_onnx(quantized, tmp_path / "swin.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_backbone_of_a_detector_is_exported(randomize: Randomize, tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    register_all_modules(init_default_scope=True)
+    config = _configs()["mask_rcnn"]
+    own = {"mean": [1.0, 2.0, 3.0], "std": [4.0, 5.0, 6.0], "bgr_to_rgb": True}
+    backbone = {**SWIN, "depths": [1], "num_heads": [2], "strides": (4,), "out_indices": (0,)}
+    changed = {"data_preprocessor": {**config["data_preprocessor"], **own}, "backbone": backbone}
+    detector = randomize(build({**config, **changed, "neck": {**config["neck"], "in_channels": [24]}}))
+    quantized: Any = adfq.quantize(detector, "base_ptq", 8, 8, calibration=draw())
+    exported = adfq.export_onnx(quantized, tmp_path / "swin", input_size=SIZE)
+    assert {"patch_embed.projection", "stages.0.blocks.0.attn.w_msa.qkv"} < set(exported.integer)
+    session = runtime.InferenceSession(tmp_path / "swin")
+    assert [output.name for output in session.get_outputs()] == ["features_0"]
+    assert json.loads(session.get_modelmeta().custom_metadata_map["adfq"])["preprocessing"] == {
+        "input_size": [3, *SIZE],
+        "mean": [1.0, 2.0, 3.0],
+        "std": [4.0, 5.0, 6.0],
+        "channels": "rgb",
+        "pad_size_divisor": 32,
+    }
 
 
 # --- calibration in batches -----------------------------------------------------------------------------------------

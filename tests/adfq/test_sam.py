@@ -342,13 +342,6 @@ def test_forged_descriptions_are_refused(vit_sam: nn.Module, path: tuple[str, ..
         create(dataclasses.replace(described, arguments=arguments))
 
 
-def test_a_sam_cannot_be_exported_yet(vit_sam: nn.Module, tmp_path: Path) -> None:
-    quantized = adfq.quantize(vit_sam, "base_ptq", 8, 8, draw())
-    with pytest.raises(AdfqError, match="a Sam cannot be exported: only classifiers"):
-        adfq.export_onnx(quantized, tmp_path / "sam.onnx")
-    assert not list(tmp_path.iterdir())
-
-
 # --- MobileSAM's own layout ------------------------------------------------------------------------------------------
 
 
