@@ -9,9 +9,6 @@ from pathlib import Path
 
 from benchmarks.cli.options import DATA_HELP, Commands, positive
 
-# The task whose quantized models can be saved.
-_TASK = "classification"
-
 
 def add(commands: Commands) -> None:
     """Add the command."""
@@ -31,31 +28,32 @@ def add(commands: Commands) -> None:
 def _export(options: argparse.Namespace) -> None:
     import torch
 
-    from adfq.export import check_installed, export_onnx
+    from adfq.export import check_installed, decoder_file, export_onnx
     from benchmarks.run.provenance import environment
-    from benchmarks.studies.deployment import compare, render
+    from benchmarks.studies.comparison import compare, kind_of, size_of
+    from benchmarks.studies.deployment import render
     from benchmarks.tasks import find_task, load_quantized
     from benchmarks.tasks.shared import check_place
 
     check_installed()
-    file = options.out
+    file, limit = options.out, options.limit
     check_place(file)
-    batch_size = find_task(_TASK).batch_size
-    _, subject = load_quantized(options.quantized, task=_TASK, data=options.data, batch_size=batch_size)
-    exported = export_onnx(subject.model, file)
-    found = compare(Path(options.quantized), file, subject, options.limit, batch_size)
+    cell, subject = load_quantized(options.quantized, data=options.data)
+    kind = kind_of(cell.task)
+    exported = export_onnx(subject.model, file, input_size=size_of(kind, subject, limit))
+    files = [file, decoder_file(file)] if cell.task == "segmentation" else [file]
+    found = compare(Path(options.quantized), files, kind, subject, limit, find_task(cell.task).batch_size)
     total = len(exported.integer) + len(exported.floating)
-    print(f"{file}: {file.stat().st_size / 1e6:.2f} MB, {found['integer']} of {total} products with int8 kernels")
+    for each in files:
+        print(f"{each}: {each.stat().st_size / 1e6:.2f} MB")
+    print(f"{found['integer']} of {total} products with int8 kernels")
     floating = defaultdict(list)
     for name, reason in exported.floating.items():
         floating[reason].append(name)
     for reason, names in floating.items():
         others = f" and {len(names) - 1} more" if len(names) > 1 else ""
         print(f"{len(names)} of {total} products stay in float ({names[0]}{others}): {reason}")
-    print(
-        f"top-1 agrees with the simulation on {found['agreement']:.2f} % of {found['images']} images: "
-        f"{found['simulated']:.2f} % simulated, {found['exported']:.2f} % in onnxruntime\n"
-    )
+    print(f"{kind.describe(found['metrics'])}\n")
     print(render(found["models"]))
     where = environment(torch.device("cpu"))
     print(

@@ -1,4 +1,4 @@
-"""Comparison of an exported model in onnxruntime with the simulation: agreement, size, speed."""
+"""Exported models in onnxruntime: their integer products and their speed."""
 
 from __future__ import annotations
 
@@ -9,19 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from adfq.adapters import create
-from adfq.api import Quantization
-from adfq.export.graphs import IMAGES, graphs_of
-from adfq.export.trace import trace
+from adfq.export.graphs import IMAGES
 from benchmarks.run.console import markdown_table
 from benchmarks.run.cost import time_of
-from benchmarks.tasks import Subject
 
 #: Operators of onnxruntime that multiply codes.
 INTEGER_OPERATORS = ("MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "QLinearConv", "QGemm")
@@ -30,7 +26,6 @@ INTEGER_OPERATORS = ("MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "
 NARROW_OPERATORS = ("MatMulNBits",)
 
 _REPEATS = 5
-_BATCHES = (1, 8)
 _CPU = torch.device("cpu")
 
 
@@ -38,7 +33,7 @@ class OnnxModel(nn.Module):
     """ONNX file in onnxruntime, on as many threads of the CPU as torch uses.
 
     Args:
-        file: path of a model with one float32 input and one float32 output.
+        file: path of a model.
         optimized: path that onnxruntime writes its optimized model to; empty, the default, for none.
     """
 
@@ -55,14 +50,23 @@ class OnnxModel(nn.Module):
         options.log_severity_level = 3  # errors; that what it leaves is for this processor alone is known
         self.session: Any = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Return logits, B×classes.
+    def run(self, **inputs: Tensor) -> tuple[Tensor, ...]:
+        """Return all outputs.
+
+        Args:
+            **inputs: inputs by name.
+        """
+        outputs = self.session.run(None, {name: value.numpy() for name, value in inputs.items()})
+        return tuple(map(torch.from_numpy, outputs))
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Return the only output, or all of several.
 
         Args:
             images: B×C×H×W, float32.
         """
-        (logits,) = self.session.run(None, {IMAGES: images.numpy()})
-        return torch.from_numpy(logits)
+        outputs = self.run(**{IMAGES: images})
+        return outputs if len(outputs) > 1 else outputs[0]
 
 
 def _has_vnni() -> bool:
@@ -86,67 +90,21 @@ def count_integer_products(file: str | os.PathLike[str], operators: Sequence[str
         return sum(node.op_type in operators for node in onnx.load(optimized).graph.node)
 
 
-def compare(saved: Path, file: Path, subject: Subject, limit: int, batch_size: int) -> dict[str, Any]:
-    """Compare an exported model with the simulation and with full precision.
+@torch.inference_mode()
+def measure(models: Mapping[str, nn.Module], image: Tensor, batches: Sequence[int]) -> dict[str, dict[int, float]]:
+    """Time models in turn, so that other work of the machine meets each of them.
 
     Args:
-        saved: file that the subject's model was loaded from.
-        file: the model's ONNX file.
-        subject: the quantized model with its data.
-        limit: number of evaluation images, the first ones.
-        batch_size: images a batch.
+        models: models by name.
+        image: 1×C×H×W, preprocessed.
+        batches: numbers of images at once.
 
     Returns:
-        ``images``; in percent of them, ``agreement`` of both top-1 predictions, and ``simulated`` and ``exported``
-        top-1; ``integer``, the number of products on integers; ``models``: by name, ``size`` in MB, and by batch size
-        the median of milliseconds an image.
-
-    Raises:
-        AdfqError: for images that cannot be read.
+        By name and number of images at once, the median of milliseconds an image.
     """
-    model, exported = subject.model, OnnxModel(file)
-    simulated, metrics = _predict(model, subject, limit, batch_size)
-    predicted, exported_metrics = _predict(exported, subject, limit, batch_size)
-    # A file holds no float weights any more, and size and time do not depend on which ones these are.
-    architecture = cast(Quantization, model.quantization).architecture
-    full = create(architecture).eval()
-    with TemporaryDirectory() as folder:
-        trace(graphs_of(full, architecture.input_size)[0]).save(Path(folder) / "full.onnx")
-        size = sum(part.stat().st_size for part in Path(folder).iterdir())
-        runtime = OnnxModel(Path(folder) / "full.onnx")
-    parameters = 4 * sum(parameter.numel() for parameter in full.parameters())
-    models: dict[str, tuple[nn.Module, float]] = {
-        "float32, torch": (full, parameters),
-        "float32, onnxruntime": (runtime, size),
-        "simulated, torch": (model, saved.stat().st_size),
-        "int8, onnxruntime": (exported, file.stat().st_size),
-    }
-    milliseconds = _measure({name: model for name, (model, _) in models.items()}, subject)
-    return {
-        "images": metrics["images"],
-        "agreement": 100 * float((simulated == predicted).double().mean()),
-        "simulated": metrics["top1"],
-        "exported": exported_metrics["top1"],
-        "integer": count_integer_products(file),
-        "models": {name: {"size": size / 1e6, **milliseconds[name]} for name, (_, size) in models.items()},
-    }
-
-
-def _predict(model: nn.Module, subject: Subject, limit: int, batch_size: int) -> tuple[Tensor, Mapping[str, float]]:
-    """Return the class of each image, and the task's metrics."""
-    predicted: list[Tensor] = []
-    hook = model.register_forward_hook(lambda _, __, logits: predicted.append(logits.argmax(1)))
-    metrics = subject.evaluate(model, _CPU, limit, batch_size)
-    hook.remove()
-    return torch.cat(predicted), metrics
-
-
-@torch.inference_mode()
-def _measure(models: Mapping[str, nn.Module], subject: Subject) -> dict[str, dict[int, float]]:
-    """Time the models in turn, so that other work of the machine meets each of them."""
     found: dict[str, dict[int, float]] = defaultdict(dict)
-    for count in _BATCHES:
-        images = subject.evaluation_images(1).expand(count, -1, -1, -1).contiguous()
+    for count in batches:
+        images = image.expand(count, -1, -1, -1).contiguous()
         runs: dict[str, Callable[[], Any]] = {name: partial(model, images) for name, model in models.items()}
         seconds: dict[str, list[float]] = defaultdict(list)
         for repeat in range(_REPEATS + 1):
@@ -160,16 +118,16 @@ def _measure(models: Mapping[str, nn.Module], subject: Subject) -> dict[str, dic
 
 
 def render(models: Mapping[str, Mapping[Any, float]]) -> str:
-    """Return the ``models`` of `compare` as Markdown, which ends in a newline.
+    """Return models as Markdown, which ends in a newline.
 
     Args:
-        models: size and times by name.
+        models: by name, ``size`` in MB and the times of `measure`.
     """
     rows = [
         {
             "": name,
             "size (MB)": f"{values['size']:.2f}",
-            **{f"ms an image, {count} at once": f"{values[count]:.2f}" for count in _BATCHES},
+            **{f"ms an image, {count} at once": f"{values[count]:.2f}" for count in values if count != "size"},
         }
         for name, values in models.items()
     ]

@@ -100,6 +100,18 @@ def save_quantized(model: nn.Module, cell: Cell, subject: Subject, file: str | o
     adfq.save(model, file, notes=notes)
 
 
+def task_of(model: nn.Module) -> str:
+    """Return the task of a quantized model by its kind.
+
+    Args:
+        model: from `adfq.load`.
+    """
+    family = cast("Quantization", model.quantization).architecture.family
+    if family.startswith("timm."):
+        return "classification" if getattr(model, "num_classes", 0) else "encoders"
+    return "detection" if family.startswith("mmdet.") else "segmentation"
+
+
 def load_quantized(file: str, results: str | None = None, **fields: Any) -> tuple[Cell, Subject]:
     """Load a quantized model with its data.
 
@@ -107,7 +119,7 @@ def load_quantized(file: str, results: str | None = None, **fields: Any) -> tupl
         file: from `save_quantized`; for one from `adfq.save`, the task decides the preprocessing.
         results: prefix of the files that a task with results writes them to; None, the default, for none.
         **fields: fields of the cell that the file does not decide: task, data, limit, batch size, and preprocessing
-            that goes before the file's.
+            that goes before the file's. Without a task, it is `task_of` the model.
 
     Returns:
         The cell that was quantized, with the file as its checkpoint and every option of the method; its subject.
@@ -115,8 +127,10 @@ def load_quantized(file: str, results: str | None = None, **fields: Any) -> tupl
     Raises:
         AdfqError: for a file that `adfq.load` refuses, an unknown task, and unusable data or preprocessing.
     """
-    attach = check_saved(fields["task"])
+    if "task" in fields:
+        check_saved(fields["task"])  # before the file is read
     model = adfq.load(file)
+    attach = check_saved(fields.setdefault("task", task_of(model)))
     quantization = cast("Quantization", model.quantization)
     architecture, notes = quantization.architecture, quantization.notes
     noted = notes.get("preprocessing", {})

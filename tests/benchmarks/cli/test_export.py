@@ -39,8 +39,9 @@ def test_an_exported_model_is_compared(
     captured = capsys.readouterr()
     assert captured.err == ""
     size = file.stat().st_size / 1e6
-    first, floating, agreement, _, _, _, *rows, _, _ = captured.out.splitlines()
-    assert first == f"{file}: {size:.2f} MB, 12 of 14 products with int8 kernels"
+    first, integer, floating, agreement, _, _, _, *rows, _, _ = captured.out.splitlines()
+    assert first == f"{file}: {size:.2f} MB"
+    assert integer == "12 of 14 products with int8 kernels"
     assert floating.startswith("2 of 14 products stay in float (blocks.0.attn.context and 1 more): logarithmic")
     percents = re.fullmatch(
         r"top-1 agrees with the simulation on ([\d.]+) % of 100 images: ([\d.]+) % simulated, ([\d.]+) % .*", agreement
@@ -55,6 +56,33 @@ def test_an_exported_model_is_compared(
     assert sizes["simulated, torch"] == round(saved.stat().st_size / 1e6, 2)
     assert sizes["int8, onnxruntime"] < 0.6 * sizes["float32, onnxruntime"]  # the graph is half of so small a file
     assert all(float(time) > 0 for _, _, *times in cells for time in times)
+
+
+@pytest.mark.slow
+def test_an_exported_sam_is_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("segment_anything")
+    from benchmarks.tasks.segmentation.models import load_sam
+
+    sam = load_sam("bundled_sam")
+    saved, file = tmp_path / "saved", tmp_path / "sam.onnx"
+    images = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(1))
+    adfq.save(adfq.quantize(sam, "base_ptq", 8, 8, images), saved)
+    capsys.readouterr()
+    assert main([*EXPORT, "--quantized", str(saved), "--out", str(file), "--limit", "2"]) == 0
+    encoder, decoder, integer, *rest = capsys.readouterr().out.splitlines()
+    assert encoder.startswith(f"{file}: ")
+    assert decoder.startswith(f"{tmp_path / 'sam_decoder.onnx'}: ")
+    assert re.fullmatch(r"\d+ of \d+ products with int8 kernels", integer)
+    (agreement,) = (line for line in rest if line.startswith("masks"))
+    percents = re.fullmatch(
+        r"masks have a mean IoU of ([\d.]+) % with the simulation's, over \d+ objects in 2 images; "
+        r"with the ground truth ([\d.]+) % simulated, ([\d.]+) % in onnxruntime",
+        agreement,
+    )
+    assert percents is not None
+    assert float(percents[1]) > 90
+    assert abs(float(percents[2]) - float(percents[3])) < 5
+    assert sum(line.startswith("| ") and "onnxruntime" in line for line in rest) == 2
 
 
 @pytest.mark.parametrize(
