@@ -104,10 +104,9 @@ def _tabulate_fashion() -> dict[str, str]:
     frame = _read_file("fashion_mnist")
     (reference,) = frame[frame["method"] == FULL_PRECISION]["top1"]
     quantized = frame[frame["method"] != FULL_PRECISION]
-    grouped = quantized.groupby(["method", "bits"])["top1"].agg(["mean", "std"])
-    spread = grouped["std"].map(lambda value: "" if pd.isna(value) else f" ± {value:.2f}")
-    difference = (grouped["mean"] - reference).map(" ({:+.2f})".format)
-    texts = (grouped["mean"].map("{:.2f}".format) + spread + difference).unstack()
+    grouped = quantized.groupby(["method", "bits"])[["top1"]]
+    difference = (grouped.mean() - reference).map(" ({:+.2f})".format)
+    texts = (_format_means(grouped, 2) + difference)["top1"].unstack()
     rows = [row for row in load_table("field").rows if row.key in texts.index]
     wide = texts.loc[[row.key for row in rows], list(dict.fromkeys(quantized["bits"]))]
     wide.insert(0, "Method", [row.label for row in rows])
@@ -115,13 +114,19 @@ def _tabulate_fashion() -> dict[str, str]:
     return {"fashion": markdown_table(wide), "fashion_reference": f"{reference:.2f}", "fashion_commit": commit}
 
 
+def _format_means(grouped: Any, digits: int) -> pd.DataFrame:
+    """Return means as texts, with ± standard deviation for groups of several."""
+    spread = grouped.std().map(lambda value: "" if pd.isna(value) else f" ± {value:.{digits}f}")
+    means: pd.DataFrame = grouped.mean().map(f"{{:.{digits}f}}".format)
+    return means + spread
+
+
 def _tabulate_oneshot(bits: str) -> str:
     """Return the accuracies at a bit-width on images of 400 classes as Markdown."""
     frame = _read_file("oneshot")
     columns = {"knn": "k-NN", "prototypes": "prototypes", "ridge": "ridge", "feature_error": "feature error"}
     grouped = frame[frame["bits"].isin(["W32/A32", bits])].groupby("method")
-    spread = grouped[list(columns)].std().map(lambda value: "" if pd.isna(value) else f" ± {value:.1f}")
-    texts = grouped[list(columns)].mean().map("{:.1f}".format) + spread
+    texts = _format_means(grouped[list(columns)], 1)
     labels = {FULL_PRECISION: "Full precision"} | {row.key: row.label for row in load_table("field").rows}
     keys = [key for key in labels if key in texts.index]
     wide = texts.loc[keys].rename(labels).rename(columns=columns)

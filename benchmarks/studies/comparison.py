@@ -225,13 +225,14 @@ def compare(
     """
     model = subject.model
     metrics = kind.compare(model, files, subject, limit, batch_size)
-    wanted = size_of(kind, subject, limit)
+    image = subject.evaluation_images(min(limit, _FEATURE_IMAGES) if kind.sized else 1)[:1]
     # A file holds no float weights any more, and size and time do not depend on which ones these are.
     architecture = cast(Quantization, model.quantization).architecture
     full = create(architecture)
     full.eval()
     part = exported_part(full)
-    size = resolve_size(part, architecture.input_size, wanted)
+    height, width = image.shape[2:]
+    size = resolve_size(part, architecture.input_size, (height, width) if kind.sized else None)
     graphs = graphs_of(part, size)
     with TemporaryDirectory() as folder:
         for index, graph in enumerate(graphs):
@@ -246,7 +247,6 @@ def compare(
         "int8, onnxruntime": sum(path.stat().st_size for path in files),
     }
     models = dict(zip(sizes, (graphs[0].module, runtime, simulated, OnnxModel(files[0])), strict=True))
-    image = subject.evaluation_images(min(limit, _FEATURE_IMAGES) if kind.sized else 1)[:1]
     milliseconds = measure(models, image, kind.batches)
     return {
         "metrics": metrics,
