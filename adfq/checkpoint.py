@@ -58,6 +58,8 @@ _FIELDS = {
 # Entries of `pretrained_cfg`: lists are told from tuples, and types that JSON does not have are left out.
 _TUPLE, _OTHER = "tuple", object()
 
+_ANY_SIDE = 256  # height and width in pixels of the image that a model of any size is checked with
+
 _DTYPES = {str(dtype): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 
 
@@ -242,7 +244,8 @@ def _check_rebuilds(model: nn.Module, architecture: Architecture, content: bytes
     # Modules first: quantization hides many a difference from the logits of one image.
     if difference := first_difference(original.model, rebuilt.model):
         raise AdfqError(f"{problem}: {difference}")
-    image = torch.randn(1, *architecture.input_size, generator=torch.Generator().manual_seed(0))
+    size = (side or _ANY_SIDE for side in architecture.input_size)
+    image = torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
     rebuilt.model.to(next(model.parameters()).device)
     with torch.no_grad():
         outputs = original.run(image), rebuilt.run(image)

@@ -8,13 +8,15 @@ from types import FunctionType, MethodType
 from typing import Any
 
 import torch
+from numpy.random import RandomState
 from torch import Tensor, nn
 
 from adfq.adapters import qualified_name
 from adfq.quantizers import Quantizer
 
 # Attributes that decide no output of a model in evaluation mode: nn.Module's own, notes about the model, choices of
-# training and initialization, and the past of timm's Swin (_ref_…). fused_attn follows from the machine.
+# training and initialization, the past of timm's Swin (_ref_…), and MMDetection's config and initialization.
+# fused_attn follows from the machine.
 _WITHOUT_EFFECT = frozenset(vars(nn.Module())) | {
     "pretrained_cfg",
     "pretrained_model_args",
@@ -29,6 +31,11 @@ _WITHOUT_EFFECT = frozenset(vars(nn.Module())) | {
     "_ref_window_sizes",
     "_ref_grid_size",
     "fused_attn",
+    "cfg",
+    "dataset_meta",
+    "init_cfg",
+    "_is_init",
+    "_params_init_info",
 }
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -134,6 +141,8 @@ def _same_object(a: Any, b: Any, seen: set[tuple[int, int]]) -> bool:
         return a.__code__ == b.__code__ and _same(_bound_values(a), _bound_values(b), seen)
     if isinstance(a, MethodType):
         return a.__func__ is b.__func__ and type(a.__self__) is type(b.__self__)
+    if isinstance(a, RandomState):  # MMDetection's samplers draw from one, in training
+        return True
     if isinstance(a, partial):
         return _same((a.func, a.args, a.keywords), (b.func, b.args, b.keywords), seen)
     try:

@@ -11,8 +11,10 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adfq.adapters import Architecture, pair, qualified_name, replace, replace_attention
+from adfq.adapters import pair, replace, replace_attention
 from adfq.adapters.mmcv_ops import provide_mmcv_ops
+from adfq.adapters.mmdet_factory import create as create
+from adfq.adapters.mmdet_factory import describe as describe
 from adfq.adapters.multihead_attention import QuantMultiheadAttention, can_replace
 from adfq.adapters.window_attention import QuantWindowAttention, heads_of_windows
 from adfq.errors import AdfqError
@@ -254,22 +256,3 @@ def _tensors(outputs: Any) -> Iterator[Tensor]:
     elif isinstance(outputs, (list, tuple)):
         for part in outputs:
             yield from _tensors(part)
-
-
-def describe(model: nn.Module, family: str) -> Architecture:
-    """Describe a model, see `adfq.adapters.describe`; a model of MMDetection does not tell how it was made.
-
-    Args:
-        model: SwinTransformer or detector.
-        family: qualified name of the supported class.
-    """
-    return Architecture(family, qualified_name(type(model)), None, {}, (3, 0, 0))
-
-
-def create(architecture: Architecture) -> nn.Module:
-    """Raise AdfqError: models of MMDetection cannot be built from a description yet.
-
-    Args:
-        architecture: without effect.
-    """
-    raise AdfqError("models of MMDetection cannot be built from a file yet")

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 ENTRY_POINT_GROUP = "adfq.tasks"
 
+# Tasks of saved models by the package of their family; other families are classifiers, or encoders without a head.
+_TASKS_OF_PACKAGES = {"mmdet": "detection", "segment_anything": "segmentation", "adfq": "segmentation"}
+_OWN_TASKS = ("classification", "encoders", "detection", "segmentation")  # other packages' take what they like
+
 
 def task_names() -> tuple[str, ...]:
     """Return the names of all installed tasks, sorted."""
@@ -94,7 +98,9 @@ def save_quantized(model: nn.Module, cell: Cell, subject: Subject, file: str | o
     Raises:
         AdfqError: as `adfq.save`.
     """
-    notes: dict[str, Any] = {"model": cell.model, "preprocessing": dict(subject.preprocessing)}
+    notes: dict[str, Any] = {"model": cell.model}
+    if not find_task(cell.task).own_preprocessing:
+        notes["preprocessing"] = dict(subject.preprocessing)
     if cell.calibration_batch_size is not None:
         notes["calibration_batch_size"] = cell.calibration_batch_size
     adfq.save(model, file, notes=notes)
@@ -107,9 +113,9 @@ def task_of(model: nn.Module) -> str:
         model: from `adfq.load`.
     """
     family = cast("Quantization", model.quantization).architecture.family
-    if family.startswith("timm."):
-        return "classification" if getattr(model, "num_classes", 0) else "encoders"
-    return "detection" if family.startswith("mmdet.") else "segmentation"
+    if task := _TASKS_OF_PACKAGES.get(family.partition(".")[0]):
+        return task
+    return "classification" if getattr(model, "num_classes", 0) else "encoders"
 
 
 def load_quantized(file: str, results: str | None = None, **fields: Any) -> tuple[Cell, Subject]:
@@ -125,18 +131,25 @@ def load_quantized(file: str, results: str | None = None, **fields: Any) -> tupl
         The cell that was quantized, with the file as its checkpoint and every option of the method; its subject.
 
     Raises:
-        AdfqError: for a file that `adfq.load` refuses, an unknown task, and unusable data or preprocessing.
+        AdfqError: for a file that `adfq.load` refuses, an unknown task and that of other models, and unusable data or
+            preprocessing.
     """
     if "task" in fields:
         check_saved(fields["task"])  # before the file is read
     model = adfq.load(file)
-    attach = check_saved(fields.setdefault("task", task_of(model)))
+    own = task_of(model)
+    task = fields.setdefault("task", own)
+    if task != own and task in _OWN_TASKS and {task, own} & set(_TASKS_OF_PACKAGES.values()):
+        raise AdfqError(f"{file}: a {type(model).__name__} is a model for {own}, not for {task}")
+    attach = check_saved(task)
     quantization = cast("Quantization", model.quantization)
     architecture, notes = quantization.architecture, quantization.notes
-    noted = notes.get("preprocessing", {})
-    if not isinstance(noted, Mapping):
-        raise AdfqError(f"{file}: its notes have no usable 'preprocessing'")
-    given = dict(fields.pop("preprocessing", ()))
+    preprocessing = dict(fields.pop("preprocessing", ()))
+    if not find_task(task).own_preprocessing:
+        noted = notes.get("preprocessing", {})
+        if not isinstance(noted, Mapping):
+            raise AdfqError(f"{file}: its notes have no usable 'preprocessing'")
+        preprocessing = {"input_size": architecture.input_size, **noted, **preprocessing}
     cell = Cell.create(
         **fields,
         model=str(notes.get("model", architecture.name or architecture.cls)),
@@ -144,7 +157,7 @@ def load_quantized(file: str, results: str | None = None, **fields: Any) -> tupl
         method=quantization.method,
         method_arguments=tuple(sorted(quantization.options.items())),
         bits=str(quantization.bits),
-        preprocessing=tuple(sorted({"input_size": architecture.input_size, **noted, **given}.items())),
+        preprocessing=tuple(sorted(preprocessing.items())),
         calibration_size=quantization.calibration_size,
         calibration_batch_size=notes.get("calibration_batch_size"),
         seed=quantization.seed,

@@ -105,8 +105,8 @@ class Task:
     Attributes:
         load: function from a cell to its model and data; a task with ``results`` among its options takes these too.
         attach: function from a cell and a quantized model to the model with the cell's data; a task with ``results``
-            among its options takes these too. The cell's preprocessing is complete; nothing is calibrated. None if
-            quantized models cannot be saved and loaded.
+            among its options takes these too. The cell's preprocessing is complete, unless models bring it; nothing is
+            calibrated. None if quantized models cannot be saved and loaded.
         model_names: function that returns the names of models.
         describe: function from metrics to a phrase.
         main_metrics: metrics that results are compared by.
@@ -118,6 +118,7 @@ class Task:
         arguments: those options that decide results (`Cell.task_arguments`), with their defaults.
         libraries: libraries that compute beside torch and timm.
         downloads: whether weights are downloaded where a cell is pretrained.
+        own_preprocessing: whether a model brings its preprocessing, which no option changes.
     """
 
     load: Callable[..., Subject]
@@ -132,3 +133,4 @@ class Task:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     libraries: tuple[str, ...] = ()
     downloads: bool = False
+    own_preprocessing: bool = False

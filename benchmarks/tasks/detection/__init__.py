@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from benchmarks.tasks.interface import Task
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from benchmarks.cell import Cell
     from benchmarks.tasks.detection.task import Detection
 
@@ -16,6 +18,12 @@ def _load(cell: Cell, results: str | None = None) -> Detection:
     from benchmarks.tasks.detection.task import load_detection
 
     return load_detection(cell, results)
+
+
+def _attach(cell: Cell, model: nn.Module, results: str | None = None) -> Detection:
+    from benchmarks.tasks.detection.task import attach_detection
+
+    return attach_detection(cell, model, results)
 
 
 def _model_names() -> list[str]:
@@ -34,7 +42,7 @@ def describe_detection(metrics: Mapping[str, float]) -> str:
 
 TASK = Task(
     _load,
-    None,
+    _attach,
     _model_names,
     describe_detection,
     main_metrics=("box_ap", "mask_ap"),
@@ -43,4 +51,5 @@ TASK = Task(
     calibration_batch_size=1,
     options=("config", "results"),
     libraries=("mmdet", "mmengine", "mmcv"),
+    own_preprocessing=True,
 )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -74,7 +75,7 @@ class Detection:
         model: MMDetection's detector, with its config as attribute `cfg`.
         weights_digest: SHA-256 of the weights and the config.
         preprocessing: test pipeline, and the model's own preprocessing.
-        train: split to calibrate on.
+        train: split to calibrate on; None for a model that is calibrated already.
         validation: split to evaluate on.
         workers: largest number of processes that read images for evaluation; 0 reads in this process.
         results: prefix of the files ``RESULTS.bbox.json`` and ``RESULTS.segm.json`` that detections are written to, in
@@ -84,7 +85,7 @@ class Detection:
     model: nn.Module
     weights_digest: str
     preprocessing: Mapping[str, Any]
-    train: CocoSplit
+    train: CocoSplit | None
     validation: CocoSplit
     workers: int
     results: str | None = None
@@ -107,6 +108,8 @@ class Detection:
         Raises:
             AdfqError: for more images than there are, and images that cannot be read.
         """
+        if self.train is None:
+            raise AdfqError("a model that is quantized already has no calibration images")
         chosen = choose_images(len(self.train.images), count, seed)
         return self._read(self.train, chosen, "reading calibration images", batch_size)
 
@@ -223,7 +226,12 @@ class Detection:
                 raise AdfqError(f"cannot write {prefix}.{kinds[0]}.json: {error.strerror}") from None
 
     def _feature_errors(self, model: Any, images: Tensor, batch_size: int) -> dict[str, float]:
-        """Return feature errors by the name of the metric; 0 for the model in full precision itself."""
+        """Return feature errors by the name of the metric; 0 for the model in full precision itself.
+
+        A quantized model from a file has none: full precision is not at hand.
+        """
+        if hasattr(self.model, "quantization"):
+            return {}
         reference: Any = self.model.to(images.device).eval()
         sums: dict[str, list[float]] = {}
         for batch in images.split(batch_size):
@@ -273,11 +281,32 @@ def load_detection(cell: Cell, results: str | None = None) -> Detection:
             unusable data, and results that could not be written.
     """
     _check_supported(cell)
+    name = cell.location.file("model", cell.model)
+    return _open(cell, name, partial(load_detector, name, cell.location.checkpoint), True, results)
+
+
+def attach_detection(cell: Cell, model: nn.Module, results: str | None = None) -> Detection:
+    """Return a quantized detector with its evaluation data; no train split is needed.
+
+    Args:
+        cell: cell of the file that the model is from.
+        model: from `adfq.load`.
+        results: prefix of the files for detections; None, the default, for none.
+
+    Raises:
+        AdfqError: for a detector without a test pipeline for COCO, other preprocessing than its own, unusable data, and
+            results that could not be written.
+    """
+    _check_supported(cell)
+    return _open(cell, str(cell.location.checkpoint), lambda: model, False, results)
+
+
+def _open(cell: Cell, name: str, load: Callable[[], nn.Module], calibrated: bool, results: str | None) -> Detection:
+    """Return a model, loaded once the data are there, with a cell's data; `name` is the model's in messages."""
     if results is not None:
         check_results(results, KINDS)
-    name = cell.location.file("model", cell.model)
     root = find_root(cell.location.data)
-    model: Any = load_detector(name, cell.location.checkpoint)
+    model: Any = load()
     loader: Any = model.cfg.get("test_dataloader") or {}
     if loader.get("dataset", {}).get("type") != "CocoDataset":
         raise AdfqError(f"{name} has no 'test_dataloader' with a CocoDataset")
@@ -303,7 +332,8 @@ def load_detection(cell: Cell, results: str | None = None) -> Detection:
     # Scenes are so small that processes would not read them faster.
     workers = 0 if cell.location.data == BUNDLED else count_workers()
     digest = digest_weights(model, config)
-    return Detection(model, digest, preprocessing, split("train2017"), validation, workers, results)
+    train = split("train2017") if calibrated else None
+    return Detection(model, digest, preprocessing, train, validation, workers, results)
 
 
 def _build_dataset(config: Any, folder: Path | None = None, **settings: Any) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from adfq.errors import AdfqError
 from benchmarks.bundled.classifiers import CLASSIFIERS
 from benchmarks.tasks.classification.models import classifier_names
 
@@ -28,7 +29,12 @@ def resolve_encoder(cell: Cell) -> Cell:
 
     Args:
         cell: its model is a short name or timm's; its own arguments go before those of the name.
+
+    Raises:
+        AdfqError: for a bundled classifier, which is trained for its classes alone.
     """
+    if cell.model in CLASSIFIERS:
+        raise AdfqError(f"{cell.model} is a classifier: task classification measures it")
     name, arguments = ENCODERS.get(cell.model, (cell.model, {}))
     merged = {"num_classes": 0, **arguments, **dict(cell.model_arguments)}
     return replace(cell, model=name, model_arguments=tuple(sorted(merged.items())))

@@ -62,4 +62,5 @@ TASK = Task(
     options=("results",),
     arguments=ARGUMENTS,
     libraries=("segment_anything",),
+    own_preprocessing=True,
 )

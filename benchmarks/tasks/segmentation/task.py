@@ -358,12 +358,8 @@ def attach_segmentation(cell: Cell, model: nn.Module, results: str | None = None
         raise AdfqError(f"{file}: a {type(model).__name__} predicts no masks; quantize the whole model")
     if dict(cell.task_arguments).get("encoder_only"):
         raise AdfqError(f"{file}: the file decides which part is quantized; leave --encoder-only out")
-    subject = _open(cell, lambda: model, False, results)
-    side = subject.preprocessing["size"]
-    own = {"input_size": (3, side, side), **subject.preprocessing}
-    if any(json.dumps(value) != json.dumps(own.get(name)) for name, value in cell.preprocessing):
-        raise AdfqError("a Segment Anything model has its own preprocessing; there are no arguments for it")
-    return subject
+    _check_supported(cell)
+    return _open(cell, lambda: model, False, results)
 
 
 def _open(cell: Cell, load: Callable[[], Any], calibrated: bool, results: str | None) -> Segmentation:

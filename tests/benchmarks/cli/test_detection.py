@@ -56,6 +56,41 @@ def test_a_detector_is_measured(weights: str, tmp_path: Path, capsys: pytest.Cap
     assert (tmp_path / "found.segm.json").is_file()
 
 
+def test_a_saved_detector_is_measured_and_exported(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    assert_refused: Callable[[Sequence[str], str], None],
+) -> None:
+    """The file has the config's pipeline and classes; feature errors would need full precision."""
+    experiment = ["detection", "--model", "bundled_mask_rcnn", "--data", "bundled", "--method", "base_ptq"]
+    experiment += ["--bits", "W8A8", "--calibration-size", "2"]
+    file, few = str(tmp_path / "detector.safetensors"), ["--limit", "4", "--json"]
+    assert main(["run", *experiment, *few]) == 0
+    direct = json.loads(capsys.readouterr().out)
+    assert main(["quantize", *experiment, "--out", file]) == 0
+    capsys.readouterr()
+    read = ["run", "detection", "--quantized", file, "--data", "bundled"]
+    assert main([*read, *few, "--results", str(tmp_path / "found")]) == 0
+    saved = json.loads(capsys.readouterr().out)
+    errors = {name for name in direct["metrics"] if name.startswith("feature_error")}
+    assert len(errors) == 3
+    assert saved["metrics"] == {name: value for name, value in direct["metrics"].items() if name not in errors}
+    assert (tmp_path / "found.bbox.json").is_file()
+    assert main([*read, "--limit", "1"]) == 0
+    assert "features" not in capsys.readouterr().out
+    assert_refused([*read, "--mean", "0,0,0"], "come from its config alone")
+    for other in ("classification", "encoders", "segmentation"):
+        assert_refused(["run", other, *read[2:]], f"a MaskRCNN is a model for detection, not for {other}")
+
+    pytest.importorskip("onnxruntime")
+    exported = tmp_path / "backbone.onnx"
+    assert main(["export", "--quantized", file, "--data", "bundled", "--out", str(exported), "--limit", "2"]) == 0
+    text = capsys.readouterr().out
+    assert "63 of 63 products with int8 kernels" in text
+    assert "(relative error) on 2 images" in text
+    assert exported.is_file()
+
+
 def test_records_of_classification_do_not_depend_on_mmdetection() -> None:
     cell = Cell.create(task="classification", model="bundled_vit", data="bundled", method="full_precision", limit=1)
     record = runner.run_cell(cell, load_subject(cell), torch.device("cpu"))
@@ -91,8 +126,7 @@ def test_each_task_has_its_batch_size_and_models(capsys: pytest.CaptureFixture[s
         ([*RUN, "--config", CONFIG, "--pretrained"], "give --checkpoint"),
         ([*RUN, "--config", CONFIG, "--results", "no/x"], "cannot write no/x.bbox.json: there is no directory no"),
         ([*RUN, "--config", CONFIG, "--data", "no"], "there is no no"),
-        (["run", "detection", "--quantized", "no", "--data", "bundled"], "cannot be saved to a file, or loaded from"),
-        (["quantize", *RUN[1:], "--config", CONFIG, "--out", "x"], "cannot be saved to a file, or loaded from one"),
+        (["run", "detection", "--quantized", "no", "--data", "bundled"], "cannot read no: "),
         (["run", "classification", *RUN[2:], "--config", CONFIG], "classification has no --config"),
         (["run", "classification", *RUN[2:], "--model", "bundled_vit", "--results", "x"], "has no --results"),
         (["run", "captioning", *RUN[2:]], "argument task: invalid choice: 'captioning'"),

@@ -91,6 +91,8 @@ def test_a_saved_sam_is_measured_like_the_run_that_quantizes(
     assert (tmp_path / "found.segm.json").is_file()
     assert_refused([*read, "--encoder-only"], "the file decides which part is quantized; leave --encoder-only out")
     assert_refused([*read, "--mean", "0,0,0"], "there are no arguments for it")
+    for other in ("classification", "encoders", "detection"):
+        assert_refused(["run", other, *read[2:]], f"a Sam is a model for segmentation, not for {other}")
     assert main(["quantize", *experiment, "--encoder-only", "--out", file]) == 0
     capsys.readouterr()
     assert_refused(read, "a ImageEncoderViT predicts no masks; quantize the whole model")
