@@ -139,13 +139,13 @@ def graphs_of(model: nn.Module, input_size: tuple[int, int, int]) -> list[Graph]
     if family in _ENCODERS:
         return [image_graph("image_encoder", model, input_size, "embeddings")]
     if family == _BACKBONE:
-        backbone: Any = model
-        module: Any
-        for module in model.modules():
+        tensors = (*model.parameters(), *model.buffers())
+        backbone: Any = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})  # the caller's stays as it is
+        for module in backbone.modules():
             if hasattr(module, "window_reverse"):
                 module.window_reverse = partial(_merge_windows, module.window_size)
         names = (f"features_{index}" for index in range(len(backbone.out_indices)))
-        return [image_graph("backbone", FeatureMaps(model), input_size, *names)]
+        return [image_graph("backbone", FeatureMaps(backbone), input_size, *names)]
     kind = "classifier" if getattr(model, "num_classes", 0) else "encoder"
     return [image_graph(kind, model, input_size, "logits")]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 import adfq
 from adfq import AdfqError, export_onnx
 from adfq.adapters.mmcv_ops import provide_mmcv_ops
-from adfq.export.graphs import FeatureMaps, image_graph
+from adfq.differences import first_difference
+from adfq.export.graphs import FeatureMaps, graphs_of, image_graph
 from adfq.export.trace import trace
 from benchmarks.studies.deployment import OnnxModel
 
@@ -135,6 +137,14 @@ def test_a_backbone_takes_any_number_of_images_of_one_size(swin: nn.Module, tmp_
         assert [distance(*pair) for pair in zip(outputs, model(some), strict=True)] == pytest.approx([0], abs=0.05)
     assert metadata(runtime)["kind"] == "backbone"
     assert metadata(runtime)["preprocessing"] == {"input_size": [3, *SWIN_SIZE]}
+
+
+def test_the_graph_of_a_backbone_leaves_the_model_as_it_is(swin: nn.Module) -> None:
+    before = copy.deepcopy(swin)
+    (graph,) = graphs_of(swin, (3, *SWIN_SIZE))
+    assert first_difference(before, swin) is None
+    parameters = zip(graph.module.parameters(), swin.parameters(), strict=True)
+    assert all(one is other for one, other in parameters)
 
 
 def test_a_fixed_number_of_images_is_no_silent_limit(swin: nn.Module) -> None:
