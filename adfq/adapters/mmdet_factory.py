@@ -213,7 +213,8 @@ def _thaw_dataset(dataset: Any) -> dict[str, Any]:
         raise AdfqError(f"its config has no usable {place}")
     found: dict[str, Any] = _thaw({**dataset, "pipeline": None}, place, frozenset({_DATASET}))
     if "metainfo" in found:
-        classes = (found["metainfo"] or {}).get("classes")
+        information = found["metainfo"]
+        classes = information.get("classes") if isinstance(information, Mapping) else None
         # MMDetection takes a text for the name of a file that has the classes.
         if not isinstance(classes, list | tuple) or not all(isinstance(name, str) for name in classes):
             raise AdfqError(f"its config has no usable {place}.metainfo.classes")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+import random
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,7 @@ PIPELINE = ("dataset", "pipeline")
         (("dataset", "type"), "this.Data", r"at test_dataloader\.dataset\.type"),
         (("dataset", "ann_file"), "x", "no usable test_dataloader"),
         (("dataset", "metainfo"), {"classes": "/etc/passwd"}, "no usable test_dataloader"),
+        (("dataset", "metainfo"), "x", "no usable test_dataloader"),
         (("dataset",), (1,), "no usable test_dataloader"),
         (("dataset",), {"type": "CocoDataset"}, "no usable test_dataloader"),
     ],
@@ -182,6 +184,54 @@ def test_forged_descriptions_are_refused(
     part[path[-1]] = value
     with pytest.raises(AdfqError, match=message):
         create(dataclasses.replace(described, arguments=arguments))
+
+
+JUNK = (
+    None,
+    True,
+    -1,
+    2,
+    1e308,
+    "",
+    "os.system",
+    "/etc/passwd",
+    [],
+    {},
+    (1,),
+    {"type": "nms"},
+    {"type": ["x"]},
+    {"tuple": 1},
+)
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Paths of everything in settings."""
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, tuple) else ()
+    for key, part in parts:
+        yield (*path, key)
+        yield from places(part, (*path, key))
+
+
+def exchange(value: Any, path: tuple[Any, ...], new: Any) -> Any:
+    if not path:
+        return new
+    if isinstance(value, tuple):
+        return tuple(exchange(part, path[1:], new) if key == path[0] else part for key, part in enumerate(value))
+    return {key: exchange(part, path[1:], new) if key == path[0] else part for key, part in value.items()}
+
+
+def test_any_other_value_gives_one_line_or_a_detector(detectors: Mapping[str, Any]) -> None:
+    described = describe(detectors["mask_rcnn"])
+    arguments = dict(described.arguments)
+    generator, messages = random.Random(0), []
+    for path in generator.sample(list(places(arguments)), 100):
+        changed = exchange(arguments, path, generator.choice(JUNK))
+        try:
+            assert type(create(dataclasses.replace(described, arguments=changed))) is type(detectors["mask_rcnn"])
+        except AdfqError as error:
+            messages.append(str(error))
+    assert 20 < len(messages) < 100
+    assert not any("\n" in message for message in messages)
 
 
 def test_names_of_packages_and_classes_are_kept_by_their_last_part(detectors: Mapping[str, Any]) -> None:
