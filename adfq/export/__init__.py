@@ -21,11 +21,11 @@ from adfq.export.checks import check_exportable
 from adfq.export.graphs import exported_part, graphs_of, has_decoder, resolve_size
 from adfq.export.metadata import KEY, describe_graph
 from adfq.export.products import Exported, convert
-from adfq.export.storage import writing
+from adfq.export.storage import file_size, writing
 from adfq.export.trace import trace
 from adfq.sites import check_weights
 
-__all__ = ["Exported", "check_installed", "decoder_file", "export_onnx"]
+__all__ = ["Exported", "check_installed", "decoder_file", "export_onnx", "file_size"]
 
 
 def export_onnx(

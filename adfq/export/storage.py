@@ -48,7 +48,8 @@ def store_in_four_bits(program: Any, names: Sequence[str]) -> None:
 def writing(program: Any, file: str | os.PathLike[str]) -> Iterator[None]:
     """Write a program to a file that appears when the block ends without an error; above 2 GB to two.
 
-    The second one is `file` with ``.data`` at the end, and holds the weights (ONNX's external data).
+    The second one is `data_file` of `file`, and holds the weights (ONNX's external data). That of an earlier program,
+    which is of no use any more, is deleted.
 
     Args:
         program: a torch.onnx.ONNXProgram.
@@ -58,16 +59,52 @@ def writing(program: Any, file: str | os.PathLike[str]) -> Iterator[None]:
         AdfqError: for files that cannot be written.
     """
     weights = sum(value.const_value.nbytes for value in program.model.graph.initializers.values())
+    data = data_file(file)
     if weights + _RESERVE <= _LARGEST:
+        stale = _has_external_data(file)
         with replacing(file) as temporary:
             temporary.write_bytes(program.model_proto.SerializeToString())
             yield
+        if stale:
+            data.unlink(missing_ok=True)
         return
-    data = Path(f"{os.fspath(file)}.data")
     # The data is in its place before the file that names it.
     with replacing(file) as temporary, replacing(data) as external:
         _save(program, temporary, external, data.name)
         yield
+
+
+def data_file(file: str | os.PathLike[str]) -> Path:
+    """Return the path of the weights of an ONNX file above 2 GB: ``vit.onnx.data`` for ``vit.onnx``.
+
+    Args:
+        file: path of the ONNX file.
+    """
+    return Path(f"{os.fspath(file)}.data")
+
+
+def file_size(file: str | os.PathLike[str]) -> int:
+    """Return the size of an ONNX file in bytes, with its weights where these are in a file of their own.
+
+    Args:
+        file: path of a file from `writing`.
+    """
+    data = data_file(file)
+    return Path(file).stat().st_size + (data.stat().st_size if _has_external_data(file) else 0)
+
+
+def _has_external_data(file: str | os.PathLike[str]) -> bool:
+    """Return True for an ONNX file whose weights are in `data_file`, and not in another program's."""
+    import onnx
+
+    data = data_file(file)
+    if not data.is_file() or not Path(file).is_file():
+        return False
+    try:
+        graph = onnx.load(file, load_external_data=False).graph
+    except Exception:  # no ONNX file
+        return False
+    return any(entry.value == data.name for tensor in graph.initializer for entry in tensor.external_data)
 
 
 def _save(program: Any, file: Path, external: Path, name: str) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections import defaultdict
+from collections import Counter, defaultdict
 from importlib.metadata import version
 from pathlib import Path
 
+from adfq.errors import AdfqError
 from benchmarks.cli.options import DATA_HELP, Commands, positive
+from benchmarks.run.store import ResultStore
 
 
 def add(commands: Commands) -> None:
@@ -21,6 +23,9 @@ def add(commands: Commands) -> None:
     export.add_argument("--format", choices=["onnx"], default="onnx", help="default: %(default)s, in QDQ form")
     export.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to write")
     export.add_argument(
+        "--store", type=Path, metavar="DIR", help="folder of records to keep the comparison in, for 'report'"
+    )
+    export.add_argument(
         "--limit", type=positive, default=500, metavar="N", help="compare on the first N images (default: %(default)s)"
     )
 
@@ -28,24 +33,40 @@ def add(commands: Commands) -> None:
 def _export(options: argparse.Namespace) -> None:
     import torch
 
-    from adfq.export import check_installed, decoder_file, export_onnx
+    from adfq.export import check_installed, decoder_file, export_onnx, file_size
     from benchmarks.run.provenance import environment
+    from benchmarks.run.records import now
     from benchmarks.studies.comparison import compare, kind_of, size_of
     from benchmarks.studies.deployment import render
     from benchmarks.tasks import find_task, load_quantized
     from benchmarks.tasks.shared import check_place
 
     check_installed()
-    file, limit = options.out, options.limit
+    file, limit, saved = options.out, options.limit, Path(options.quantized)
     check_place(file)
+    store = None if options.store is None else ResultStore(options.store)
     cell, subject = load_quantized(options.quantized, data=options.data)
-    kind = kind_of(cell.task)
-    exported = export_onnx(subject.model, file, input_size=size_of(kind, subject, limit))
+    kind, where = kind_of(cell.task), environment(torch.device("cpu"), cell.task)
+    size, parameters = saved.stat().st_size, sum(parameter.numel() for parameter in subject.model.parameters())
+    kept = {
+        "config": cell.config,
+        "saved": {"size": size / 1e6, "share": 25 * size / parameters},  # 4 bytes each in float32
+        "environment": where | {"onnxruntime": version("onnxruntime")},
+    }
+    try:
+        exported = export_onnx(subject.model, file, input_size=size_of(kind, subject, limit))
+    except AdfqError as error:
+        if store is not None:
+            store.put_export(cell.id, {**kept, "not_applicable": str(error), "finished": now()})
+        raise
     files = [file, decoder_file(file)] if cell.task == "segmentation" else [file]
-    found = compare(Path(options.quantized), files, kind, subject, limit, find_task(cell.task).batch_size)
+    found = compare(saved, files, kind, subject, limit, find_task(cell.task).batch_size)
     total = len(exported.integer) + len(exported.floating)
+    if store is not None:
+        counts = {"products": total, "floating": Counter(exported.floating.values())}
+        store.put_export(cell.id, {**kept, **found, **counts, "finished": now()})
     for each in files:
-        print(f"{each}: {each.stat().st_size / 1e6:.2f} MB")
+        print(f"{each}: {file_size(each) / 1e6:.2f} MB")
     print(f"{found['integer']} of {total} products with int8 kernels")
     floating = defaultdict(list)
     for name, reason in exported.floating.items():
@@ -55,7 +76,6 @@ def _export(options: argparse.Namespace) -> None:
         print(f"{len(names)} of {total} products stay in float ({names[0]}{others}): {reason}")
     print(f"{kind.describe(found['metrics'])}\n")
     print(render(found["models"]))
-    where = environment(torch.device("cpu"))
     print(
         f"Medians of milliseconds. {where['processor']}, {where['threads']} threads; torch {where['torch']}, "
         f"onnxruntime {version('onnxruntime')}, adfq at {where['commit']}."

@@ -23,7 +23,7 @@ from benchmarks.plan import Entry, make_plan
 from benchmarks.report.page import Figure, Report, render_report
 from benchmarks.report.tables import summarize
 from benchmarks.run.plans import TableResults, status_of
-from benchmarks.run.store import Record
+from benchmarks.run.store import Record, ResultStore
 
 
 def add(commands: Commands) -> None:
@@ -59,7 +59,8 @@ def _report(options: argparse.Namespace) -> int:
     measured = find_results(plan, options)
     create_folder(out)
     figures = [*_draw(measured, out), *(Figure(file.stem, file.stem, file) for file in options.figures)]
-    for name, text in render_report(Report.create(measured, command_line), out, figures).items():
+    exports = ResultStore(options.store, create=False).read_exports()
+    for name, text in render_report(Report.create(measured, command_line, exports), out, figures).items():
         write_text(out / name, text)
         print(out / name)
     return int(any_failed(measured))

@@ -21,6 +21,7 @@ from adfq.method import FULL_PRECISION
 from benchmarks.cell import Cell
 from benchmarks.metrics import COSTS, Metric
 from benchmarks.plan import Entry, Table
+from benchmarks.report.exports import COLUMNS, reasons_of, tabulate_exports
 from benchmarks.report.paired import CONFIDENCE
 from benchmarks.report.tables import (
     as_rows,
@@ -190,6 +191,8 @@ class Report:
         failed: number of cells that could not be measured.
         missing: number of cells without a record.
         finished: first and last day of measuring, in ISO's form; None where nothing was measured.
+        exports: rows of saved and exported models, with the columns of `benchmarks.report.exports.COLUMNS`.
+        reasons: by reason why products or models stay in float, the methods' labels.
     """
 
     profile: str
@@ -199,18 +202,22 @@ class Report:
     failed: int
     missing: int
     finished: tuple[str, str] | None
+    exports: Sequence[Mapping[str, str]]
+    reasons: Mapping[str, Sequence[str]]
 
     @classmethod
     def create(
         cls,
         measured: Iterable[TableResults | tuple[Table, Sequence[tuple[Entry, Record | None]]]],
         command: Callable[[Cell], str],
+        exports: Sequence[Record] = (),
     ) -> Report:
         """Return the report of at least one table.
 
         Args:
             measured: each table with its cells and their outcomes (`TableResults`).
             command: the command line that measures a cell.
+            exports: comparisons of exported models, from `ResultStore.read_exports`; none by default.
         """
         tables = list(measured)
         # Tables share cells.
@@ -234,6 +241,8 @@ class Report:
             statuses.count("failed"),
             statuses.count("missing"),
             (days[0], days[-1]) if days else None,
+            as_rows(tabulate_exports(exports)),
+            reasons_of(exports),
         )
 
 
@@ -270,10 +279,11 @@ def render_report(report: Report, directory: Path, figures: Sequence[Figure] = (
         "relative": relative,
         "link": lambda file: quote(relative(file)),
         "latex": escape_latex,
+        "row": lambda cells: " | ".join(str(cell).replace("|", r"\|") for cell in cells),
         "pipes": lambda text: str(text).replace("|", r"\|"),
     }
     return {
-        name: environment.get_template(template).render(report=report, figures=figures)
+        name: environment.get_template(template).render(report=report, figures=figures, meanings=COLUMNS)
         for template, name in _FILES.items()
     }
 

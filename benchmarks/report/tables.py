@@ -381,7 +381,16 @@ def _any_of(numbers: pd.Series[int]) -> str:
 _LATEX = {character: f"\\{character}" for character in "%&_#${}"}
 _LATEX |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 _LATEX |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
-_LATEX |= {"×": r"$\times$", "±": r"$\pm$", "√": r"$\surd$", "−": "$-$", "α": r"$\alpha$", "∞": r"$\infty$"}
+_LATEX |= {
+    "×": r"$\times$",
+    "→": r"$\to$",
+    "–": "--",
+    "±": r"$\pm$",
+    "√": r"$\surd$",
+    "−": "$-$",
+    "α": r"$\alpha$",
+    "∞": r"$\infty$",
+}
 _LATEX |= {"†": r"$\dagger$", "‡": r"$\ddagger$", "₁": "$_1$", "₂": "$_2$", "²": "$^2$"}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.cell import identify
 from benchmarks.run.console import warn
-from benchmarks.run.records import DamagedRecordError, NewerRecordError, Record, read_record
+from benchmarks.run.records import DamagedRecordError, NewerRecordError, Record, read_export, read_record
 from benchmarks.run.store import ResultStore
 
 
@@ -22,6 +22,8 @@ class Merged:
         new: copied.
         present: not copied, for the same cell has a record of the same provenance.
         skipped: damaged, or of a newer schema.
+
+    Comparisons of exported models count like records.
     """
 
     new: int = 0
@@ -32,8 +34,9 @@ class Merged:
 def merge_stores(sources: Sequence[Path], store: ResultStore) -> Merged:
     """Copy the records of some stores into another one, which keeps all that it has.
 
-    A record is copied unless its cell has one of the same provenance. A damaged record, or one of a newer schema, is
-    skipped with a line on stderr. The sources are left as they are.
+    A record is copied unless its cell has one of the same provenance, and the comparison of an exported model unless
+    there is one of that cell. A damaged file, or one of a newer schema, is skipped with a line on stderr. The sources
+    are left as they are.
 
     Args:
         sources: folders of stores.
@@ -42,26 +45,37 @@ def merge_stores(sources: Sequence[Path], store: ResultStore) -> Merged:
     Raises:
         AdfqError: for a folder without records, before anything is copied, and if a record cannot be written.
     """
-    folders = [ResultStore(source, create=False).records for source in sources]
+    stores = [ResultStore(source, create=False) for source in sources]
     merged = Merged()
-    for folder in folders:
-        for path in sorted(folder.glob("*.json")):
-            try:
-                record = read_record(path)
-            except FileNotFoundError:
-                continue
-            except DamagedRecordError:
-                warn(f"the record {path} is damaged; it is skipped")
-                merged.skipped += 1
-            except NewerRecordError as error:
-                warn(f"{error}; it is skipped")
-                merged.skipped += 1
-            else:
-                if _copy(path, record, store):
-                    merged.new += 1
+    kinds = ("record", read_record, _copy), ("comparison", read_export, _copy_export)
+    for what, read, copy in kinds:
+        for source in stores:
+            folder = source.exports if read is read_export else source.records
+            for path in sorted(folder.glob("*.json")):
+                try:
+                    found = read(path)
+                except FileNotFoundError:
+                    continue
+                except DamagedRecordError:
+                    warn(f"the {what} {path} is damaged; it is skipped")
+                    merged.skipped += 1
+                except NewerRecordError as error:
+                    warn(f"{error}; it is skipped")
+                    merged.skipped += 1
                 else:
-                    merged.present += 1
+                    if copy(path, found, store):
+                        merged.new += 1
+                    else:
+                        merged.present += 1
     return merged
+
+
+def _copy_export(path: Path, found: Record, store: ResultStore) -> bool:
+    """Copy a comparison's file unless the store has one of that cell; return whether it has not."""
+    if (store.exports / path.name).exists():
+        return False
+    store.put_export(path.stem, found)
+    return True
 
 
 def _copy(path: Path, record: Record, store: ResultStore) -> bool:

@@ -135,10 +135,12 @@ def read_plan(plan: Plan, store: str | Path) -> list[TableResults]:
         store: the store's folder.
 
     Raises:
-        AdfqError: for a folder without records.
+        AdfqError: for a folder without records and comparisons of exported models.
     """
     opened = ResultStore(Path(store), create=False)
-    known = newest(read_records(store))
+    known = newest(record for _, record in opened.read("*.json"))
+    if not known and not any(opened.exports.glob("*.json")):
+        raise AdfqError(f"there are no records in {store}")
     failed = {config_key(failure["config"]) for failure in opened.read_failures()}
 
     def outcome(cell: Cell) -> Record | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from benchmarks.run.correct import unpack_correct
 
 #: Version of the layout of records: 1 had paths in ``config`` and no ``schema``.
 SCHEMA = 2
+
+#: Version of the layout of comparisons of exported models.
+EXPORT_SCHEMA = 1
 
 Record = dict[str, Any]
 
@@ -50,6 +54,34 @@ def read_record(path: Path) -> Record:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise DamagedRecordError(path) from None
     return checked
+
+
+def now() -> str:
+    """Return the present time in UTC, in ISO's form to seconds, as records have it."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def read_export(path: Path) -> Record:
+    """Return the comparison of an exported model that a file has.
+
+    Raises:
+        FileNotFoundError: for a file that is not there.
+        DamagedRecordError: for a file that is no such comparison.
+        NewerRecordError: for a comparison of a newer schema.
+    """
+    try:
+        found: Record = json.loads(path.read_text(encoding="utf-8"))
+        if found["schema"] > EXPORT_SCHEMA:
+            raise NewerRecordError(f"{path} has schema {found['schema']}, this version writes {EXPORT_SCHEMA}")
+        parts = [found["config"], found["saved"]]
+        parts += [] if isinstance(found.get("not_applicable"), str) else [found["metrics"], found["models"]]
+        if not all(isinstance(part, dict) for part in parts):
+            raise TypeError
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise DamagedRecordError(path) from None
+    return found
 
 
 def _name_files(config: dict[str, Any]) -> dict[str, Any]:

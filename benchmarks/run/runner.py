@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from adfq.errors import AdfqError
 from benchmarks.cell import Cell
 from benchmarks.run.measuring import measure_model, quantize_model
 from benchmarks.run.provenance import environment, provenance
-from benchmarks.run.records import SCHEMA, Record
+from benchmarks.run.records import SCHEMA, Record, now
 from benchmarks.tasks import Subject
 
 
@@ -103,5 +102,5 @@ def _describe_circumstances(cell: Cell, subject: Subject, device: torch.device) 
         "config": cell.config,
         "environment": environment(device, cell.task),
         "provenance": provenance(cell, subject),
-        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "finished": now(),
     }

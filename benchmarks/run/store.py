@@ -17,7 +17,15 @@ from filelock import FileLock, Timeout
 from adfq.errors import AdfqError
 from benchmarks.cell import Cell
 from benchmarks.run.console import warn
-from benchmarks.run.records import SCHEMA, DamagedRecordError, NewerRecordError, Record, read_record
+from benchmarks.run.records import (
+    EXPORT_SCHEMA,
+    SCHEMA,
+    DamagedRecordError,
+    NewerRecordError,
+    Record,
+    read_export,
+    read_record,
+)
 
 
 class ResultStore:
@@ -26,6 +34,8 @@ class ResultStore:
     A record counts only for the code, data, weights and library versions that it was measured with, its ``provenance``:
     a number in a table is one that the present code gives. Records of other provenance stay beside it. So do those of
     another schema: older ones are read, newer ones are left alone.
+
+    Comparisons of exported models are under DIRECTORY/exports, one for each cell.
 
     Cells that could not be measured are under DIRECTORY/failures, until they can. Running cells are locked under
     DIRECTORY/locks, by the operating system: a process that is killed leaves nothing locked.
@@ -42,8 +52,9 @@ class ResultStore:
         self.directory = directory
         self._newer = False
         self.records, self.failures, self.locks = (directory / name for name in ("records", "failures", "locks"))
+        self.exports = directory / "exports"
         if not create:
-            if not self.records.is_dir():
+            if not self.records.is_dir() and not self.exports.is_dir():
                 raise AdfqError(f"there are no records in {directory}")
             return
         try:
@@ -120,6 +131,41 @@ class ResultStore:
             AdfqError: if the failure cannot be written.
         """
         self.write(self.failures / f"{cell.id}.json", {"schema": SCHEMA, "config": cell.config, **failure})
+
+    def put_export(self, identity: str, comparison: Mapping[str, Any]) -> None:
+        """Write the comparison of a cell's exported model, in place of an earlier one.
+
+        Args:
+            identity: `Cell.id` of the quantized cell.
+            comparison: ``config`` of the cell; ``saved``, ``metrics``, ``models`` and more, or ``saved`` and
+                ``not_applicable``, the reason why the model cannot be exported.
+
+        Raises:
+            AdfqError: if it cannot be written.
+        """
+        lock = self.lock_id(identity)
+        assert lock is not None  # it waits
+        try:
+            self.exports.mkdir(exist_ok=True)
+            self.write(self.exports / f"{identity}.json", {**comparison, "schema": EXPORT_SCHEMA})
+        except OSError as error:
+            raise AdfqError(f"cannot write to {self.exports}: {error.strerror}") from None
+        finally:
+            lock.release()
+
+    def read_exports(self) -> list[Record]:
+        """Return the comparisons of exported models; a line on stderr tells of a file that is damaged or newer."""
+        found = []
+        for path in sorted(self.exports.glob("*.json")):
+            try:
+                found.append(read_export(path))
+            except FileNotFoundError:
+                continue
+            except NewerRecordError as error:
+                warn(f"{error}; it is left out")
+            except DamagedRecordError:
+                warn(f"the comparison {path} is damaged; it is left out")
+        return found
 
     def unfinished(self, cell: Cell) -> Path:
         """Return the folder for finished parts of a cell's method, which lasts until the cell has a record."""

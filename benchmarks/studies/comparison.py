@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from adfq.adapters import create
 from adfq.api import Quantization
 from adfq.errors import AdfqError
+from adfq.export import file_size
 from adfq.export.graphs import exported_part, graphs_of, resolve_size
 from adfq.export.trace import trace
 from benchmarks.studies.deployment import OnnxModel, count_integer_products, measure
@@ -244,7 +245,7 @@ def compare(
         "float32, torch": 4 * sum(parameter.numel() for parameter in part.parameters()),
         "float32, onnxruntime": total,
         "simulated, torch": saved.stat().st_size,
-        "int8, onnxruntime": sum(path.stat().st_size for path in files),
+        "int8, onnxruntime": sum(map(file_size, files)),
     }
     models = dict(zip(sizes, (graphs[0].module, runtime, simulated, OnnxModel(files[0])), strict=True))
     milliseconds = measure(models, image, kind.batches)

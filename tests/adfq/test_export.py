@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import adfq
 from adfq import AdfqError, export_onnx, quantize
-from adfq.export import Exported
+from adfq.export import Exported, file_size
 from adfq.export.forms import Logarithmic, convert_quantizer
 from adfq.export.graphs import image_graph
 from adfq.export.products import convert
@@ -194,6 +194,14 @@ def test_large_models_have_their_weights_in_a_second_file(
     assert {path.name for path in tmp_path.iterdir()} == {"model", "model.data"}
     assert (tmp_path / "model").stat().st_size < 100_000 < 2 * (tmp_path / "model.data").stat().st_size
     assert difference(deployment.OnnxModel(tmp_path / "model"), model, images) < 0.02
+    assert file_size(tmp_path / "model") == sum(file.stat().st_size for file in tmp_path.iterdir())
+    monkeypatch.undo()
+    export_onnx(model, tmp_path / "model")  # a smaller one takes its place
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
+    (tmp_path / "model.data").write_text("somebody's own")
+    export_onnx(model, tmp_path / "model")
+    assert (tmp_path / "model.data").read_text() == "somebody's own"
+    assert file_size(tmp_path / "model") == (tmp_path / "model").stat().st_size
 
 
 def test_the_given_model_stays_as_it_is(models: dict[str, nn.Module], files: dict[str, tuple[Path, Exported]]) -> None:

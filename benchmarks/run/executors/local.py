@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,7 +27,7 @@ from benchmarks.cell import Cell
 from benchmarks.run.allocator import keep_freed_memory
 from benchmarks.run.console import collect_warnings, warn
 from benchmarks.run.provenance import environment, provenance
-from benchmarks.run.records import Record
+from benchmarks.run.records import Record, now
 from benchmarks.run.runner import record_not_applicable, run_cell
 from benchmarks.tasks import Subject, load_subject
 from benchmarks.tasks.shared import one_line
@@ -74,7 +73,7 @@ class Failure:
     @property
     def record(self) -> dict[str, Any]:
         """Record for the store."""
-        finished = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        finished = now()
         return {**asdict(self), "finished": finished}
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 import adfq
 from benchmarks.cli.main import main
+from benchmarks.run.store import ResultStore
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -34,8 +35,9 @@ def files(make_vit: Callable[..., nn.Module], tmp_path_factory: pytest.TempPathF
 def test_an_exported_model_is_compared(
     files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    saved, file = files["repq_vit"], tmp_path / "vit.onnx"
-    assert main([*EXPORT, "--quantized", str(saved), "--format", "onnx", "--out", str(file), "--limit", "100"]) == 0
+    saved, file, store = files["repq_vit"], tmp_path / "vit.onnx", tmp_path / "runs"
+    command = [*EXPORT, "--quantized", str(saved), "--format", "onnx", "--out", str(file), "--limit", "100"]
+    assert main([*command, "--store", str(store)]) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
     size = file.stat().st_size / 1e6
@@ -56,6 +58,23 @@ def test_an_exported_model_is_compared(
     assert sizes["simulated, torch"] == round(saved.stat().st_size / 1e6, 2)
     assert sizes["int8, onnxruntime"] < 0.6 * sizes["float32, onnxruntime"]  # the graph is half of so small a file
     assert all(float(time) > 0 for _, _, *times in cells for time in times)
+    (kept,) = ResultStore(store).read_exports()
+    assert (kept["integer"], kept["products"], list(kept["floating"].values())) == (12, 14, [2])
+    assert kept["metrics"]["agreement"] == pytest.approx(float(percents[1]), abs=0.005)
+    assert kept["saved"]["size"] == saved.stat().st_size / 1e6
+    assert kept["environment"]["onnxruntime"]
+    assert kept["config"]["method"] == "repq_vit"
+
+
+def test_a_model_that_cannot_be_exported_is_kept_with_the_reason(
+    files: dict[str, Path], tmp_path: Path, assert_refused: Callable[[Sequence[str], str], None]
+) -> None:
+    file, store = tmp_path / "vit.onnx", tmp_path / "runs"
+    command = [*EXPORT, "--quantized", str(files["adfq_vit"]), "--out", str(file), "--store", str(store)]
+    assert_refused(command, "cannot be exported (dynamically shifted")
+    (kept,) = ResultStore(store).read_exports()
+    assert kept["not_applicable"].startswith("blocks.0.mlp.fc2.input_quantizer cannot be exported (dynamically shifted")
+    assert not file.exists()
 
 
 @pytest.mark.slow
@@ -94,6 +113,7 @@ def test_an_exported_sam_is_compared(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["--quantized", "{repq_vit}", "--out", "x", "--limit", "0"], "'0' is not a positive whole number"),
         (["--quantized", "no", "--out", "x"], "cannot read no: No such file"),
         (["--quantized", "{repq_vit}", "--out", "no/x"], "cannot write no/x: there is no directory no"),
+        (["--quantized", "{repq_vit}", "--out", "x", "--store", "/dev/null/x"], "cannot write results to /dev/null/x"),
         (
             ["--quantized", "{adfq_vit}", "--out", "x"],
             "blocks.0.mlp.fc2.input_quantizer cannot be exported (dynamically shifted",
