@@ -36,6 +36,9 @@ from benchmarks import plan
 from benchmarks.cli import main as cli
 from benchmarks.cli.figure import pictures
 from benchmarks.plan import Selection, Table
+from benchmarks.run import measuring
+from benchmarks.run.executors import local
+from benchmarks.run.executors.local import InProcess
 from benchmarks.tasks import coco
 from benchmarks.tasks.packages import PACKAGES, PREFIX, find_package_file
 
@@ -185,9 +188,12 @@ def done() -> set[tuple[str, ...]]:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """In an empty folder. Scenes are few; of a table one model, one row and what --also adds are measured, at one
-    bit-width with one seed; nothing is optimized, and PTQ4ViT searches once."""
+    """In an empty folder and this process. Scenes are few; of a table one model, one row and what --also adds are
+    measured, at one bit-width with one seed, on one image, whose passes are timed; nothing is optimized, and PTQ4ViT
+    searches once."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(local, "create_local_executor", lambda device, *_: InProcess(device))
+    monkeypatch.setattr(measuring, "_COST_IMAGES", 1)
     monkeypatch.setattr(coco, "COUNTS", {"train2017": 2, "val2017": 2})
     monkeypatch.setattr(adfq_vit, "optimize_units", lambda *_: {})
     monkeypatch.setattr(PTQ4ViT.__init__, "__defaults__", ("hessian", 1, 1, False))
@@ -198,7 +204,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         table = choose(table, selection)
         model = next((model for model in table.models if model.name in _SMALLEST), table.models[0])
         rows = [*table.rows[:1], *(table.rows[-1:] if selection.also else [])]
-        return replace(table, models=[model], rows=rows, bits=table.bits[:1], seeds=table.seeds[:1])
+        return replace(table, models=[model], rows=rows, bits=table.bits[:1], seeds=table.seeds[:1], limit=1)
 
     for module in (plan, pictures):
         monkeypatch.setattr(module, "choose_part", smaller)

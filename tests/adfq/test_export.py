@@ -61,9 +61,9 @@ def uniform(model: nn.Module, site: str) -> UniformQuantizer:
 
 @pytest.fixture(scope="module")
 def models(make_vit: MakeModel) -> dict[str, nn.Module]:
-    """A small ViT by method, at W8/A8."""
+    """A ViT of one block by method, at W8/A8."""
     images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    return {method: quantize(make_vit(), method, 8, 8, images) for method in ("base_ptq", "repq_vit")}
+    return {method: quantize(make_vit(depth=1), method, 8, 8, images) for method in ("base_ptq", "repq_vit")}
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def files(models: dict[str, nn.Module], tmp_path_factory: pytest.TempPathFactory
 
 def test_base_ptq_runs_on_integers_alone(files: dict[str, tuple[Path, Exported]], models: dict[str, nn.Module]) -> None:
     file, exported = files["base_ptq"]
-    assert deployment.count_integer_products(file) == len(exported.integer) == 14  # embedding, 2 × (4 + 2), head
+    assert deployment.count_integer_products(file) == len(exported.integer) == 8  # embedding, 4 + 2, head
     assert exported.integer[0] == "patch_embed.proj"
     assert exported.floating == {}
     runtime = deployment.OnnxModel(file)
@@ -86,11 +86,11 @@ def test_base_ptq_runs_on_integers_alone(files: dict[str, tuple[Path, Exported]]
         assert difference(runtime, models["base_ptq"], images) < 0.02
 
 
-@pytest.mark.parametrize("make", ["make_vit", "make_swin"])
+@pytest.mark.parametrize(("make", "shape"), [("make_vit", {}), ("make_swin", {"depths": (1, 2)})])
 def test_scales_of_rows_and_columns_leave_the_integer_products(
-    make: str, make_images: MakeImages, tmp_path: Path, request: pytest.FixtureRequest
+    make: str, shape: dict[str, Any], make_images: MakeImages, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    model = quantize(request.getfixturevalue(make)(), "row_ridge", 8, 8, make_images(8))
+    model = quantize(request.getfixturevalue(make)(**shape), "row_ridge", 8, 8, make_images(8))
     assert any(quantizer.scale.numel() > 1 for quantizer in Network(model).activation_quantizers().values())
     exported = export_onnx(model, tmp_path / "model.onnx")
     assert exported.floating == {}
@@ -105,8 +105,8 @@ def test_repq_vits_probabilities_stay_in_float(
     files: dict[str, tuple[Path, Exported]], models: dict[str, nn.Module]
 ) -> None:
     file, exported = files["repq_vit"]
-    assert deployment.count_integer_products(file) == len(exported.integer) == 12
-    assert list(exported.floating) == ["blocks.0.attn.context", "blocks.1.attn.context"]
+    assert deployment.count_integer_products(file) == len(exported.integer) == 7
+    assert list(exported.floating) == ["blocks.0.attn.context"]
     assert all("logarithmic levels" in reason for reason in exported.floating.values())
     runtime, images = deployment.OnnxModel(file), torch.randn(4, 3, 32, 32)
     zero_point = uniform(models["repq_vit"], "blocks.0.attn.qkv.input_quantizer").zero_point
@@ -128,8 +128,7 @@ def test_files_are_small_and_the_same_each_time(
     assert str(Path(adfq.__file__).parent).encode() not in file.read_bytes()
 
 
-@pytest.mark.parametrize("bits", [3, 4])
-@pytest.mark.parametrize("method", ["base_ptq", "ptq4vit", "row_ridge"])
+@pytest.mark.parametrize(("method", "bits"), [("base_ptq", 3), ("base_ptq", 4), ("ptq4vit", 4), ("row_ridge", 3)])
 def test_weights_of_four_bits_take_half_a_byte(
     method: str,
     bits: int,
@@ -192,7 +191,9 @@ def test_large_models_have_their_weights_in_a_second_file(
     (tmp_path / "model.data").rmdir()
     export_onnx(model, tmp_path / "model")
     assert {path.name for path in tmp_path.iterdir()} == {"model", "model.data"}
-    assert (tmp_path / "model").stat().st_size < 100_000 < 2 * (tmp_path / "model.data").stat().st_size
+    assert (tmp_path / "model").stat().st_size < 50_000
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    assert weights < (tmp_path / "model.data").stat().st_size < 1.5 * weights
     assert difference(deployment.OnnxModel(tmp_path / "model"), model, images) < 0.02
     assert file_size(tmp_path / "model") == sum(file.stat().st_size for file in tmp_path.iterdir())
     monkeypatch.undo()
@@ -207,7 +208,7 @@ def test_large_models_have_their_weights_in_a_second_file(
 def test_the_given_model_stays_as_it_is(models: dict[str, nn.Module], files: dict[str, tuple[Path, Exported]]) -> None:
     assert files
     for model in models.values():
-        assert len(list(Network(model).matmuls())) == 4
+        assert len(list(Network(model).matmuls())) == 2
         assert model(torch.randn(1, 3, 32, 32)).isfinite().all()
 
 
@@ -222,7 +223,7 @@ def test_kernels_that_saturate_are_not_used(
 
 
 def test_ranges_without_zero_and_operands_in_full_precision(make_vit: MakeModel, tmp_path: Path) -> None:
-    """Cases that models of two blocks do not have, in a model of one."""
+    """Cases that models as they are quantized do not have."""
     images = torch.randn(8, 3, 32, 32)
     model = make_vit(depth=1)
     with torch.no_grad():
@@ -310,7 +311,10 @@ def test_a_product_of_several_grids_is_one_in_float(
     assert difference(deployment.OnnxModel(tmp_path / "model"), model, images) < 0.02
 
 
-@pytest.mark.parametrize("method", [name for name in adfq.methods() if name != "full_precision"])
+# Tests above export the others.
+@pytest.mark.parametrize(
+    "method", sorted(set(adfq.methods()) - {"full_precision", "base_ptq", "repq_vit", "row_ridge", "ptq4vit"})
+)
 def test_every_method_is_exported_or_refused(
     method: str, make_vit: MakeModel, make_images: MakeImages, quick: Mapping[str, dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -55,8 +55,9 @@ def swin(randomize: Randomize) -> nn.Module:
     return randomize(MODELS.build(SWIN))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def detectors(randomize: Randomize) -> Mapping[str, nn.Module]:
+    """Detectors by kind, which no test alters."""
     register_all_modules(init_default_scope=True)
     return {kind: randomize(build(config)) for kind, config in _configs().items()}
 
@@ -126,6 +127,7 @@ def _configs() -> dict[str, Any]:
 
 
 KINDS = list(_configs())
+FAST = ("base_ptq", "repq_vit", "adfq_vit", "row_ridge")  # that quantize every kind in the fast suite
 
 #: Methods that leave the input image in full precision.
 WITHOUT_IMAGE = ("adalog", "aphq_vit", "erq", "fima_q", "iasvit", "ptq4vit")
@@ -189,7 +191,7 @@ def roles(network: Network) -> dict[str, str]:
 
 
 def test_the_sites_of_a_detector(detectors: Mapping[str, nn.Module]) -> None:
-    detector = detectors["mask_rcnn"]
+    detector = copy.deepcopy(detectors["mask_rcnn"])
     wanted = [name for name, module in detector.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
     network = adapt(detector)
     found = roles(network)
@@ -239,8 +241,14 @@ def test_reparameterized_norms_and_padding_compute_the_same(swin: nn.Module) -> 
         assert not torch.allclose(network.run(images)[0], swin(images)[0], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", [name for name in methods() if name != adfq.methods()[0]])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        pytest.param(kind, method, marks=[] if kind == "mask_rcnn" or method in FAST else [pytest.mark.slow])
+        for kind in KINDS
+        for method in methods()[1:]
+    ],
+)
 def test_every_method_quantizes_every_detector(
     detectors: Mapping[str, nn.Module], kind: str, method: str, quick: Mapping[str, Any]
 ) -> None:
@@ -369,7 +377,7 @@ def test_batches_of_every_size(
 def test_the_mask_head_alone_depends_on_batches(kind: str, detectors: Mapping[str, nn.Module]) -> None:
     """It sees 100 proposals of a batch; here there are 10 of each image."""
     images = torch.randn(12, 3, *SIZE, generator=torch.Generator().manual_seed(2)).double()
-    model = detectors[kind].double()
+    model = copy.deepcopy(detectors[kind]).double()
     whole, in_batches = (
         adfq.quantize(model, "base_ptq", 4, 4, calibration, calibration_size=12).state_dict()
         for calibration in (images, images.split(4))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import FrozenInstanceError, dataclass
 from typing import Any
 
@@ -149,16 +149,19 @@ def test_a_method_says_why_it_cannot_be_applied(
 
 @pytest.mark.parametrize("cls", CLASSES.values())
 def test_a_recipe_is_what_quantizing_leaves(
-    cls: type[Method], make_swin: Callable[[], nn.Module], make_images: Callable[..., Tensor]
+    cls: type[Method],
+    quick: Mapping[str, dict[str, Any]],
+    make_swin: Callable[[], nn.Module],
+    make_images: Callable[..., Tensor],
 ) -> None:
     if cls is FullPrecision:
         sites = sites_of(adapt(make_swin()).model)
         assert all(cls().recipe(Bits(4, 4)).quantizer_of(site) is None for site in sites)
         return
-    method = cls(iterations=0) if issubclass(cls, OptimizingMethod) else cls()
+    method = cls(**quick[registry.method_name(cls())])
     recipe = method.recipe(Bits(5, 3))
     assert isinstance(recipe, Recipe)
-    for site in sites_of(adfq.quantize(make_swin(), method, 5, 3, make_images())):
+    for site in sites_of(adfq.quantize(make_swin(), method, 5, 3, make_images(2))):
         expected = recipe.quantizer_of(site)
         assert type(site.quantizer) is type(expected), site.name
         assert (site.quantizer and site.quantizer.bits) == (expected and expected.bits), site.name

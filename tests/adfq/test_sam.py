@@ -34,6 +34,7 @@ from adfq.adapters.sam import QuantEncoderAttention, decode, segment_densely
 
 Randomize = Callable[[nn.Module], nn.Module]
 KINDS = ["vit", "tiny_vit"]
+FAST = ("base_ptq", "repq_vit", "adfq_vit", "row_ridge")  # that TinyViT's parts come back with in the fast suite
 SIZE = 64  # 8×8 tokens of 8 pixels, or 4×4 of 16, which no window fills
 WIDTH = 16
 
@@ -286,8 +287,18 @@ def assert_comes_back(quantized: nn.Module, file: Path) -> None:
             assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("method", methods()[1:])
-def test_every_method_is_saved_and_loaded(sam: Any, method: str, quick: Mapping[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        *(("vit", method) for method in methods()[1:]),
+        *(("tiny_vit", method) for method in FAST),
+        *(pytest.param("tiny_vit", method, marks=pytest.mark.slow) for method in methods()[1:] if method not in FAST),
+    ],
+)
+def test_every_method_is_saved_and_loaded(
+    kind: str, method: str, quick: Mapping[str, Any], randomize: Randomize, tmp_path: Path
+) -> None:
+    sam = randomize(make_sam(kind))
     assert_comes_back(adfq.quantize(sam, method, 4, 6, draw(), **quick[method]), tmp_path / "sam")
 
 

@@ -13,6 +13,7 @@ import pytest
 import benchmarks
 from adfq.errors import AdfqError
 from benchmarks.plan import TABLES, Selection, Table, choose_part, first_table, load_table, make_plan, table_names
+from benchmarks.run.executors import local
 
 OWN = """
 task = "classification"
@@ -315,6 +316,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 def test_four_lines_of_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(local.loky, "cpu_count", lambda: 1)  # one process imports torch
     chosen = {"models": ["bundled_vit"], "bits": ["W4/A4"], "methods": ["base_ptq"], "limit": 20, "calibration_size": 4}
     plan = benchmarks.make_plan(["1"], benchmarks.Selection(**chosen))
     for table in benchmarks.run_plan(plan, store="runs"):

@@ -33,6 +33,18 @@ def digest(*roots: str) -> str:
     return digest_sources(roots)
 
 
+def digests() -> list[str]:
+    """The digest of each cell."""
+    forget()
+    return [digest_sources(cell) for cell in (VIT_CELL, SWIN_CELL, REPQ_CELL)]
+
+
+@pytest.fixture(scope="module")
+def before() -> list[str]:
+    """The digest of each cell by the code as it is."""
+    return digests()
+
+
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the packages elsewhere, which is the code that counts."""
@@ -83,22 +95,19 @@ def test_a_checkout_elsewhere_has_the_same_digest(checkout: Path, monkeypatch: p
     ],
 )
 def test_a_change_counts_for_the_cells_that_run_it(
-    file: str, counts_for: tuple[tuple[str, ...], ...], checkout: Path
+    file: str, counts_for: tuple[tuple[str, ...], ...], before: list[str], checkout: Path
 ) -> None:
-    cells = (VIT_CELL, SWIN_CELL, REPQ_CELL)
-    before = [digest(*cell) for cell in cells]
     append(checkout / file, "\nCHANGED = 1\n")
-    changed = [cell for cell, old in zip(cells, before, strict=True) if digest(*cell) != old]
-    assert changed == [cell for cell in cells if cell in counts_for]
+    changed = [new != old for new, old in zip(digests(), before, strict=True)]
+    assert changed == [cell in counts_for for cell in (VIT_CELL, SWIN_CELL, REPQ_CELL)]
 
 
-def test_docstrings_comments_and_layout_do_not_count(checkout: Path) -> None:
-    before = [digest(*cell) for cell in (VIT_CELL, SWIN_CELL, REPQ_CELL)]
+def test_docstrings_comments_and_layout_do_not_count(before: list[str], checkout: Path) -> None:
     for file in checkout.rglob("*.py"):
         code = file.read_text()
         tree = ast.unparse(ast.parse(re.sub(r'^"""', '"""Another word: ', code)))  # other line breaks, no comments
         file.write_text(f"# A comment.\n\n\n{tree}\n")
-    assert [digest(*cell) for cell in (VIT_CELL, SWIN_CELL, REPQ_CELL)] == before
+    assert digests() == before
 
 
 CODE = """

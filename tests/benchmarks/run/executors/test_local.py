@@ -55,15 +55,6 @@ def test_processes_give_what_one_process_gives(tmp_path: Path) -> None:
         executor.close()
 
 
-def test_a_process_counts_its_share_of_the_cores() -> None:
-    share = max(1, count_workers() // 2)
-    executor = Processes(["cpu", "cpu"])
-    try:
-        assert executor._open().submit(count_workers).result() == share
-    finally:
-        executor.close()
-
-
 def test_a_process_reads_pictures_with_processes_of_its_own(pictures: Path, tmp_path: Path) -> None:
     reads = Cell.create(
         task="classification",
@@ -83,7 +74,7 @@ def test_a_process_reads_pictures_with_processes_of_its_own(pictures: Path, tmp_
     assert record["metrics"]["images"] == 2
 
 
-def test_a_killed_process_costs_its_own_cell_alone(
+def test_a_process_has_its_share_of_the_cores_and_costs_its_own_cell_alone(
     fault_methods: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     once, always = (
@@ -91,8 +82,10 @@ def test_a_killed_process_costs_its_own_cell_alone(
         cell("killed", times=9, log=str(tmp_path / "al")),
     )
     cells = [cell(), once, always, cell(bits="W2/A2")]
+    share = max(1, count_workers() // 2)
     executor = Processes(["cpu", "cpu"])
     try:
+        assert executor._open().submit(count_workers).result() == share
         records = measure(cells, ResultStore(tmp_path), executor)
     finally:
         executor.close()
