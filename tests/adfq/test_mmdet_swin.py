@@ -312,9 +312,9 @@ def test_another_backbone() -> None:
         adfq.quantize(detector, "base_ptq", calibration=draw())
 
 
-def test_a_detector_cannot_be_saved_yet(swin: nn.Module, tmp_path: Path) -> None:
+def test_a_backbone_alone_cannot_be_saved(swin: nn.Module, tmp_path: Path) -> None:
     quantized = adfq.quantize(swin, "base_ptq", 8, 8, calibration=draw())
-    with pytest.raises(AdfqError, match="MMDetection cannot be built from a file yet"):
+    with pytest.raises(AdfqError, match="only a detector with its config as attribute cfg can"):
         adfq.save(quantized, tmp_path / "swin.safetensors")
     assert not list(tmp_path.iterdir())
 
