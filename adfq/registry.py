@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import is_dataclass
-from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
 
 from adfq.errors import AdfqError
+from adfq.installed import find_points
 from adfq.method import FULL_PRECISION, Method
 
 ENTRY_POINT_GROUP = "adfq.methods"
@@ -24,15 +23,8 @@ _KINDS: Mapping[type, tuple[tuple[type, ...], str]] = {
 
 def methods() -> tuple[str, ...]:
     """Return the names of all installed methods, ``full_precision`` first."""
-    names = {point.name for point in entry_points(group=ENTRY_POINT_GROUP)} - {FULL_PRECISION}
+    names = {point.name for point in find_points(entry_points, ENTRY_POINT_GROUP)} - {FULL_PRECISION}
     return FULL_PRECISION, *sorted(names)
-
-
-@cache
-def _named(lookup: Callable[..., Any], path: tuple[str, ...], name: str) -> Any:
-    # Going through all installed packages takes milliseconds; a plan asks once a cell. A package that is installed
-    # while the process runs comes with another search path, or is unknown.
-    return lookup(group=ENTRY_POINT_GROUP, name=name)
 
 
 def find_method(name: str) -> type[Method]:
@@ -45,10 +37,9 @@ def find_method(name: str) -> type[Method]:
         AdfqError: for a name that no installed package has, listing those that exist; for an entry point that is no
             `Method`.
     """
-    found = _named(entry_points, tuple(sys.path), name)
-    if not found:
+    point = next((point for point in find_points(entry_points, ENTRY_POINT_GROUP) if point.name == name), None)
+    if point is None:
         raise AdfqError(f"unknown method {name!r}; there are {', '.join(methods())}")
-    point = next(iter(found))
     method = point.load()
     if not (isinstance(method, type) and issubclass(method, Method) and is_dataclass(method)):
         raise AdfqError(f"method {name}: {point.value} is not a dataclass that derives from adfq.method.Method")
@@ -81,7 +72,7 @@ def method_name(method: Method) -> str:
     """Return the name of a method's entry point; module and class for one that has none."""
     cls = type(method)
     place = f"{cls.__module__}:{cls.__qualname__}"
-    return next((point.name for point in entry_points(group=ENTRY_POINT_GROUP) if point.value == place), place)
+    return next((point.name for point in find_points(entry_points, ENTRY_POINT_GROUP) if point.value == place), place)
 
 
 def method_label(name: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from adfq.errors import AdfqError
+from adfq.installed import find_points
 from adfq.layers import QuantConv2d, QuantLinear
 from adfq.plain import check_plain, problem_of
 from adfq.sites import Network
@@ -113,7 +114,7 @@ def qualified_name(cls: type) -> str:
 
 def families() -> tuple[str, ...]:
     """Return the qualified names of the classes that have an adapter, in any installed package."""
-    return tuple(sorted({point.name for point in entry_points(group=ENTRY_POINT_GROUP)}))
+    return tuple(sorted({point.name for point in find_points(entry_points, ENTRY_POINT_GROUP)}))
 
 
 def family_of(model: nn.Module) -> str:
@@ -142,11 +143,11 @@ def find_adapter(family: str) -> Adapter:
     Raises:
         AdfqError: for a class that no installed package has an adapter for, and for one whose framework is missing.
     """
-    found = entry_points(group=ENTRY_POINT_GROUP, name=family)
-    if not found:
+    point = next((point for point in find_points(entry_points, ENTRY_POINT_GROUP) if point.name == family), None)
+    if point is None:
         raise AdfqError(f"there is no adapter for {family!r}")
     try:
-        adapter: Adapter = next(iter(found)).load()
+        adapter: Adapter = point.load()
     except ImportError as error:
         raise AdfqError(f"the adapter for {family} cannot be imported: {error}") from None
     return adapter
