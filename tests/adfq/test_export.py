@@ -311,9 +311,13 @@ def test_a_product_of_several_grids_is_one_in_float(
     assert difference(deployment.OnnxModel(tmp_path / "model"), model, images) < 0.02
 
 
-# Tests above export the others.
+# Tests above export the others. In those that are slow, all quantizers are uniform as in base_ptq.
 @pytest.mark.parametrize(
-    "method", sorted(set(adfq.methods()) - {"full_precision", "base_ptq", "repq_vit", "row_ridge", "ptq4vit"})
+    "method",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in ("glf_q", "gptq", "qdrop") else [])
+        for name in sorted(set(adfq.methods()) - {"full_precision", "base_ptq", "repq_vit", "row_ridge", "ptq4vit"})
+    ],
 )
 def test_every_method_is_exported_or_refused(
     method: str, make_vit: MakeModel, make_images: MakeImages, quick: Mapping[str, dict[str, Any]], tmp_path: Path

@@ -34,7 +34,7 @@ from adfq.adapters.sam import QuantEncoderAttention, decode, segment_densely
 
 Randomize = Callable[[nn.Module], nn.Module]
 KINDS = ["vit", "tiny_vit"]
-FAST = ("base_ptq", "repq_vit", "adfq_vit", "row_ridge")  # that TinyViT's parts come back with in the fast suite
+FAST = ("base_ptq", "repq_vit", "adfq_vit", "row_ridge")  # of all combinations, in the fast suite
 SIZE = 64  # 8×8 tokens of 8 pixels, or 4×4 of 16, which no window fills
 WIDTH = 16
 
@@ -236,7 +236,10 @@ def test_every_method_quantizes_every_sam(sam: nn.Module, method: str, quick: Ma
     assert all(matmul.left_quantizer.is_calibrated and matmul.right_quantizer.is_calibrated for matmul in matmuls)
 
 
-@pytest.mark.parametrize("method", [name for name in methods() if name != adfq.methods()[0]])
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in methods()[1:]],
+)
 def test_an_encoder_alone(sam: Any, method: str, quick: Mapping[str, Any]) -> None:
     encoder = adfq.quantize(sam.image_encoder, method, 8, 8, draw(), **quick[method])
     with torch.no_grad():
