@@ -7,7 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,11 @@ CONFIG = str(DETECTORS["bundled_mask_rcnn"].config)
 SCENES = {"train2017": 5, "val2017": 6}
 
 
-@pytest.fixture(autouse=True)
-def _few_scenes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coco, "COUNTS", SCENES)
+@pytest.fixture(scope="module", autouse=True)
+def _few_scenes() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(coco, "COUNTS", SCENES)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,7 @@ def weights(randomize: Callable[..., nn.Module], tmp_path_factory: pytest.TempPa
     return str(file)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def load(weights: str) -> Callable[..., Detection]:
     def load(results: str | None = None, **fields: Any) -> Detection:
         given = {"model": CONFIG, "data": "bundled", "checkpoint": weights, **fields}
@@ -56,8 +58,9 @@ def load(weights: str) -> Callable[..., Detection]:
     return load
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def subject(load: Callable[..., Detection]) -> Detection:
+    """The bundled Mask R-CNN on few scenes, which no test alters."""
     return load()
 
 
