@@ -53,6 +53,8 @@ class RowRidge(OptimizingMethod):
     to nearest.
 
     Attributes:
+        iterations: iterations of each block with `reconstruct`.
+        optimize_batch_size: images in an iteration.
         penalty: pull of the regression towards the weight in full precision, in units of the mean square of an input
             about its mean, above 0.
         importance: False gives every row of a layer the same weight in sums over rows.
@@ -76,6 +78,8 @@ class RowRidge(OptimizingMethod):
     label = "Row-Ridge"
     calibration_size = 128
 
+    iterations: int = 50
+    optimize_batch_size: int = 16
     penalty: float = 1.0
     importance: bool = True
     standardized: bool = True
@@ -84,8 +88,8 @@ class RowRidge(OptimizingMethod):
     compensation: bool = True
     reconstruct: bool = False
     local_weight: float = 2.0
-    weight_travel: float = 0.3
-    step_travel: float = 0.1
+    weight_travel: float = 1.0
+    step_travel: float = 0.3
 
     def __post_init__(self) -> None:
         super().__post_init__()

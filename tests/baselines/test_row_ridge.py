@@ -270,6 +270,23 @@ def test_reconstruction_without_iterations_is_calibration_alone(make_vit: MakeMo
     assert torch.equal(none(images), plain(images))
 
 
+@pytest.mark.parametrize("kind", ["vit", "swin"])
+def test_reconstruction_is_resumed_and_saved(
+    kind: str, make_vit: MakeModel, make_swin: MakeModel, make_images: MakeImages, tmp_path: Path
+) -> None:
+    small: dict[str, Any] = {"img_size": 16, "depths": (1, 1)}
+    model, images = (make_vit(), make_images(64)) if kind == "vit" else (make_swin(**small), make_images(64, 16))
+    method = RowRidge(reconstruct=True, iterations=30)
+    found, again = (quantize(model, method, 3, 3, images, resume=tmp_path / "kept") for _ in range(2))
+    results = found.quantization.report["modules"]  # type: ignore[union-attr, operator]
+    assert sum(result["after"] < result["before"] for result in results.values()) >= len(results) - 2
+    adfq.save(found, tmp_path / "model.safetensors")
+    loaded = adfq.load(tmp_path / "model.safetensors")
+    with torch.no_grad():
+        expected = found(images)
+        assert all(torch.equal(each(images), expected) for each in (again, loaded))
+
+
 @pytest.mark.parametrize("name", ["local_weight", "weight_travel", "step_travel"])
 def test_options_of_reconstruction_are_checked(name: str) -> None:
     with pytest.raises(AdfqError, match=name):
