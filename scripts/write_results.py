@@ -18,16 +18,18 @@ from adfq.method import FULL_PRECISION
 from adfq.registry import method_label
 from benchmarks.bundled import BUNDLED
 from benchmarks.plan import RECORDED, Selection, Table, load_table, make_plan
+from benchmarks.report.exports import COLUMNS, reasons_of, tabulate_exports
 from benchmarks.report.figures import style
 from benchmarks.report.figures.accuracy_bits import Panel, collect_panels, plot_accuracy_bits
 from benchmarks.report.figures.accuracy_cost import plot_accuracy_cost
 from benchmarks.report.tables import published_numbers, summarize
 from benchmarks.run.console import markdown_table
 from benchmarks.run.plans import TableResults, read_plan, read_records
+from benchmarks.run.store import Record, ResultStore
 
 ROOT = Path(__file__).resolve().parents[1]
 STORES = ROOT / "results"  # a folder for each profile
-PAGES = ("results", "field", "encoders", "memory")
+PAGES = ("results", "field", "encoders", "memory", "deployment")
 
 
 def write_page(name: str) -> str:
@@ -37,7 +39,8 @@ def write_page(name: str) -> str:
         name: one of `PAGES`.
     """
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    options: dict[str, Any] = dict.fromkeys(("keep_trailing_newline", "trim_blocks", "lstrip_blocks"), True)
+    environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, **options)
     given: dict[str, Any] = {"table": _render_table, "machine": _describe_machine}
     if name == "encoders":
         given |= {
@@ -51,6 +54,8 @@ def write_page(name: str) -> str:
         given |= {"published": _tabulate_published} | _tabulate_fashion()
     if name == "memory":
         given |= _tabulate_memory()
+    if name == "deployment":
+        given |= _tabulate_exports()
     return environment.get_template(f"{name}.md.jinja").render(**given)
 
 
@@ -166,6 +171,33 @@ def _tabulate_memory() -> dict[str, str]:
     table = str(wide.to_markdown(index=False, disable_numparse=True))
     before, now = (", ".join(rows["commit"].str[:7].drop_duplicates()) for rows in (frame[old], frame[~old]))
     return {"before": before, "now": now, "table": table}
+
+
+def _tabulate_exports() -> dict[str, Any]:
+    """Return the tables of exported models as Markdown, and what the text says of them."""
+    bundled, real = (ResultStore(STORES / name, create=False).read_exports() for name in (BUNDLED, "real"))
+
+    def images_of(records: list[Record]) -> dict[str, int]:
+        return {
+            record["config"]["data"]: int(record["metrics"]["images"])
+            for record in records
+            if "agreement" in record.get("metrics", ())
+        }
+
+    keys = ("processor", "threads", "onnxruntime")
+    processor, threads, version = (
+        " or ".join(sorted({str(record["environment"][key]) for record in (*bundled, *real)})) for key in keys
+    )
+    return {
+        "bundled": markdown_table(tabulate_exports(bundled)),
+        "real": markdown_table(tabulate_exports(real)),
+        "reasons": reasons_of(bundled),
+        "real_reasons": reasons_of(real),
+        "images": images_of(bundled).get(BUNDLED),
+        "counts": sorted(images_of(real).items()),
+        "meanings": COLUMNS,
+        "machine": f"Measured on an {processor}, {threads} thread, with onnxruntime {version}.",
+    }
 
 
 def _tabulate_ranges() -> str:

@@ -17,7 +17,7 @@ from adfq import AdfqError, NonFiniteError
 from adfq.errors import NotApplicableError
 from adfq.reconstruction.optimizer import Reconstruction
 from benchmarks.cell import Cell
-from benchmarks.run import measuring, provenance, runner
+from benchmarks.run import measuring, provenance
 from benchmarks.run.console import warn
 from benchmarks.run.executors import local
 from benchmarks.run.executors.local import Failure, InProcess, Job, LostWorkerError
@@ -236,7 +236,7 @@ def test_a_clock_that_goes_back_changes_nothing(
             cls.calls += 1
             return datetime(2020, 1, 1, tzinfo=tz) - timedelta(days=cls.calls)
 
-    monkeypatch.setattr(runner, "datetime", Backwards)
+    monkeypatch.setattr("benchmarks.run.records.datetime", Backwards)
     records = run(cells, tmp_path)
     assert Backwards.calls == len(cells)
     assert all(seconds >= 0 for record in records for seconds in record["timing"].values())
