@@ -330,6 +330,9 @@ def test_non_finite_features_name_the_layer(subject: Detection) -> None:
         changed.backbone.stages[1].blocks[0].ffn.layers[1].bias[0] = float("nan")
     with pytest.raises(AdfqError, match=r"backbone\.stages\.1\.blocks\.0\.ffn\.layers\.1: the output is not finite"):
         subject.evaluate(changed, CPU, 1, 1)
+    changed.quantization = "as adfq.load leaves it"  # without full precision to compare with
+    with pytest.raises(AdfqError, match="the output is not finite"):
+        replace(subject, model=changed).evaluate(changed, CPU, 1, 1)
 
 
 def test_forward_gives_what_the_neck_gives(subject: Detection) -> None:
