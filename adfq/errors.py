@@ -16,7 +16,7 @@ class NonFiniteError(AdfqError):
 
 
 class NotApplicableError(AdfqError):
-    """A method that cannot be applied to a model; the message is the reason.
+    """A method that cannot be applied to a model, or a model that has no form in ONNX; the message is the reason.
 
     In a table the cell is "n/a", and the table goes on.
     """

@@ -65,9 +65,10 @@ def export_onnx(
 
     Raises:
         AdfqError: for a model that is not from `adfq.quantize`, has no graph here or cannot be traced; for weights
-            that were trained after quantization (`adfq.requantize`); for quantizers without a form in ONNX and
-            activations of other than 8 bits, with the name of the first site; without the extra ``onnx``; for a size or
-            a decoder of a model that takes none, and a missing size; for a file that cannot be written.
+            that were trained after quantization (`adfq.requantize`); without the extra ``onnx``; for a size or a
+            decoder of a model that takes none, and a missing size; for a file that cannot be written.
+        NotApplicableError: for quantizers without a form in ONNX and activations of other than 8 bits, with the name of
+            the first site.
     """
     quantization = getattr(model, "quantization", None)
     if not isinstance(quantization, Quantization):

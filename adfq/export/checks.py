@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from adfq.errors import AdfqError
+from adfq.errors import NotApplicableError
 from adfq.export.forms import has_form
 from adfq.quantizers import (
     DualUniformQuantizer,
@@ -19,7 +19,7 @@ _BITS = 8
 
 
 def check_exportable(model: nn.Module) -> None:
-    """Raise AdfqError, with the name of the first site, for a quantizer without a form in ONNX.
+    """Raise NotApplicableError, with the name of the first site, for a quantizer without a form in ONNX.
 
     Args:
         model: quantized model.
@@ -31,12 +31,14 @@ def check_exportable(model: nn.Module) -> None:
             continue
         problem = _problem_of(quantizer)
         if problem is not None:
-            raise AdfqError(f"{site.name} cannot be exported ({quantizer.describe()}): {problem}")
+            raise NotApplicableError(f"{site.name} cannot be exported ({quantizer.describe()}): {problem}")
     for name, layer in network.weight_layers():
         weight = layer.weight_quantizer
         by_row = isinstance(weight, UniformQuantizer) and weight.scale.numel() in (1, len(layer.weight))
         if not by_row and not isinstance(weight, DualUniformQuantizer) and isinstance(weight, Quantizer):
-            raise AdfqError(f"{name}.weight_quantizer cannot be exported ({weight.describe()}): only uniform ones can")
+            raise NotApplicableError(
+                f"{name}.weight_quantizer cannot be exported ({weight.describe()}): only uniform ones can"
+            )
 
 
 def _problem_of(quantizer: Quantizer) -> str | None:

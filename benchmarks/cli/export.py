@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections import Counter, defaultdict
+from collections import defaultdict
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from adfq.errors import AdfqError
+from adfq.errors import NotApplicableError
 from benchmarks.cli.options import DATA_HELP, Commands, positive
 from benchmarks.run.store import ResultStore
 
@@ -46,31 +48,34 @@ def _export(options: argparse.Namespace) -> None:
     check_place(file)
     store = None if options.store is None else ResultStore(options.store)
     cell, subject = load_quantized(options.quantized, data=options.data)
-    kind, where = kind_of(cell.task), environment(torch.device("cpu"), cell.task)
+    kind = kind_of(cell.task)
+    where = environment(torch.device("cpu"), cell.task) | {"onnxruntime": version("onnxruntime")}
     size, parameters = saved.stat().st_size, sum(parameter.numel() for parameter in subject.model.parameters())
     kept = {
         "config": cell.config,
         "saved": {"size": size / 1e6, "share": 25 * size / parameters},  # 4 bytes each in float32
-        "environment": where | {"onnxruntime": version("onnxruntime")},
+        "environment": where,
     }
+
+    def keep(outcome: Mapping[str, Any]) -> None:
+        if store is not None:
+            store.put_export(cell.id, {**kept, **outcome, "finished": now()})
+
     try:
         exported = export_onnx(subject.model, file, input_size=size_of(kind, subject, limit))
-    except AdfqError as error:
-        if store is not None:
-            store.put_export(cell.id, {**kept, "not_applicable": str(error), "finished": now()})
+    except NotApplicableError as error:
+        keep({"not_applicable": str(error)})
         raise
     files = [file, decoder_file(file)] if cell.task == "segmentation" else [file]
     found = compare(saved, files, kind, subject, limit, find_task(cell.task).batch_size)
     total = len(exported.integer) + len(exported.floating)
-    if store is not None:
-        counts = {"products": total, "floating": Counter(exported.floating.values())}
-        store.put_export(cell.id, {**kept, **found, **counts, "finished": now()})
-    for each in files:
-        print(f"{each}: {file_size(each) / 1e6:.2f} MB")
-    print(f"{found['integer']} of {total} products with int8 kernels")
     floating = defaultdict(list)
     for name, reason in exported.floating.items():
         floating[reason].append(name)
+    keep({**found, "products": total, "floating": {reason: len(names) for reason, names in floating.items()}})
+    for each in files:
+        print(f"{each}: {file_size(each) / 1e6:.2f} MB")
+    print(f"{found['integer']} of {total} products with int8 kernels")
     for reason, names in floating.items():
         others = f" and {len(names) - 1} more" if len(names) > 1 else ""
         print(f"{len(names)} of {total} products stay in float ({names[0]}{others}): {reason}")
@@ -78,5 +83,5 @@ def _export(options: argparse.Namespace) -> None:
     print(render(found["models"]))
     print(
         f"Medians of milliseconds. {where['processor']}, {where['threads']} threads; torch {where['torch']}, "
-        f"onnxruntime {version('onnxruntime')}, adfq at {where['commit']}."
+        f"onnxruntime {where['onnxruntime']}, adfq at {where['commit']}."
     )

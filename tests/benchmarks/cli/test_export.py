@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,6 +76,22 @@ def test_a_model_that_cannot_be_exported_is_kept_with_the_reason(
     (kept,) = ResultStore(store).read_exports()
     assert kept["not_applicable"].startswith("blocks.0.mlp.fc2.input_quantizer cannot be exported (dynamically shifted")
     assert not file.exists()
+
+
+def test_a_file_that_cannot_be_written_says_nothing_of_the_model(
+    files: dict[str, Path],
+    tmp_path: Path,
+    assert_refused: Callable[[Sequence[str], str], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise adfq.AdfqError("cannot write it: disk full")
+
+    monkeypatch.setattr("adfq.export.export_onnx", fail)
+    store = tmp_path / "runs"
+    command = [*EXPORT, "--quantized", str(files["repq_vit"]), "--out", str(tmp_path / "x"), "--store", str(store)]
+    assert_refused(command, "cannot write it: disk full")
+    assert ResultStore(store).read_exports() == []
 
 
 @pytest.mark.slow
