@@ -18,6 +18,17 @@ def find_points(lookup: Callable[..., Iterable[EntryPoint]], group: str) -> tupl
     return _read(lookup, tuple(sys.path), group)
 
 
+def find_point(lookup: Callable[..., Iterable[EntryPoint]], group: str, name: str) -> EntryPoint | None:
+    """Return an entry point by its name; None where no package has one.
+
+    Args:
+        lookup: see `find_points`.
+        group: name of the group.
+        name: name of the entry point.
+    """
+    return next((point for point in find_points(lookup, group) if point.name == name), None)
+
+
 @cache
 def _read(lookup: Callable[..., Iterable[EntryPoint]], path: tuple[str, ...], group: str) -> tuple[EntryPoint, ...]:
     # Going through all installed packages takes milliseconds; quantizing, saving and loading ask several times each. A

@@ -8,7 +8,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from adfq.errors import AdfqError
-from adfq.installed import find_points
+from adfq.installed import find_point, find_points
 from adfq.method import FULL_PRECISION, Method
 
 ENTRY_POINT_GROUP = "adfq.methods"
@@ -37,7 +37,7 @@ def find_method(name: str) -> type[Method]:
         AdfqError: for a name that no installed package has, listing those that exist; for an entry point that is no
             `Method`.
     """
-    point = next((point for point in find_points(entry_points, ENTRY_POINT_GROUP) if point.name == name), None)
+    point = find_point(entry_points, ENTRY_POINT_GROUP, name)
     if point is None:
         raise AdfqError(f"unknown method {name!r}; there are {', '.join(methods())}")
     method = point.load()

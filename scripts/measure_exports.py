@@ -101,9 +101,8 @@ def quantize(job: Job) -> bool:
     """
     if job.file.exists():
         return True
-    options = ["--method", job.method, "--bits", "W8A8", "--calibration-size", "32", "--calibration-batch-size", "1"]
-    if job.task != "segmentation":
-        options[-1] = "32"
+    batch = "1" if job.task == "segmentation" else "32"
+    options = ["--method", job.method, "--bits", "W8A8", "--calibration-size", "32", "--calibration-batch-size", batch]
     if hasattr(create_method(job.method, {}), "iterations"):
         options += ["--method-arg", "iterations=0"]
     return not adfq(["quantize", job.task, *job.model, "--data", job.data, *options, "--out", str(job.file)])

@@ -184,10 +184,7 @@ def _tabulate_exports() -> dict[str, Any]:
             if "agreement" in record.get("metrics", ())
         }
 
-    keys = ("processor", "threads", "onnxruntime")
-    processor, threads, version = (
-        " or ".join(sorted({str(record["environment"][key]) for record in (*bundled, *real)})) for key in keys
-    )
+    processor, threads, version = _settings_of([*bundled, *real], "processor", "threads", "onnxruntime")
     return {
         "bundled": markdown_table(tabulate_exports(bundled)),
         "real": markdown_table(tabulate_exports(real)),
@@ -258,13 +255,15 @@ def _read(names: list[str], profile: str = BUNDLED) -> list[TableResults]:
     return tables
 
 
+def _settings_of(records: list[Record], *keys: str) -> list[str]:
+    """Return settings of the environments of records as texts; several of a kind are joined by "or"."""
+    return [" or ".join(sorted({str(record["environment"][key]) for record in records})) for key in keys]
+
+
 def _describe_machine(profile: str = BUNDLED) -> str:
     """Return a sentence on the hardware and versions that the records name."""
-    records = read_records(STORES / profile)
     keys = ("processor", "cores", "python", "torch", "timm")
-    processor, cores, python, torch, timm = (
-        " or ".join(sorted({str(record["environment"][key]) for record in records})) for key in keys
-    )
+    processor, cores, python, torch, timm = _settings_of(read_records(STORES / profile), *keys)
     return (
         f"They were measured on {cores} cores of an {processor}, with Python {python}, torch {torch} and timm {timm}."
     )

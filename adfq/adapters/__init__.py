@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from adfq.errors import AdfqError
-from adfq.installed import find_points
+from adfq.installed import find_point, find_points
 from adfq.layers import QuantConv2d, QuantLinear
 from adfq.plain import check_plain, problem_of
 from adfq.sites import Network
@@ -107,6 +107,26 @@ def create(architecture: Architecture) -> nn.Module:
     return find_adapter(architecture.family).create(architecture)
 
 
+def build_error(what: str, error: Exception) -> AdfqError:
+    """Return the error for a description that a constructor does not take.
+
+    Args:
+        what: name of what was to be built.
+        error: the constructor's error.
+    """
+    return AdfqError(f"cannot build {what}: {' '.join(str(error).split())}")
+
+
+def copy_around_tensors(module: nn.Module) -> nn.Module:
+    """Return a copy of a module that has the same parameters and buffers, not copies of these.
+
+    Args:
+        module: any module.
+    """
+    tensors = (*module.parameters(), *module.buffers())
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+
+
 def qualified_name(cls: type) -> str:
     """Return module and name of a class."""
     return f"{cls.__module__}.{cls.__qualname__}"
@@ -143,7 +163,7 @@ def find_adapter(family: str) -> Adapter:
     Raises:
         AdfqError: for a class that no installed package has an adapter for, and for one whose framework is missing.
     """
-    point = next((point for point in find_points(entry_points, ENTRY_POINT_GROUP) if point.name == family), None)
+    point = find_point(entry_points, ENTRY_POINT_GROUP, family)
     if point is None:
         raise AdfqError(f"there is no adapter for {family!r}")
     try:
@@ -159,8 +179,7 @@ def _separate(module: nn.Module, seen: set[nn.Module]) -> None:
         if child is None or (child in seen and next(child.parameters(), None) is None):
             continue
         if child in seen:
-            tensors = (*child.parameters(), *child.buffers())
-            module._modules[name] = child = copy.deepcopy(child, {id(tensor): tensor for tensor in tensors})
+            module._modules[name] = child = copy_around_tensors(child)
         seen.add(child)
         _separate(child, seen)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from adfq.adapters import Architecture, qualified_name
+from adfq.adapters import Architecture, build_error, qualified_name
 from adfq.adapters.mmcv_ops import provide_mmcv_ops
 from adfq.errors import AdfqError
 
@@ -129,7 +129,7 @@ def create(architecture: Architecture) -> nn.Module:
             # MMDetection writes into the settings that it builds from.
             built = MODELS.build(ConfigDict(copy.deepcopy(config["model"])))
         except Exception as error:  # whatever a constructor makes of its arguments
-            raise AdfqError(f"cannot build {architecture.cls}: {' '.join(str(error).split())}") from None
+            raise build_error(architecture.cls, error) from None
     if qualified_name(type(built)) != architecture.cls:
         raise AdfqError(f"its config is that of a {qualified_name(type(built))}, not of a {architecture.cls}")
     model: Any = revert_sync_batchnorm(built)

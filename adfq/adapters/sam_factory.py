@@ -8,7 +8,7 @@ from typing import Any
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from torch import nn
 
-from adfq.adapters import Architecture, qualified_name
+from adfq.adapters import Architecture, build_error, qualified_name
 from adfq.adapters.timm_factory import hidden_ratio
 from adfq.errors import AdfqError
 
@@ -70,7 +70,7 @@ def create(architecture: Architecture) -> nn.Module:
     except AdfqError:
         raise
     except Exception as error:  # whatever a constructor makes of its arguments
-        raise AdfqError(f"cannot build {architecture.cls}: {' '.join(str(error).split())}") from None
+        raise build_error(architecture.cls, error) from None
     return model
 
 

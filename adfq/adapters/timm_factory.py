@@ -9,7 +9,7 @@ from typing import Any
 import timm
 from torch import nn
 
-from adfq.adapters import Architecture, qualified_name
+from adfq.adapters import Architecture, build_error, qualified_name
 from adfq.errors import AdfqError
 
 
@@ -84,7 +84,7 @@ def create_timm(architecture: Architecture, family: type[nn.Module], *others: ty
     try:
         model = classes[architecture.cls](**arguments) if name is None else timm.create_model(name, **arguments)
     except Exception as error:  # whatever a constructor makes of its arguments
-        raise AdfqError(f"cannot build {name or architecture.cls}: {' '.join(str(error).split())}") from None
+        raise build_error(name or architecture.cls, error) from None
     if qualified_name(type(model)) != architecture.cls:
         raise AdfqError(f"{name} is a {qualified_name(type(model))}, not a {architecture.cls}")
     return model

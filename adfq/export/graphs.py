@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adfq.adapters import family_of
+from adfq.adapters import copy_around_tensors, family_of
 from adfq.errors import AdfqError
 
 IMAGES = "images"
@@ -139,8 +139,7 @@ def graphs_of(model: nn.Module, input_size: tuple[int, int, int]) -> list[Graph]
     if family in _ENCODERS:
         return [image_graph("image_encoder", model, input_size, "embeddings")]
     if family == _BACKBONE:
-        tensors = (*model.parameters(), *model.buffers())
-        backbone: Any = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})  # the caller's stays as it is
+        backbone: Any = copy_around_tensors(model)  # the caller's stays as it is
         for module in backbone.modules():
             if hasattr(module, "window_reverse"):
                 module.window_reverse = partial(_merge_windows, module.window_size)

@@ -10,7 +10,7 @@ import pandas as pd
 from adfq.registry import method_label, methods
 from benchmarks.run.records import Record
 
-_FLOAT, _SIMULATED, _EXPORTED = "float32, onnxruntime", "simulated, torch", "int8, onnxruntime"
+_FLOAT, _EXPORTED = "float32, onnxruntime", "int8, onnxruntime"
 
 #: Headings, with their meaning.
 COLUMNS: Mapping[str, str] = {

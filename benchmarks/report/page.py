@@ -279,7 +279,6 @@ def render_report(report: Report, directory: Path, figures: Sequence[Figure] = (
         "relative": relative,
         "link": lambda file: quote(relative(file)),
         "latex": escape_latex,
-        "row": lambda cells: " | ".join(str(cell).replace("|", r"\|") for cell in cells),
         "pipes": lambda text: str(text).replace("|", r"\|"),
     }
     return {

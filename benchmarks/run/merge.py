@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,9 @@ from benchmarks.cell import identify
 from benchmarks.run.console import warn
 from benchmarks.run.records import DamagedRecordError, NewerRecordError, Record, read_export, read_record
 from benchmarks.run.store import ResultStore
+
+_Read = Callable[[Path], Record]
+_Copy = Callable[[Path, Record, ResultStore], bool]
 
 
 @dataclass
@@ -47,26 +50,26 @@ def merge_stores(sources: Sequence[Path], store: ResultStore) -> Merged:
     """
     stores = [ResultStore(source, create=False) for source in sources]
     merged = Merged()
-    kinds = ("record", read_record, _copy), ("comparison", read_export, _copy_export)
-    for what, read, copy in kinds:
-        for source in stores:
-            folder = source.exports if read is read_export else source.records
-            for path in sorted(folder.glob("*.json")):
-                try:
-                    found = read(path)
-                except FileNotFoundError:
-                    continue
-                except DamagedRecordError:
-                    warn(f"the {what} {path} is damaged; it is skipped")
-                    merged.skipped += 1
-                except NewerRecordError as error:
-                    warn(f"{error}; it is skipped")
-                    merged.skipped += 1
+    folders: list[tuple[str, Path, _Read, _Copy]]
+    folders = [("record", source.records, read_record, _copy) for source in stores]
+    folders += [("comparison", source.exports, read_export, _copy_export) for source in stores]
+    for what, folder, read, copy in folders:
+        for path in sorted(folder.glob("*.json")):
+            try:
+                found = read(path)
+            except FileNotFoundError:
+                continue
+            except DamagedRecordError:
+                warn(f"the {what} {path} is damaged; it is skipped")
+                merged.skipped += 1
+            except NewerRecordError as error:
+                warn(f"{error}; it is skipped")
+                merged.skipped += 1
+            else:
+                if copy(path, found, store):
+                    merged.new += 1
                 else:
-                    if copy(path, found, store):
-                        merged.new += 1
-                    else:
-                        merged.present += 1
+                    merged.present += 1
     return merged
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import adfq
 from adfq.errors import AdfqError
+from adfq.installed import find_point, find_points
 from benchmarks.cell import Cell
 from benchmarks.tasks.interface import Subject, Task
 
@@ -30,7 +31,7 @@ _OWN_TASKS = ("classification", "encoders", "detection", "segmentation")  # othe
 
 def task_names() -> tuple[str, ...]:
     """Return the names of all installed tasks, sorted."""
-    return tuple(sorted({point.name for point in entry_points(group=ENTRY_POINT_GROUP)}))
+    return tuple(sorted({point.name for point in find_points(entry_points, ENTRY_POINT_GROUP)}))
 
 
 @cache
@@ -44,10 +45,9 @@ def find_task(name: str) -> Task:
         AdfqError: for a name that no installed package has, for a task that cannot be imported, and for an entry point
             that is no `Task`.
     """
-    found = entry_points(group=ENTRY_POINT_GROUP, name=name)
-    if not found:
+    point = find_point(entry_points, ENTRY_POINT_GROUP, name)
+    if point is None:
         raise AdfqError(f"unknown task {name!r}; there are {', '.join(task_names())}")
-    point = next(iter(found))
     try:
         task = point.load()
     except (ImportError, AttributeError) as error:

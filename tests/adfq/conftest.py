@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import adfq
-from adfq.adapters import adapt
+from adfq import AdfqError
+from adfq.adapters import adapt, create, describe
 from adfq.bits import Bits
 from adfq.calibration import CalibrationImages
 from adfq.method import Run
@@ -41,9 +44,64 @@ def same_in_batches() -> Callable[[nn.Module, Tensor, str, int | list[int]], Non
 
 
 @pytest.fixture(scope="session")
+def comes_back() -> Callable[..., Any]:
+    """Saves a quantized model, asserts that it is loaded bit for bit, and returns the loaded one."""
+    return _assert_comes_back
+
+
+@pytest.fixture(scope="session")
+def refuses_mutations() -> Callable[[Path], None]:
+    """Asserts that a saved file with a changed byte is refused, 500 times."""
+    return _assert_mutations_are_refused
+
+
+@pytest.fixture(scope="session")
+def refuses_forgery() -> Callable[[nn.Module, tuple[str, ...], Any, str], None]:
+    """Asserts that a model's description with another value at a path is refused."""
+    return _assert_forgery_is_refused
+
+
+@pytest.fixture(scope="session")
 def walks() -> Callable[[nn.Module, Tensor], None]:
     """Asserts that a calibration in batches goes along the trunk."""
     return _assert_walks
+
+
+def _assert_comes_back(
+    quantized: nn.Module, file: Path, run: Callable[[nn.Module, Tensor], Any], images: Tensor
+) -> nn.Module:
+    adfq.save(quantized, file)
+    loaded = adfq.load(file)
+    expected, found = quantized.state_dict(), loaded.state_dict()
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+    with torch.no_grad():
+        for one, other in zip(run(loaded, images), run(quantized, images), strict=True):
+            assert torch.equal(one, other)
+    return loaded
+
+
+def _assert_mutations_are_refused(file: Path) -> None:
+    content = file.read_bytes()
+    generator = torch.Generator().manual_seed(0)
+    for position in torch.randint(len(content), (500,), generator=generator).tolist():
+        damaged = bytearray(content)
+        damaged[position] ^= 1 + position % 255
+        file.write_bytes(damaged)
+        with pytest.raises(AdfqError, match=r"damaged|not written|header"):
+            adfq.load(file)
+
+
+def _assert_forgery_is_refused(model: nn.Module, path: tuple[str, ...], value: Any, message: str) -> None:
+    described = describe(model)
+    arguments: Any = copy.deepcopy(dict(described.arguments))
+    part = arguments
+    for key in path[:-1]:
+        part = part[key]
+    part[path[-1]] = value
+    with pytest.raises(AdfqError, match=message):
+        create(replace(described, arguments=arguments))
 
 
 def _assert_same_in_batches(model: nn.Module, images: Tensor, setting: str, sizes: int | list[int]) -> None:

@@ -71,40 +71,32 @@ def detectors(randomize: Callable[[nn.Module], nn.Module]) -> Mapping[str, Any]:
     return {form: randomize(build(form)) for form in FORMS}
 
 
-def assert_comes_back(quantized: nn.Module, file: Path) -> Any:
-    adfq.save(quantized, file)
-    loaded = adfq.load(file)
-    expected, found = quantized.state_dict(), loaded.state_dict()
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), name
-    with torch.no_grad():
-        for one, other in zip(detect_densely(loaded, draw()), detect_densely(quantized, draw()), strict=True):
-            assert torch.equal(one, other)
-    return loaded
-
-
 @pytest.mark.parametrize("method", methods()[1:])
 def test_every_method_is_saved_and_loaded(
-    detectors: Mapping[str, Any], method: str, quick: Mapping[str, Any], tmp_path: Path
+    detectors: Mapping[str, Any], method: str, quick: Mapping[str, Any], comes_back: Callable[..., Any], tmp_path: Path
 ) -> None:
-    assert_comes_back(adfq.quantize(detectors["mask_rcnn"], method, 4, 6, draw(), **quick[method]), tmp_path / "file")
+    quantized = adfq.quantize(detectors["mask_rcnn"], method, 4, 6, draw(), **quick[method])
+    comes_back(quantized, tmp_path / "file", detect_densely, draw())
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_is_saved_and_loaded(detectors: Mapping[str, Any], form: str, tmp_path: Path) -> None:
+def test_every_form_is_saved_and_loaded(
+    detectors: Mapping[str, Any], form: str, comes_back: Callable[..., Any], tmp_path: Path
+) -> None:
     quantized: Any = adfq.quantize(detectors[form], "base_ptq", 4, 6, draw())
-    loaded = assert_comes_back(quantized, tmp_path / "file")
+    loaded = comes_back(quantized, tmp_path / "file", detect_densely, draw())
     assert loaded.quantization.architecture == quantized.quantization.architecture
     again = tmp_path / "again"
     adfq.save(loaded, again)
     assert again.read_bytes() == (tmp_path / "file").read_bytes()
 
 
-def test_a_loaded_detector_detects_as_before(detectors: Mapping[str, Any], tmp_path: Path) -> None:
+def test_a_loaded_detector_detects_as_before(
+    detectors: Mapping[str, Any], comes_back: Callable[..., Any], tmp_path: Path
+) -> None:
     """MMDetection's own inference, by the loaded model's config alone."""
     quantized: Any = adfq.quantize(detectors["mask_rcnn"], "base_ptq", 8, 8, draw())
-    loaded = assert_comes_back(quantized, tmp_path / "file")
+    loaded = comes_back(quantized, tmp_path / "file", detect_densely, draw())
     data, own = loaded.cfg.test_dataloader.dataset, detectors["mask_rcnn"].cfg.test_dataloader.dataset
     assert data.metainfo.classes == own.metainfo.classes
     assert data.pipeline == own.pipeline
@@ -127,17 +119,12 @@ def test_every_swin_detector_of_mmdetection_is_built_again(file: Path) -> None:
     assert "https" not in str(built.cfg)
 
 
-def test_mutated_files_are_refused(detectors: Mapping[str, Any], tmp_path: Path) -> None:
+def test_mutated_files_are_refused(
+    detectors: Mapping[str, Any], refuses_mutations: Callable[[Path], None], tmp_path: Path
+) -> None:
     file = tmp_path / "file"
     adfq.save(adfq.quantize(detectors["mask_rcnn"], "base_ptq", 4, 4, draw()), file)
-    content = file.read_bytes()
-    generator = torch.Generator().manual_seed(0)
-    for position in torch.randint(len(content), (500,), generator=generator).tolist():
-        damaged = bytearray(content)
-        damaged[position] ^= 1 + position % 255
-        file.write_bytes(damaged)
-        with pytest.raises(AdfqError, match=r"damaged|not written|header"):
-            adfq.load(file)
+    refuses_mutations(file)
 
 
 MODEL = ("model",)
@@ -174,16 +161,13 @@ PIPELINE = ("dataset", "pipeline")
     ],
 )
 def test_forged_descriptions_are_refused(
-    detectors: Mapping[str, Any], path: tuple[str, ...], value: Any, message: str
+    detectors: Mapping[str, Any],
+    path: tuple[str, ...],
+    value: Any,
+    message: str,
+    refuses_forgery: Callable[..., None],
 ) -> None:
-    described = describe(detectors["mask_rcnn"])
-    arguments: Any = copy.deepcopy(dict(described.arguments))
-    part = arguments
-    for key in path[:-1]:
-        part = part[key]
-    part[path[-1]] = value
-    with pytest.raises(AdfqError, match=message):
-        create(dataclasses.replace(described, arguments=arguments))
+    refuses_forgery(detectors["mask_rcnn"], path, value, message)
 
 
 JUNK = (

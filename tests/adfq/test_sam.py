@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch.nn import functional as F
 
 import adfq
 from adfq import AdfqError
-from adfq.adapters import adapt, create, describe
+from adfq.adapters import adapt
 from adfq.bits import Bits
 from adfq.calibration import CalibrationImages
 from adfq.layers import QuantMatMul, QuantWeightLayer
@@ -277,19 +276,6 @@ def test_a_sam_with_another_encoder(vit_sam: Any) -> None:
         adapt(vit_sam)
 
 
-def assert_comes_back(quantized: nn.Module, file: Path) -> None:
-    adfq.save(quantized, file)
-    loaded = adfq.load(file)
-    expected, found = quantized.state_dict(), loaded.state_dict()
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), name
-    run = segment_densely if hasattr(loaded, "mask_decoder") else lambda encoder, images: [encoder(images)]
-    with torch.no_grad():
-        for one, other in zip(run(loaded, draw()), run(quantized, draw()), strict=True):
-            assert torch.equal(one, other)
-
-
 @pytest.mark.parametrize(
     ("kind", "method"),
     [
@@ -299,14 +285,20 @@ def assert_comes_back(quantized: nn.Module, file: Path) -> None:
     ],
 )
 def test_every_method_is_saved_and_loaded(
-    kind: str, method: str, quick: Mapping[str, Any], randomize: Randomize, tmp_path: Path
+    kind: str,
+    method: str,
+    quick: Mapping[str, Any],
+    randomize: Randomize,
+    comes_back: Callable[..., Any],
+    tmp_path: Path,
 ) -> None:
-    sam = randomize(make_sam(kind))
-    assert_comes_back(adfq.quantize(sam, method, 4, 6, draw(), **quick[method]), tmp_path / "sam")
+    quantized = adfq.quantize(randomize(make_sam(kind)), method, 4, 6, draw(), **quick[method])
+    comes_back(quantized, tmp_path / "sam", segment_densely, draw())
 
 
-def test_an_encoder_alone_is_saved_and_loaded(sam: Any, tmp_path: Path) -> None:
-    assert_comes_back(adfq.quantize(sam.image_encoder, "base_ptq", 4, 6, draw()), tmp_path / "encoder")
+def test_an_encoder_alone_is_saved_and_loaded(sam: Any, comes_back: Callable[..., Any], tmp_path: Path) -> None:
+    quantized = adfq.quantize(sam.image_encoder, "base_ptq", 4, 6, draw())
+    comes_back(quantized, tmp_path / "encoder", lambda encoder, images: [encoder(images)], draw())
 
 
 def test_other_parts_are_not_rebuilt(vit_sam: Any, tmp_path: Path) -> None:
@@ -321,17 +313,12 @@ def test_other_parts_are_not_rebuilt(vit_sam: Any, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_mutated_files_are_refused(vit_sam: nn.Module, tmp_path: Path) -> None:
+def test_mutated_files_are_refused(
+    vit_sam: nn.Module, refuses_mutations: Callable[[Path], None], tmp_path: Path
+) -> None:
     file = tmp_path / "sam"
     adfq.save(adfq.quantize(vit_sam, "base_ptq", 4, 4, draw()), file)
-    content = file.read_bytes()
-    generator = torch.Generator().manual_seed(0)
-    for position in torch.randint(len(content), (500,), generator=generator).tolist():
-        damaged = bytearray(content)
-        damaged[position] ^= 1 + position % 255
-        file.write_bytes(damaged)
-        with pytest.raises(AdfqError, match=r"damaged|not written|header"):
-            adfq.load(file)
+    refuses_mutations(file)
 
 
 @pytest.mark.parametrize(
@@ -345,15 +332,14 @@ def test_mutated_files_are_refused(vit_sam: nn.Module, tmp_path: Path) -> None:
         (("image_encoder",), {}, "cannot build"),
     ],
 )
-def test_forged_descriptions_are_refused(vit_sam: nn.Module, path: tuple[str, ...], value: Any, message: str) -> None:
-    described = describe(vit_sam)
-    arguments: Any = copy.deepcopy(dict(described.arguments))
-    part = arguments
-    for key in path[:-1]:
-        part = part[key]
-    part[path[-1]] = value
-    with pytest.raises(AdfqError, match=message):
-        create(dataclasses.replace(described, arguments=arguments))
+def test_forged_descriptions_are_refused(
+    vit_sam: nn.Module,
+    path: tuple[str, ...],
+    value: Any,
+    message: str,
+    refuses_forgery: Callable[..., None],
+) -> None:
+    refuses_forgery(vit_sam, path, value, message)
 
 
 # --- MobileSAM's own layout ------------------------------------------------------------------------------------------

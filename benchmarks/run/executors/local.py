@@ -73,8 +73,7 @@ class Failure:
     @property
     def record(self) -> dict[str, Any]:
         """Record for the store."""
-        finished = now()
-        return {**asdict(self), "finished": finished}
+        return {**asdict(self), "finished": now()}
 
 
 class LostWorkerError(Exception):
