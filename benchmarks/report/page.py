@@ -41,6 +41,8 @@ from benchmarks.run.store import Record
 #: The files of a report, by the templates that they are made of.
 _FILES = {"page.html.jinja": "index.html", "page.md.jinja": "report.md", "page.tex.jinja": "report.tex"}
 
+_NAMED = 3  # cells of an environment that are named in text; the page has a list to open
+
 _IMAGE_TYPES = {".png": "image/png", ".svg": "image/svg+xml"}
 
 _TRAINING = ("Trained", "Images", "Iterations")
@@ -279,6 +281,7 @@ def render_report(report: Report, directory: Path, figures: Sequence[Figure] = (
         "relative": relative,
         "link": lambda file: quote(relative(file)),
         "latex": escape_latex,
+        "few": lambda names: "; ".join(names) if len(names) <= _NAMED else f"{len(names)} cells",
         "pipes": lambda text: str(text).replace("|", r"\|"),
     }
     return {

@@ -277,6 +277,16 @@ def test_environments_that_differ_are_listed(bundled: Table) -> None:
     assert f"| threads | 2 (all other cells) |\n|  | 1 ({odd}) |\n" in texts["report.md"]
 
 
+def test_many_cells_of_an_environment_are_counted(bundled: Table) -> None:
+    results = measure(bundled, {})
+    for index, (entry, record) in enumerate(results[:4]):
+        assert record is not None
+        results[index] = entry, {**record, "environment": {**record["environment"], "threads": 1}}
+    texts = render_report(Report.create([(bundled, results)], command), Path("out"))
+    assert "| threads | 2 (all other cells) |\n|  | 1 (4 cells) |\n" in texts["report.md"]
+    assert "threads: 1 (4 cells)" in texts["report.tex"]
+
+
 def test_figures_are_in_the_page_and_linked_from_the_others(bundled: Table, figure: Figure, tmp_path: Path) -> None:
     report = Report.create([(bundled, measure(bundled, {}))], command)
     texts = render_report(report, tmp_path / "out", [figure])
