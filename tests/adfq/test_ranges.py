@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packaging.version import Version
 from torch import Tensor
 
 import adfq.parts
@@ -31,11 +32,16 @@ def heavy_tailed(rows: int, count: int, seed: int) -> Tensor:
     return values * torch.randn(rows, count, generator=generator).mul_(0.8).exp_() + 0.3
 
 
+# Older versions have ranks in single precision: the last digits of a percentile are other ones.
+exact_torch = pytest.mark.skipif(Version(torch.__version__) < Version("2.14"), reason="torch.quantile is not exact")
+
+
 def quantize_literally(x: Tensor, scale: Tensor, zero_point: Tensor | float, levels: int) -> Tensor:
     codes = torch.clamp(torch.round(x / scale) + zero_point, 0, levels - 1)
     return scale * (codes - zero_point)
 
 
+@exact_torch
 @pytest.mark.parametrize("upper", [True, False])
 @quick
 @given(rows=st.integers(1, 5), count=st.integers(1, 5000), seed=st.integers(0, 10**6))
@@ -68,6 +74,7 @@ def test_mean_errors_in_parts_are_those_of_the_whole(
     torch.testing.assert_close(errors.result(), expected, rtol=1e-5, atol=0)
 
 
+@exact_torch
 def test_quantiles_of_a_large_tensor() -> None:
     values = heavy_tailed(1, 1_500_000, seed=3)
     for p in PERCENTILES:
@@ -84,6 +91,7 @@ def test_quantiles_of_more_values_than_single_precision_counts() -> None:
         assert quantiles(values, (1 - p,), upper=False).item() == pytest.approx((1 - p) * (count - 1), abs=2)
 
 
+@exact_torch
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @quick
 @given(rows=st.integers(1, 4), count=st.integers(2, 4000), seed=st.integers(0, 10**6))

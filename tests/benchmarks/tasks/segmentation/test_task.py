@@ -392,7 +392,8 @@ def test_calibration_images_come_from_the_train_split_and_follow_the_seed(load: 
     assert not torch.equal(first, other)
     assert not first.is_inference()  # gradients are taken of them
     chosen = torch.randperm(4, generator=torch.Generator().manual_seed(0))[:3].tolist()
-    pixels = np.array([Image.open(subject.train.folder / f"{index:06d}.png") for index in chosen], np.float32)
+    pictures = [Image.open(subject.train.folder / f"{index:06d}.png") for index in chosen]
+    pixels = np.stack([np.asarray(picture, np.float32) for picture in pictures])
     assert torch.equal(first, torch.from_numpy(pixels).permute(0, 3, 1, 2).sub(127.5).div(127.5))
     with pytest.raises(AdfqError, match="5 calibration images were asked for, the train split has 4"):
         subject.calibration_batches(5, 0)
