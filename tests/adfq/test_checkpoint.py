@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from packaging.version import Version
 from safetensors import safe_open
 from safetensors.torch import save as to_bytes
 from safetensors.torch import save_file
@@ -175,10 +174,7 @@ def test_the_architecture_is_told_from_a_vit(changes: dict[str, Any], make_vit: 
     "changes",
     [
         {"img_size": (32, 24), "in_chans": 1, "num_classes": 3},
-        pytest.param(
-            {"window_size": ((4, 2), (2, 4)), "global_pool": "max", "mlp_ratio": 2.5, "qkv_bias": False},
-            marks=pytest.mark.skipif(Version(timm.__version__) < Version("1.0.31"), reason="timm has none of them"),
-        ),
+        {"window_size": ((4, 2), (2, 4)), "global_pool": "max", "mlp_ratio": 2.5, "qkv_bias": False},
         {"window_size": 16},
         {"window_size": 5, "head_dim": 8, "always_partition": True},
         {"strict_img_size": False, "patch_size": 4},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -76,8 +75,6 @@ CASES: dict[str, dict[str, Any]] = {
         "attn_only_layer_scale": True,
     },
 }
-# Older versions of timm have fewer arguments.
-CASES = {name: case for name, case in CASES.items() if case.keys() <= inspect.signature(Eva).parameters.keys()}
 every_case = pytest.mark.parametrize("case", CASES)
 
 
