@@ -319,11 +319,11 @@ def make_plan(names: Sequence[str | Path] = (), selection: Selection | None = No
         names: tables that ship, by name, and files of one's own, whose names end in ``.toml``; none for all tables
             that have the profile.
         selection: None for the default one.
-        check_files: whether data and checkpoints must exist; reading a store needs neither.
+        check_files: whether the tasks' libraries, data and checkpoints must be there; reading a store needs none.
 
     Raises:
         AdfqError: for an unknown table, profile, model, method, option, metric or bit-width, a table file with a
-            mistake, missing data or checkpoints, and tables of different tasks with one `Selection.data`.
+            mistake, missing libraries, data or checkpoints, and tables of different tasks with one `Selection.data`.
     """
     from benchmarks.tasks import find_task
 
@@ -354,6 +354,7 @@ def make_plan(names: Sequence[str | Path] = (), selection: Selection | None = No
             task_arguments=task_arguments(task, {**table.task_arguments, **selection.task_arguments}),
         )
         if check_files:
+            _check_libraries(table.task, task.libraries)
             _check_data(data, task.data)
             _check_checkpoints(table)
         planned.append(PlannedTable(table, entries))
@@ -416,6 +417,14 @@ def _checkpoint_finder(directory: str | Path | None, check: bool) -> Callable[[s
         raise AdfqError(f"there is no {stem}.safetensors (nor {', '.join(CHECKPOINT_SUFFIXES[1:])})")
 
     return find
+
+
+def _check_libraries(task: str, libraries: Sequence[str]) -> None:
+    from benchmarks.run.provenance import library_version
+
+    # One on Python's path need not be installed, and one's module need not have its name.
+    if missing := [name for name in libraries if library_version(name) is None and find_spec(name) is None]:
+        raise AdfqError(f"{task} needs {', '.join(missing)}: pip install 'adfq[{task}]'")
 
 
 def _check_checkpoints(table: Table) -> None:

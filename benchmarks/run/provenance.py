@@ -48,7 +48,7 @@ def provenance(cell: Cell, subject: Subject) -> dict[str, Any]:
         "timm": timm.__version__,
         "numpy": numpy.__version__,
         "pillow": PIL.__version__,
-        **{name: _version(name) for name in find_task(cell.task).libraries},
+        **{name: library_version(name) for name in find_task(cell.task).libraries},
     }
 
 
@@ -84,7 +84,7 @@ def environment(device: torch.device, task: str | None = None) -> dict[str, Any]
         "timm": timm.__version__,
         "numpy": numpy.__version__,
         "pillow": PIL.__version__,
-        **({} if task is None else {name: _version(name) for name in find_task(task).libraries}),
+        **({} if task is None else {name: library_version(name) for name in find_task(task).libraries}),
         "platform": platform.platform(),
         "processor": _processor(),
         "cores": psutil.cpu_count(logical=False),
@@ -94,7 +94,12 @@ def environment(device: torch.device, task: str | None = None) -> dict[str, Any]
     }
 
 
-def _version(name: str) -> str | None:
+def library_version(name: str) -> str | None:
+    """Return the version of an installed library; None where it is not installed.
+
+    Args:
+        name: one of `benchmarks.tasks.Task.libraries`.
+    """
     for distribution in _DISTRIBUTIONS.get(name, (name,)):
         try:
             return version(distribution)

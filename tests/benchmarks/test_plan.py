@@ -5,15 +5,17 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import benchmarks
+import benchmarks.tasks
 from adfq.errors import AdfqError
 from benchmarks.plan import TABLES, Selection, Table, choose_part, first_table, load_table, make_plan, table_names
 from benchmarks.run.executors import local
+from benchmarks.tasks.interface import Task
 
 OWN = """
 task = "classification"
@@ -161,6 +163,20 @@ def test_mistakes_are_found_before_anything_is_measured(
         make_plan(names, Selection(**selection))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_missing_library_is_found_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = benchmarks.tasks.find_task
+
+    def find_task(name: str) -> Task:
+        return replace(known(name), libraries=("mmdet", "no_library")) if name == "detection" else known(name)
+
+    monkeypatch.setattr(benchmarks.tasks, "find_task", find_task)
+    with pytest.raises(AdfqError) as caught:
+        make_plan(["1", "2"])
+    assert str(caught.value) == "detection needs no_library: pip install 'adfq[detection]'"
+    make_plan(["1", "3"])
+    make_plan(["1", "2"], check_files=False)
 
 
 def test_reading_needs_neither_data_nor_checkpoints(tmp_path: Path) -> None:
