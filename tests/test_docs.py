@@ -484,17 +484,18 @@ def _small_models(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     "page", [page for page in PAGES if any(b.language == "python" for b in _blocks(page))], ids=NAMES.get
 )
 def test_python_runs(page: Path, places: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of a page's blocks, one after the other; `images` is what the text says it is."""
+    """All of a page's blocks, one after the other; `images` is few of what the text says it is."""
     blocks = [block for block in _blocks(page) if block.language == "python"]
     if any("mmdet" in block.text for block in blocks):
         pytest.importorskip("mmdet")
         _provide("my_config.py", places)
-    names: dict[str, Any] = {"__name__": "a_page", "images": torch.randn(2, 3, 224, 224)}
+    names: dict[str, Any] = {"__name__": "a_page"}
     with _small_models(monkeypatch):
         for block in blocks:
-            if "init_detector" in block.text:
-                names["images"] = torch.randn(2, 3, 96, 96)
-            code = compile("\n" * block.line + block.text, str(page), "exec", dont_inherit=True)
+            side = 96 if "init_detector" in block.text else 224
+            names["images"] = torch.randn(2, 3, side, side)
+            text = re.sub(r"/path/to/(\w+)", lambda found: str(places(found[1])), block.text)
+            code = compile("\n" * block.line + text, str(page), "exec", dont_inherit=True)
             exec(code, names)
     if "MyMethod" in names:
         model = timm.create_model("deit_tiny_patch16_224", depth=1, embed_dim=48)
@@ -530,6 +531,7 @@ def test_every_method_has_a_page() -> None:
 def test_a_methods_options_are_those_of_its_page(page: Path) -> None:
     options = find_method(page.stem).options()
     section = page.read_text(encoding="utf-8").partition("## Options\n")[2].partition("\n## ")[0]
+    assert f"Calibration images: {find_method(page.stem).calibration_size:,} by default." in section
     rows = re.findall(r"^\| `(\w+)` \| `([^`]+)` \| (.+) \|$", section, re.MULTILINE)
     assert {name: eval(default) for name, default, _ in rows} == options
     assert [name for name, _, _ in rows] == list(options)
