@@ -19,9 +19,7 @@ def add(commands: Commands) -> None:
     export = commands.add_parser("export", help="write a quantized model for integer kernels, and measure it there")
     export.set_defaults(action=_export)
     export.add_argument("--quantized", required=True, metavar="FILE", help="file of 'adfq quantize'")
-    export.add_argument(
-        "--data", required=True, metavar="SPEC", help=f"data to compare on: {DATA_HELP.partition('; of')[0]}"
-    )
+    export.add_argument("--data", required=True, metavar="SPEC", help=f"data to compare on: {DATA_HELP}")
     export.add_argument("--format", choices=["onnx"], default="onnx", help="default: %(default)s, in QDQ form")
     export.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to write")
     export.add_argument(

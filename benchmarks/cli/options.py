@@ -19,7 +19,7 @@ Commands = Any
 Parser = argparse.ArgumentParser
 
 #: Help of --data.
-DATA_HELP = "bundled; folder:ROOT or torch/NAME:ROOT, as timm names them; of detection, segmentation COCO's folder"
+DATA_HELP = "bundled; folder:ROOT or torch/NAME:ROOT, as timm names them; for detection and segmentation COCO's folder"
 
 
 def add_table(parser: argparse.ArgumentParser) -> None:
@@ -176,8 +176,8 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
         "--calibration-batch-size",
         type=positive,
         metavar="N",
-        help="images in one pass of calibration (default: a table's own; of your own data 32, in detection and "
-        "segmentation 1; of bundled data all)",
+        help="images in one pass of calibration (default of a table: its own, or all; else 32, in detection and "
+        "segmentation 1, of bundled data all)",
     )
     add_device(parser)
 
