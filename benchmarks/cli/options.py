@@ -31,7 +31,9 @@ def add_table(parser: argparse.ArgumentParser) -> None:
     _add_data_name(parser)
     _add_class_map(parser)
     _add_head_images(parser)
-    parser.add_argument("--checkpoints", type=Path, metavar="DIR", help="files MODEL.safetensors, .pth, .pt, .bin or .npz")
+    parser.add_argument(
+        "--checkpoints", type=Path, metavar="DIR", help="files MODEL.safetensors, .pth, .pt, .bin or .npz"
+    )
     parser.add_argument("--models", nargs="+", metavar="MODEL", help="columns, by key or name (default: all)")
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="methods, or rows by their key (default: all)")
     parser.add_argument("--also", nargs="+", metavar="METHOD", help="methods beside the table's own, or --methods")
@@ -92,7 +94,9 @@ def _add_head_images(parser: argparse.ArgumentParser) -> None:
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Add the options of a task's model and of its preprocessing."""
     model = parser.add_mutually_exclusive_group()
-    model.add_argument("--model", help="a bundled model, one with an adapter of timm's or MMDetection's, a SAM; 'adfq list models'")
+    model.add_argument(
+        "--model", help="a bundled model, one with an adapter of timm's or MMDetection's, a SAM; 'adfq list models'"
+    )
     model.add_argument("--config", metavar="FILE", help="MMDetection's config of a detector")
     parser.add_argument(
         "--model-arg",
