@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import operator
+import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from adfq.adapters import Architecture, adapt, describe
 from adfq.calibration import check_input, read_images
 from adfq.errors import AdfqError, NotApplicableError
+from adfq.files import as_path
 from adfq.method import Bits, FullPrecision, Method, Run
 from adfq.registry import create_method, method_name
 from adfq.sites import Network
@@ -60,7 +63,8 @@ def quantize(
     """Return a quantized copy of a trained model.
 
     Args:
-        model: a model of a family that has an adapter (`adfq.adapters`); it is left untouched.
+        model: a model of a family that has an adapter (`adfq.adapters`); it is left untouched. Its parameters are
+            shared until one is written to; what writes past torch, such as a view in NumPy, writes to both.
         method: one of `adfq.methods()`, or a `Method` with its options, such as ``RepQViT()``. ``"full_precision"``
             returns a plain copy and needs no calibration.
         weight_bits: bit-width of weights, 2 to 8; the default is 4. A method may keep single sites at another
@@ -82,8 +86,8 @@ def quantize(
         attribute `quantization`.
 
     Raises:
-        AdfqError: for unknown methods, options and bit-widths, models without an adapter, missing or unusable
-            calibration images, a full disk.
+        AdfqError: for unknown methods, options and bit-widths, models without an adapter, quantized ones and those
+            that cannot be copied, a seed of more than 64 bits, missing or unusable calibration images, a full disk.
         NotApplicableError: for a method that cannot be applied to the model.
         NonFiniteError: for activations or weights that are not finite; it names the layer.
     """
@@ -94,12 +98,14 @@ def quantize(
     elif options:
         raise AdfqError(f"give {next(iter(options))} to {type(method).__name__}(…), not to quantize")
     bits = Bits(weight_bits, activation_bits)
+    seed = _check_seed(seed)
+    folder = None if resume is None else as_path(resume)
+    _check_model(model)
     with ordinary_modes():
         model = _copy(model)
         model.eval()  # some models return None here
         if isinstance(method, FullPrecision):
             return model
-        folder = None if resume is None else Path(resume)
         run = Run(read_images(calibration, calibration_size, method.calibration_size, folder))
         architecture = describe(model)
         network = adapt(model)
@@ -142,14 +148,37 @@ def requantize(model: nn.Module) -> nn.Module:
     return model
 
 
+def _check_seed(seed: Any) -> int:
+    try:
+        if -(2**63) <= (number := operator.index(seed)) < 2**63:
+            return number
+    except TypeError:
+        pass
+    raise AdfqError(f"seed must be a whole number of at most 64 bits, got {seed!r}")
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise AdfqError(f"model must be an nn.Module, got {type(model).__name__}")
+    if isinstance(getattr(model, "quantization", None), Quantization):
+        raise AdfqError("the model is quantized already; quantize the one that it was made from")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise AdfqError("the model has no values: its parameters are on the device meta")
+
+
+# Modes, default dtype and random numbers of one thread would be those of the others.
+_ALONE = threading.RLock()
+
+
 @contextmanager
 def ordinary_modes() -> Iterator[None]:
     """Switch modes of the caller off inside the block that change results, or tensors that are made in it.
 
-    These are inference mode, no_grad, autocast, and another default dtype or device than float32 and the CPU.
+    These are inference mode, no_grad, autocast, and another default dtype or device than float32 and the CPU. Threads
+    wait for one another.
     """
-    dtype = torch.get_default_dtype()
-    with ExitStack() as modes:
+    with _ALONE, ExitStack() as modes:
+        dtype = torch.get_default_dtype()
         modes.enter_context(torch.inference_mode(False))
         modes.enter_context(torch.enable_grad())
         for device in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
@@ -168,4 +197,7 @@ def _copy(model: nn.Module) -> nn.Module:
         # Memory that torch has not allocated, such as that of a file, cannot be shared.
         with suppress(RuntimeError):
             copies[id(parameter)] = nn.Parameter(parameter.detach()._lazy_clone(), parameter.requires_grad)
-    return copy.deepcopy(model, copies)
+    try:
+        return copy.deepcopy(model, copies)
+    except (RuntimeError, TypeError) as error:  # an activation, a lock, a generator among the attributes
+        raise AdfqError(f"the model cannot be copied: {' '.join(str(error).split())}") from error

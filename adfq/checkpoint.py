@@ -12,18 +12,17 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from numbers import Real
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from adfq.adapters import Architecture, adapt, create, qualified_name
-from adfq.api import Quantization
+from adfq.api import Quantization, ordinary_modes
 from adfq.bits import Bits
 from adfq.differences import first_difference
 from adfq.errors import AdfqError
-from adfq.files import replacing
+from adfq.files import as_path, replacing
 from adfq.layers import QuantWeightLayer
 from adfq.packing import pack, unpack
 from adfq.quantizers import Quantizer
@@ -85,8 +84,8 @@ def save(model: nn.Module, file: str | os.PathLike[str], notes: Mapping[str, Any
     if not isinstance(quantization, Quantization):
         raise AdfqError("only a model that adfq.quantize has quantized can be saved")
     check_weights(model)
-    content = _write(model, quantization, quantization.notes if notes is None else notes)
-    with replacing(file) as temporary:
+    with ordinary_modes(), replacing(file) as temporary:
+        content = _write(model, quantization, quantization.notes if notes is None else notes)
         temporary.write_bytes(content)
         _check_rebuilds(model, quantization.architecture, temporary.read_bytes())
 
@@ -108,7 +107,8 @@ def load(file: str | os.PathLike[str]) -> nn.Module:
             this installation does not have; the message names the file.
     """
     try:
-        return _rebuild(Path(file).read_bytes()).model
+        with ordinary_modes():
+            return _rebuild(as_path(file).read_bytes()).model
     except OSError as error:
         raise AdfqError(f"cannot read {file}: {error.strerror}") from None
     except RecursionError:

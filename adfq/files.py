@@ -7,8 +7,26 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from adfq.errors import AdfqError
+
+
+def as_path(file: Any) -> Path:
+    """Return a path.
+
+    Args:
+        file: text or path.
+
+    Raises:
+        AdfqError: for anything else, and for a text that no file can be named by.
+    """
+    try:
+        if "\0" not in os.fspath(file):
+            return Path(file)
+    except TypeError:
+        pass
+    raise AdfqError(f"a path is needed, got {file!r}")
 
 
 @contextmanager
@@ -21,7 +39,7 @@ def replacing(file: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         AdfqError: for a file that cannot be written.
     """
-    path = Path(file)
+    path = as_path(file)
     # A file beside the target can take its place in one step.
     temporary = path.parent / f"{path.name}.{secrets.token_hex(4)}.part"
     try:

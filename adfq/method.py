@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from adfq.bits import Bits
+from adfq.errors import AdfqError
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from adfq.calibration import CalibrationImages
     from adfq.sites import Network, Recipe
 
 #: The name of the method that leaves a model as it is.
 FULL_PRECISION = "full_precision"
+
+_KINDS: Mapping[type, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "True or False"),
+    int: ((int,), "a whole number"),
+    float: ((float, int), "a number"),
+    str: ((str,), "a text"),
+}
 
 
 @dataclass(frozen=True)
@@ -40,11 +51,23 @@ class Method(ABC):
         label: the name in tables and figures.
         paper: the reference, such as ``"arXiv 2407.02763"``; empty for none.
         calibration_size: the usual number of calibration images.
+
+    Raises:
+        AdfqError: for an option of another type than its default.
     """
 
     label: ClassVar[str]
     paper: ClassVar[str] = ""
     calibration_size: ClassVar[int] = 32
+
+    def __new__(cls, *values: Any, **options: Any) -> Self:
+        """Return a method whose options have the types of their defaults, before any code of it relies on these."""
+        given = inspect.signature(cls.__init__).bind_partial(None, *values, **options).arguments
+        defaults = cls.options()
+        for option, value in given.items():
+            if option in defaults:
+                _check_kind(option, value, defaults[option])
+        return super().__new__(cls)
 
     @property
     def trains(self) -> str:
@@ -96,6 +119,12 @@ class Method(ABC):
         own = inspect.get_annotations(cls)
         ordered = sorted(fields(cls), key=lambda option: option.name not in own)
         return {option.name: option.default for option in ordered}
+
+
+def _check_kind(option: str, value: Any, default: Any) -> None:
+    kinds, words = _KINDS.get(type(default), ((object,), ""))
+    if not isinstance(value, kinds) or (isinstance(value, bool) and type(default) in (int, float)):
+        raise AdfqError(f"{option} must be {words}, got {value!r}")
 
 
 @dataclass(frozen=True)

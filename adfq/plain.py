@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from types import NoneType
-from typing import Any
+import re
+from functools import cache
+from types import FunctionType, NoneType
+from typing import Any, cast
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from adfq.errors import AdfqError
 
@@ -19,6 +22,12 @@ _SAME = frozenset(
         "timm.layers.norm.LayerNormFp32",
     }
 )
+
+#: nn.Module's attribute of an instance that `compile` sets: it computes what the class does.
+_COMPILED = "_compiled_call_impl"
+
+#: Names of methods that forward does not call.
+_WITHOUT_EFFECT = re.compile(r"__\w+__|_?init_\w+|reset_\w+|set_\w+|extra_repr|no_weight_decay")
 
 #: Methods, beside forward, by which a subclass or instance could compute something else.
 _METHODS = ("__call__", "_call_impl", "_wrapped_call_impl", "_conv_forward", "__getattr__", "__getattribute__")
@@ -51,6 +60,8 @@ def problem_of(module: Any, cls: type[nn.Module]) -> str | None:
     if not isinstance(module, cls):
         return f"a {kind} in place of a {cls.__name__}"
     computed = [key for key in ("weight", "bias") if _is_computed(module, cls, key)]
+    if is_parametrized(module):
+        computed += cast(Any, module.parametrizations)
     if computed:
         return f"a {kind} whose {computed[0]} is computed when it is read (parametrization, weight norm, pruning, LoRA)"
     if not keeps_forward(module, cls):
@@ -67,15 +78,24 @@ def keeps_forward(module: nn.Module, *classes: type[nn.Module]) -> bool:
         module: any module.
         *classes: classes.
     """
-    if "forward" in vars(module):
+    if any(callable(value) and hasattr(type(module), key) for key, value in vars(module).items() if key != _COMPILED):
         return False
     for cls in classes:
         if isinstance(module, cls) and all(
-            getattr(type(module), method, None) is getattr(cls, method, None) for method in _METHODS
+            getattr(type(module), method, None) is getattr(cls, method, None) for method in _methods_of(cast(Any, cls))
         ):
             owner: Any = next(base for base in type(module).__mro__ if "forward" in vars(base))
             return owner.forward is cls.forward or f"{owner.__module__}.{owner.__qualname__}" in _SAME
     return False
+
+
+@cache
+def _methods_of(cls: Any) -> tuple[str, ...]:
+    """Return the names of the methods and properties of a class that can change its forward's result."""
+    bases = cls.__mro__[: cls.__mro__.index(nn.Module)]
+    kinds = (FunctionType, property, staticmethod, classmethod)
+    own = {name for base in bases for name, value in vars(base).items() if isinstance(value, kinds)}
+    return (*_METHODS, *sorted(name for name in own if name != "forward" and not _WITHOUT_EFFECT.fullmatch(name)))
 
 
 def _is_computed(module: nn.Module, cls: type[nn.Module], key: str) -> bool:

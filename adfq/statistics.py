@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from adfq.errors import AdfqError
 from adfq.parts import rows_of_part
 
 T = TypeVar("T")
@@ -29,7 +30,16 @@ class Statistic(ABC):
         Args:
             values: G×n, without gradient; n may differ from part to part.
             share: this part's share of all values, above 0 and up to 1.
+
+        Raises:
+            AdfqError: for another number of groups than before.
         """
+
+
+def _check_groups(values: Tensor, before: int) -> None:
+    # Token positions, say, are groups whose number depends on the size of the image.
+    if len(values) != before:
+        raise AdfqError(f"cannot calibrate {before} ranges on an input with {len(values)}; give images of one size")
 
 
 #: A generator of the statistics that it needs, one after the other, which returns what was looked for.
@@ -86,6 +96,7 @@ class MinMax(Statistic):
         """Take in a part of the values, see `Statistic.update`."""
         lowest, highest = torch.aminmax(values, dim=1)
         if self.count:
+            _check_groups(values, len(self.lowest))
             lowest, highest = torch.minimum(self.lowest, lowest), torch.maximum(self.highest, highest)
         self.lowest, self.highest = lowest, highest
         self.count += values.shape[1]
@@ -117,6 +128,8 @@ class Quantiles(Statistic):
 
     def update(self, values: Tensor, share: float) -> None:
         """Take in a part of the values, see `Statistic.update`."""
+        if self._kept:
+            _check_groups(values, len(self._kept[0]))
         self.count += values.shape[1]
         self._expected = max(self._expected, self.count, math.ceil(values.shape[1] / share - 1e-6))
         needed = self._needed(self._expected)
@@ -224,6 +237,8 @@ class Errors(Statistic):
     def update(self, values: Tensor, share: float) -> None:
         """Take in a part of the values, see `Statistic.update`."""
         values = self.prepare(values)
+        if self.count:
+            _check_groups(values, self.sums.shape[1])
         errors = torch.zeros(len(self.candidates), len(values), dtype=torch.float64, device=values.device)
         columns = rows_of_part(values[0]) if len(values) else 1
         for start in range(0, len(values), step := rows_of_part(values)):

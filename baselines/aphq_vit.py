@@ -22,6 +22,7 @@ from adfq.reconstruction import (
 )
 from adfq.reconstruction.fisher import Normalized, WeightedError, fisher_diagonal
 from adfq.reconstruction.mlps import reconstruct_mlps
+from adfq.reconstruction.options import check_number
 from adfq.sites import Network, Recipe
 
 _TEMPERATURE = 20.0
@@ -69,8 +70,10 @@ class APHQViT(RoundingMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.labels < 1 or self.mlp_iterations < 0 or not self.power > 0:
-            raise AdfqError("labels must be at least 1, mlp_iterations at least 0, power above 0")
+        check_number(self, "mlp_learning_rate")
+        check_number(self, "power", positive=True)
+        if self.labels < 1 or self.mlp_iterations < 0:
+            raise AdfqError("labels must be at least 1, mlp_iterations at least 0")
 
     @property
     def trains(self) -> str:

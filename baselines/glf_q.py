@@ -79,8 +79,9 @@ class GLFQ(OptimizingMethod):
             check_number(self, name)
         if self.range not in RANGES:
             raise AdfqError(f"unknown range {self.range!r}; there are {', '.join(RANGES)}")
-        if not self.local_weight > 0 or self.mlp_iterations < 0:
-            raise AdfqError("local_weight must be above 0, mlp_iterations at least 0")
+        check_number(self, "local_weight", positive=True)
+        if self.mlp_iterations < 0:
+            raise AdfqError(f"mlp_iterations must be at least 0, got {self.mlp_iterations}")
 
     @property
     def trains(self) -> str:

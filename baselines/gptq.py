@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,6 +17,7 @@ from adfq.errors import AdfqError
 from adfq.layers import QuantWeightLayer
 from adfq.method import Method, Run
 from adfq.quantizers import UniformQuantizer
+from adfq.reconstruction.options import check_number
 from adfq.sites import Network, Recipe
 
 INPUTS = ("asymmetric", "quantized", "full_precision")
@@ -57,10 +57,8 @@ class GPTQ(Method):
         for name, value, known in (("inputs", self.inputs, INPUTS), ("order", self.order, ORDERS)):
             if value not in known:
                 raise AdfqError(f"unknown {name} {value!r}; there are {', '.join(known)}")
-        if not (isinstance(self.damping, (int, float)) and 0 < self.damping < math.inf):
-            raise AdfqError(f"damping must be above 0, got {self.damping!r}")
-        if not (isinstance(self.correction, (int, float)) and 0 <= self.correction <= 1):
-            raise AdfqError(f"correction must be from 0 to 1, got {self.correction!r}")
+        check_number(self, "damping", positive=True)
+        check_number(self, "correction", 1.0)
 
     def recipe(self, bits: Bits) -> Recipe:
         """Return the quantizer of each site role."""

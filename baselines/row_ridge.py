@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -17,7 +16,6 @@ from adfq.calibration import calibrate_activations
 from adfq.calibration.compensation import AffineGrid, compensated_codes
 from adfq.calibration.grams import Gram, cholesky, grams_of_layers
 from adfq.calibration.passes import naming
-from adfq.errors import AdfqError
 from adfq.layers import QuantWeightLayer
 from adfq.method import Run
 from adfq.quantizers import AffineUniformQuantizer, UniformQuantizer
@@ -95,10 +93,8 @@ class RowRidge(OptimizingMethod):
         super().__post_init__()
         for name in ("weight_travel", "step_travel"):
             check_number(self, name)
-        if not self.local_weight > 0:
-            raise AdfqError(f"local_weight must be above 0, got {self.local_weight!r}")
-        if not (isinstance(self.penalty, (int, float)) and 0 < self.penalty < math.inf):
-            raise AdfqError(f"penalty must be above 0, got {self.penalty!r}")
+        for name in ("local_weight", "penalty"):
+            check_number(self, name, positive=True)
 
     @property
     def trains(self) -> str:

@@ -107,7 +107,8 @@ class Cell:
 
         Raises:
             AdfqError: for an unknown method, an unknown option of the method, unreadable bits, a calibration batch that
-                is not a whole number of images from 1, and a table of keys as an argument.
+                is not a whole number of images from 1, a seed of more than 64 bits, and an argument that is neither a
+                number, a text nor a list of these.
         """
         for name in ("model_arguments", "method_arguments", "preprocessing"):
             if name in more:
@@ -127,6 +128,10 @@ class Cell:
             **more,
         )
         create_method(cell.method, dict(cell.method_arguments))
+        if not -(2**63) <= cell.seed < 2**63:
+            raise AdfqError(f"seed must have at most 64 bits, got {cell.seed}")
+        if cell.bits != FULL_PRECISION_BITS:
+            Bits.parse(cell.bits)
         if cell.method == FULL_PRECISION:
             return cell.in_full_precision
         batch_size = _check_batch_size(cell.calibration_batch_size)
@@ -167,9 +172,11 @@ def _freeze(arguments: Arguments) -> Arguments:
     """Return arguments with tuples in place of the lists that TOML and command lines have."""
 
     def freeze(name: str, value: Any) -> Any:
-        if isinstance(value, dict):
+        if isinstance(value, list | tuple):
+            return tuple(freeze(name, part) for part in value)
+        if value is not None and not isinstance(value, bool | int | float | str):
             raise AdfqError(f"{name} must be a number, a text or a list of these, got {value!r}")
-        return tuple(freeze(name, part) for part in value) if isinstance(value, list | tuple) else value
+        return value
 
     return tuple((name, freeze(name, value)) for name, value in arguments)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from adfq.bits import Bits
 from adfq.errors import AdfqError
 from adfq.method import FULL_PRECISION
 from adfq.registry import find_method, method_label
@@ -26,6 +29,9 @@ RECORDED: Literal["recorded"] = "recorded"
 
 #: Suffixes of checkpoints, in the order in which they are looked for.
 CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".npz")
+
+#: Headings of a table's first columns, see `benchmarks.report.tables`.
+_HEADINGS = ("Method", "W/A", "Trained", "Images", "Iterations")
 
 _DEFAULTS = "defaults"  # tables/defaults.toml, which is no table
 
@@ -371,7 +377,7 @@ def choose_part(table: Table, selection: Selection) -> Table:
     """Return the part of a table that a selection asks for.
 
     Raises:
-        AdfqError: for a model that the table does not have, and an unknown method.
+        AdfqError: for a model that the table does not have, an unknown method and unreadable bits.
     """
     if selection.models:
         known = {name: model for model in table.models for name in (model.key, model.name)}
@@ -386,7 +392,8 @@ def choose_part(table: Table, selection: Selection) -> Table:
     if selection.calibration_batch_size is not None:
         rows = [replace(row, calibration_batch_size=selection.calibration_batch_size) for row in rows]
     seeds = table.recorded_seeds if selection.seeds == RECORDED else selection.seeds or table.seeds
-    return replace(table, rows=rows, bits=selection.bits or table.bits, seeds=list(dict.fromkeys(seeds)))
+    bits = [str(Bits.parse(text)) for text in selection.bits or table.bits]
+    return replace(table, rows=rows, bits=list(dict.fromkeys(bits)), seeds=list(dict.fromkeys(seeds)))
 
 
 def _choose_model(name: str, known: Mapping[str, Model]) -> Model:
@@ -527,8 +534,10 @@ def _create_table(spec: dict[str, Any], name: str, profile: str, own: bool, wher
         raise AdfqError(f"{where}: unknown preset {preset!r}; there are {', '.join(defaults['presets'])}")
     shared = defaults["presets"].get(preset, {})
     settings = spec.pop("settings", {})
-    for method, options in settings.items():
-        _check_kind(options, _SUBTABLE, f"{where}: settings.{method}")
+    for name_of_settings, options in settings.items():
+        _check_kind(options, _SUBTABLE, f"{where}: settings.{name_of_settings}")
+        for key in _SETTINGS_KEYS.keys() & options.keys():
+            _check_kind(options[key], _SETTINGS_KEYS[key], f"{where}: settings.{name_of_settings}.{key}")
     rows = [*({"method": method} for method in spec.pop("methods", defaults["methods"])), *spec.pop("rows", ())]
     for index, row in enumerate(rows, 1):
         _check_keys(row, _ROW_KEYS, ("method",), f"{where}: row {index}")
@@ -540,12 +549,30 @@ def _create_table(spec: dict[str, Any], name: str, profile: str, own: bool, wher
     spec = {"title": name, "caption": "", "bits": ["W4/A4"], "metrics": list(task.main_metrics), **spec}
     for metric in spec["metrics"]:
         find_metric(metric)
+        if metric not in (*task.main_metrics, *task.other_metrics):
+            raise AdfqError(f"{where}: {spec['task']} has no metric {metric!r}")
+    if "published" in spec:
+        _check_known(spec["published"], _published_tasks(), f"{where}: published")
     merged = {method: {**shared.get(method, {}), **settings.get(method, {})} for method in {**shared, **settings}}
     table = Table(name=name, profile=profile, models=models, rows=(), settings=merged, own=own, **spec)
     table = replace(table, rows=[table.row(**row) for row in rows])
     _check_unique([row.key for row in table.rows], f"{where}: two rows have the key")
     _check_unique([model.key for model in models], f"{where}: two models have the key")
+    _check_unique([*_HEADINGS, *(model.label for model in models)], f"{where}: two columns have the heading")
+    _check_unique(spec["metrics"], f"{where}: two metrics are")
+    for name_of_settings in settings.keys() - {row.key for row in table.rows}:
+        find_method(name_of_settings)
     return table
+
+
+def _published_tasks() -> list[str]:
+    with open(TABLES / "published.csv", encoding="utf-8", newline="") as file:
+        return list(dict.fromkeys(line["task"] for line in csv.DictReader(file)))
+
+
+def _check_known(name: str, known: Sequence[str], where: str) -> None:
+    if name not in known:
+        raise AdfqError(f"{where}: unknown {name!r}; there are {', '.join(known)}")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -580,9 +607,10 @@ _TEXT: _Kind = ("a text", _is_text)
 _TEXTS: _Kind = ("a list of texts", _list_of(_is_text))
 _SOME_TEXTS: _Kind = ("a list of texts, at least one", lambda value: bool(value) and _list_of(_is_text)(value))
 _COUNT: _Kind = ("a whole number from 1", lambda value: _is_integer(value) and value >= 1)
-_DIGITS: _Kind = ("a whole number from 0", lambda value: _is_integer(value) and value >= 0)
+_DIGITS: _Kind = ("a whole number from 0 to 9", lambda value: _is_integer(value) and 0 <= value <= 9)
 _SEEDS: _Kind = ("a list of whole numbers, at least one", lambda value: bool(value) and _list_of(_is_integer)(value))
-_NUMBER: _Kind = ("a number", _is_number)
+_NUMBER: _Kind = ("a number from 0", lambda value: _is_number(value) and 0 <= value < math.inf)
+_SIZE: _Kind = ("a number above 0", lambda value: _is_number(value) and 0 < value < math.inf)
 _FLAG: _Kind = ("true or false", lambda value: isinstance(value, bool))
 _SUBTABLE: _Kind = ("a table of keys", lambda value: isinstance(value, dict))
 _SUBTABLES: _Kind = ("a list of tables of keys", _list_of(lambda value: isinstance(value, dict)))
@@ -596,7 +624,7 @@ _TABLE_KEYS: Mapping[str, _Kind] = {
     **dict.fromkeys(("metrics", "bits"), _SOME_TEXTS),
     **dict.fromkeys(("seeds", "recorded_seeds"), _SEEDS),
     **dict.fromkeys(("calibration_size", "calibration_batch_size", "batch_size", "limit"), _COUNT),
-    **dict.fromkeys(("cell_memory", "full_precision_tolerance"), _NUMBER),
+    **{"cell_memory": _SIZE, "full_precision_tolerance": _NUMBER},
     **{"methods": _TEXTS, "digits": _DIGITS, "cost": _FLAG, "training": _FLAG, "settings": _SUBTABLE},
     **{"task_arguments": _SUBTABLE, "rows": _SUBTABLES, "models": _SOME_SUBTABLES},
 }
@@ -604,6 +632,9 @@ _ROW_KEYS: Mapping[str, _Kind] = {
     **{"key": _TEXT, "label": _TEXT, "method": _TEXT},
     **{"arguments": _SUBTABLE, "calibration_size": _COUNT, "calibration_batch_size": _COUNT},
 }
+#: Those of a method's settings that are none of its options.
+_SETTINGS_KEYS: Mapping[str, _Kind] = {"calibration_size": _COUNT, "calibration_batch_size": _COUNT}
+
 _MODEL_KEYS: Mapping[str, _Kind] = {
     **{"key": _TEXT, "label": _TEXT, "name": _TEXT, "checkpoint": _TEXT},
     **{"preprocessing": _SUBTABLE, "arguments": _SUBTABLE},

@@ -29,7 +29,7 @@ from benchmarks.run.store import Record, ResultStore
 
 ROOT = Path(__file__).resolve().parents[1]
 STORES = ROOT / "results"  # a folder for each profile
-PAGES = ("results", "field", "encoders", "memory", "deployment")
+PAGES = ("results", "field", "encoders", "mobile-sam", "memory", "deployment")
 
 
 def write_page(name: str) -> str:
@@ -52,6 +52,8 @@ def write_page(name: str) -> str:
         }
     if name == "field":
         given |= {"published": _tabulate_published} | _tabulate_fashion()
+    if name == "mobile-sam":
+        given |= _describe_mobile()
     if name == "memory":
         given |= _tabulate_memory()
     if name == "deployment":
@@ -59,9 +61,9 @@ def write_page(name: str) -> str:
     return environment.get_template(f"{name}.md.jinja").render(**given)
 
 
-def _render_table(name: str, profile: str = BUNDLED) -> str:
-    """Return a table with its caption and notes as Markdown, below a heading of its own."""
-    (results,) = _read([name], profile)
+def _render_table(name: str, profile: str = BUNDLED, **selection: Any) -> str:
+    """Return a table, or the part that a selection has, with its caption and notes as Markdown, below a heading."""
+    (results,) = _read([name], profile, **selection)
     _, _, rest = results.render().partition("\n\n")
     return f"## {results.table.heading}\n\n{rest}"
 
@@ -173,6 +175,14 @@ def _tabulate_memory() -> dict[str, str]:
     return {"before": before, "now": now, "table": table}
 
 
+def _describe_mobile() -> dict[str, Any]:
+    """Return the methods that are measured in the mobile profile of table 3, and the largest memory of their cells."""
+    records = read_records(STORES / "mobile")
+    methods = [row.key for row in load_table("3", "mobile").rows if row.key in {r["config"]["method"] for r in records}]
+    memory = max(record["cost"]["calibration_memory"] for record in records)
+    return {"methods": methods, "memory": f"{memory:,.0f}"}
+
+
 def _tabulate_exports() -> dict[str, Any]:
     """Return the tables of exported models as Markdown, and what the text says of them."""
     bundled, real = (ResultStore(STORES / name, create=False).read_exports() for name in (BUNDLED, "real"))
@@ -245,10 +255,11 @@ def _read_file(name: str) -> pd.DataFrame:
     return pd.read_csv(STORES / "real" / f"{name}.csv")
 
 
-def _read(names: list[str], profile: str = BUNDLED) -> list[TableResults]:
+def _read(names: list[str], profile: str = BUNDLED, **selection: Any) -> list[TableResults]:
     """Return tables with all recorded seeds; AdfqError where a cell has no record."""
     store = STORES / profile
-    tables = read_plan(make_plan(names, Selection(profile, seeds=RECORDED), check_files=False), store)
+    chosen = Selection(profile, seeds=RECORDED, **selection)
+    tables = read_plan(make_plan(names, chosen, check_files=False), store)
     for results in tables:
         if results.count("measured") < len(results.results):
             raise AdfqError(f"{store} has no record of some cells of table {results.table.name}")

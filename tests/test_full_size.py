@@ -16,16 +16,18 @@ import adfq
 from benchmarks.cli.main import main
 from benchmarks.plan import load_table
 
-MODELS = [
-    "deit_tiny_patch16_224",
+#: The smallest of each family, for every method.
+SMALL = ["deit_tiny_patch16_224", "swin_tiny_patch4_window7_224"]
+
+#: The others, for the methods of the paper: every method would take hours.
+LARGE = [
     "deit_small_patch16_224",
     "vit_small_patch16_224",
     "vit_base_patch16_224",
-    "swin_tiny_patch4_window7_224",
     "swin_small_patch4_window7_224",
     "swin_base_patch4_window7_224",
 ]
-
+PAPER = ["base_ptq", "ptq4vit", "repq_vit", "adfq_vit"]
 
 #: Options on the command line with which full-size models take no hours.
 _QUICK = {
@@ -37,13 +39,13 @@ _QUICK = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
-def test_every_method_quantizes_and_runs(name: str, quick: Mapping[str, dict[str, Any]]) -> None:
+@pytest.mark.parametrize("name", [*SMALL, *LARGE])
+def test_methods_quantize_and_run(name: str, quick: Mapping[str, dict[str, Any]]) -> None:
     model = timm.create_model(name).eval()
     images = torch.randn(2, 3, 224, 224)
     with torch.no_grad():
         expected = model(images)
-        for method in adfq.methods():
+        for method in adfq.methods() if name in SMALL else PAPER:
             logits = adfq.quantize(model, method, 8, 8, images, **quick[method])(images)
             assert torch.isfinite(logits).all()
             # Uniform quantizers come close at 8 bits; shift-log's levels are √2 apart at any bit-width.
@@ -75,16 +77,22 @@ def test_every_method_quantizes_a_detector_on_real_images(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", adfq.methods())
-def test_every_method_quantizes_sam_on_a_real_image(
-    method: str, real_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [*(("mobile_sam", method) for method in adfq.methods()), *(("vit_b", method) for method in PAPER)],
+)
+def test_methods_quantize_sam_on_a_real_image(
+    name: str, method: str, real_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("segment_anything")
     from segment_anything import sam_model_registry
 
-    torch.manual_seed(0)
-    torch.save(sam_model_registry["vit_b"]().state_dict(), tmp_path / "vit_b.pth")
-    model = ["--model", "vit_b", "--checkpoint", str(tmp_path / "vit_b.pth"), "--data", str(real_data / "coco")]
+    file = real_data / "sam" / "mobile_sam.pt"
+    if name == "vit_b":
+        torch.manual_seed(0)
+        file = tmp_path / "vit_b.pth"
+        torch.save(sam_model_registry["vit_b"]().state_dict(), file)
+    model = ["--model", name, "--checkpoint", str(file), "--data", str(real_data / "coco")]
     options = _QUICK.get(method)
     further = ["--calibration-size", "1", "--limit", "1", *(["--method-arg", *options] if options else [])]
     assert main(["run", "segmentation", *model, "--method", method, *further, "--json"]) == 0

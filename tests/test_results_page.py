@@ -21,7 +21,7 @@ def script() -> dict[str, Any]:
     return runpy.run_path(str(ROOT / "scripts" / "write_results.py"))
 
 
-@pytest.mark.parametrize("name", ["results", "field", "encoders", "memory", "deployment"])
+@pytest.mark.parametrize("name", ["results", "field", "encoders", "mobile-sam", "memory", "deployment"])
 def test_a_page_is_written_from_the_records(script: dict[str, Any], name: str) -> None:
     page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
     assert script["write_page"](name) == page, "run scripts/write_results.py"

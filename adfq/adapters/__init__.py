@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from dataclasses import replace as replace_fields
 from importlib.metadata import entry_points
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from torch import nn
 
@@ -68,11 +69,16 @@ def adapt(model: nn.Module) -> Network:
         model: instance of a supported class or of a subclass of one.
 
     Raises:
-        AdfqError: for a model of another family, and for a kind of attention that is not covered.
+        AdfqError: for a model of another family, for a kind of attention that is not covered, and for a part in place
+            of another that the adapter does not know.
     """
     adapter = find_adapter(family_of(model))
     _separate(model, {model})
-    network = adapter.adapt(model)
+    for module in model.modules():
+        if getattr(module, "grad_checkpointing", False):
+            module.grad_checkpointing = cast(Any, False)  # checkpoints run parts again, unseen by what looks at them
+    with _odd_parts(model):
+        network = adapter.adapt(model)
     model.train(model.training)  # the new layers too
     return replace_fields(network, unsupported=_find_unsupported(network), input_norms=_unshared_norms(network))
 
@@ -86,10 +92,12 @@ def describe(model: nn.Module) -> Architecture:
         model: instance of a supported class or of a subclass of one.
 
     Raises:
-        AdfqError: for a model without an adapter.
+        AdfqError: for a model without an adapter, and for a part in place of another that the adapter does not know.
     """
     family = family_of(model)
-    return find_adapter(family).describe(model, family)
+    adapter = find_adapter(family)
+    with _odd_parts(model):
+        return adapter.describe(model, family)
 
 
 def create(architecture: Architecture) -> nn.Module:
@@ -105,6 +113,18 @@ def create(architecture: Architecture) -> nn.Module:
         AdfqError: for a description that cannot be built.
     """
     return find_adapter(architecture.family).create(architecture)
+
+
+@contextmanager
+def _odd_parts(model: nn.Module) -> Iterator[None]:
+    """Raise AdfqError for what an adapter does not find in a model whose parts were replaced."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise AdfqError(
+            f"cannot quantize this {type(model).__name__}, a part of which was replaced: {reason}"
+        ) from error
 
 
 def build_error(what: str, error: Exception) -> AdfqError:

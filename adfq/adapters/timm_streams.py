@@ -128,8 +128,7 @@ def _stream_of_stage(model: Any, index: int, stage: Any) -> Stream | str:
 
 def _is_exactly(module: Any, *classes: type[nn.Module]) -> bool:
     """Return True for an instance of a class itself, whose methods are the class's."""
-    methods = {name for name, value in vars(module).items() if callable(value) and hasattr(type(module), name)}
-    return type(module) in classes and not methods and keeps_forward(module, *classes)
+    return type(module) in classes and keeps_forward(module, *classes)
 
 
 def _children(module: nn.Module, name: str, *children: str) -> tuple[str, ...]:

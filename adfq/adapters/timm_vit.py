@@ -8,7 +8,7 @@ from typing import Any
 from timm.layers import Attention, GluMlp, HybridEmbed, Mlp, SwiGLU
 from timm.layers.attention import maybe_add_mask, resolve_self_attn_mask
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import LayerScale, ResPostBlock, VisionTransformer
+from timm.models.vision_transformer import Block, LayerScale, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
 from adfq.adapters import Architecture, replace, replace_attention
@@ -17,6 +17,7 @@ from adfq.adapters.timm_parts import adapt_end, adapt_mlp, pair_attention
 from adfq.adapters.timm_streams import heads_of_vit, stream_of_vit
 from adfq.errors import AdfqError
 from adfq.layers import QuantLinear, QuantMatMul
+from adfq.plain import keeps_forward
 from adfq.sites import Network
 
 
@@ -133,22 +134,15 @@ def adapt_block(model: nn.Module, block_name: str, norms: dict[str, nn.LayerNorm
     return modules
 
 
-#: Child that is the LayerNorm right before a sub-block, in timm's Block and in the Sequentials of its
-#: ParallelThingsBlock. Post-norm blocks have none.
-_NORM_BEFORE = {
-    ("Block", "attn"): "norm1",
-    ("Block", "mlp"): "norm2",
-    ("Sequential", "attn"): "norm",
-    ("Sequential", "mlp"): "norm",
-}
-
-
 def _norm_before(model: nn.Module, name: str) -> nn.Module | None:
+    """Return the norm right before a sub-block: in timm's Block, and in the Sequentials of its ParallelThingsBlock."""
     parent_name, _, child = name.rpartition(".")
-    parent = model.get_submodule(parent_name)
-    if "forward" in vars(parent):
-        return None
-    norm: nn.Module | None = getattr(parent, _NORM_BEFORE.get((type(parent).__name__, child), ""), None)
+    parent: Any = model.get_submodule(parent_name)
+    norm: nn.Module | None = None  # post-norm blocks have none
+    if keeps_forward(parent, Block):
+        norm = {"attn": parent.norm1, "mlp": parent.norm2}.get(child)
+    elif type(parent) is nn.Sequential and keeps_forward(parent, nn.Sequential):
+        norm = getattr(parent, "norm", None)
     return norm
 
 

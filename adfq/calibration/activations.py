@@ -35,7 +35,7 @@ def check_input(network: Network, images: CalibrationImages) -> None:
                 network.run(image)
         except (AdfqError, torch.OutOfMemoryError):
             raise
-        except (AssertionError, RuntimeError, ValueError, IndexError) as error:
+        except Exception as error:  # whatever a model makes of its input
             reason = " ".join(str(error).split()) or type(error).__name__
             shape = "×".join(map(str, image.shape[1:]))
             raise AdfqError(f"the model does not take calibration images of {shape}: {reason}") from None

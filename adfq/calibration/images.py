@@ -143,6 +143,10 @@ def _images_of(batch: Any) -> Tensor:
         raise AdfqError(
             f"calibration images must be preprocessed as the model's input, in floating point, got {images.dtype}"
         )
+    if images.is_meta or images.layout is not torch.strided or images.dtype.itemsize == 1:
+        raise AdfqError(
+            f"calibration images must be dense values, got {images.dtype}, {images.layout}, {images.device}"
+        )
     if images.numel() and not torch.isfinite(torch.stack(images.aminmax())).all():
         raise NonFiniteError("calibration images are not finite (NaN or infinity)")
     return images.detach()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from torch import nn
 
-from adfq.api import Quantization
+from adfq.api import Quantization, ordinary_modes
 from adfq.errors import AdfqError
 from adfq.export.checks import check_exportable
 from adfq.export.graphs import exported_part, graphs_of, has_decoder, resolve_size
@@ -23,6 +23,7 @@ from adfq.export.metadata import KEY, describe_graph
 from adfq.export.products import Exported, convert
 from adfq.export.storage import file_size, writing
 from adfq.export.trace import trace
+from adfq.files import as_path
 from adfq.sites import check_weights
 
 __all__ = ["Exported", "check_installed", "decoder_file", "export_onnx", "file_size"]
@@ -73,16 +74,20 @@ def export_onnx(
     quantization = getattr(model, "quantization", None)
     if not isinstance(quantization, Quantization):
         raise AdfqError("only a model that adfq.quantize has quantized can be exported")
-    files = _files(model, file, decoder)
+    files = _files(model, as_path(file), None if decoder is None else as_path(decoder))
+    for path in files:
+        if not path.absolute().parent.is_dir():
+            raise AdfqError(f"cannot write {path}: there is no directory {path.parent}")
     part = exported_part(model)
     size = resolve_size(part, quantization.architecture.input_size, input_size)
     check_weights(part)
     check_exportable(part)
     check_installed()
-    part = copy.deepcopy(part).cpu().float()
-    part.eval()  # MMDetection's backbones return nothing from it
-    exported = convert(part)
-    programs = [(trace(graph), describe_graph(model, graph.kind, size)) for graph in graphs_of(part, size)]
+    with ordinary_modes():
+        part = copy.deepcopy(part).cpu().float()
+        part.eval()  # MMDetection's backbones return nothing from it
+        exported = convert(part)
+        programs = [(trace(graph), describe_graph(model, graph.kind, size)) for graph in graphs_of(part, size)]
     with ExitStack() as stack:  # all files or none
         for path, (program, metadata) in zip(files, programs, strict=True):
             program.model.metadata_props[KEY] = metadata
@@ -100,15 +105,13 @@ def decoder_file(file: str | os.PathLike[str]) -> Path:
     return path.with_name(f"{path.stem}_decoder{path.suffix}")
 
 
-def _files(
-    model: nn.Module, file: str | os.PathLike[str], decoder: str | os.PathLike[str] | None
-) -> list[str | os.PathLike[str]]:
+def _files(model: nn.Module, file: Path, decoder: Path | None) -> list[Path]:
     if not has_decoder(model):
         if decoder is not None:
             raise AdfqError(f"a {type(model).__name__} has no mask decoder to write to {decoder}")
         return [file]
     second = decoder_file(file) if decoder is None else decoder
-    if Path(second).resolve() == Path(file).resolve():
+    if second.resolve() == file.resolve():
         raise AdfqError(f"image encoder and decoder need two files; both are {file}")
     return [file, second]
 

@@ -6,9 +6,11 @@ import json
 from collections.abc import Mapping
 from typing import Any, cast
 
-from torch import nn
+import numpy as np
+from torch import Tensor, nn
 
 from adfq.api import Quantization
+from adfq.errors import AdfqError
 
 #: Key of the entry.
 KEY = "adfq"
@@ -26,13 +28,26 @@ def describe_graph(model: nn.Module, kind: str, input_size: tuple[int, int, int]
         model: whole quantized model.
         kind: kind of a `Graph`.
         input_size: channels, height and width in pixels.
+
+    Raises:
+        AdfqError: for preprocessing that JSON cannot hold, such as NaN.
     """
     quantization = cast(Quantization, model.quantization)
     entry: dict[str, Any] = {"method": quantization.method, "bits": str(quantization.bits), "kind": kind}
     preprocessing = _preprocessing(model, quantization, kind, input_size)
     if preprocessing:
         entry["preprocessing"] = preprocessing
-    return json.dumps(entry, sort_keys=True, allow_nan=False)
+    try:
+        return json.dumps(entry, sort_keys=True, allow_nan=False, default=_plain)
+    except (TypeError, ValueError) as error:
+        raise AdfqError(f"cannot write the model's preprocessing to the file: {error}") from None
+
+
+def _plain(value: Any) -> Any:
+    """Return a number or array of numpy, or a tensor, as Python's own numbers."""
+    if isinstance(value, (np.generic, np.ndarray, Tensor)):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} has no form in JSON")
 
 
 def _preprocessing(
@@ -53,7 +68,10 @@ def _preprocessing(
         return {}
     from timm.data import resolve_model_data_config
 
-    config = resolve_model_data_config(model)
+    try:
+        config = resolve_model_data_config(model)
+    except Exception as error:  # whatever timm makes of values of another type
+        raise AdfqError(f"the model's pretrained_cfg has no use as preprocessing: {error}") from None
     return {**config, "input_size": list(input_size)}
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adfq.errors import NonFiniteError
+from adfq.errors import AdfqError, NonFiniteError
 from adfq.layers import QuantConv2d, QuantMatMul, QuantWeightLayer
 
 # Everything is kept where it is no more than this.
@@ -53,12 +53,18 @@ class Sampler:
 
     @property
     def sample(self) -> Sample | None:
-        """The sample; None if the operator was not used, or cannot be searched."""
+        """The sample; None if the operator was not used, or cannot be searched.
+
+        Raises:
+            AdfqError: for matrices whose size depends on that of the image, and images of several sizes.
+        """
         if not self._parts:
             return None
         along = 0 if isinstance(self.operator, QuantMatMul) else 2
-        values = tuple(torch.cat(parts, along) for parts in zip(*self._parts, strict=True))
-        return Sample(self.operator, values)
+        operands = list(zip(*self._parts, strict=True))
+        if along == 0 and any(len({part.shape[1:] for part in parts}) > 1 for parts in operands):
+            raise AdfqError(f"{self.name}: cannot calibrate on images of several sizes; give images of one size")
+        return Sample(self.operator, tuple(torch.cat(parts, along) for parts in operands))
 
     def begin(self, share: float) -> None:
         """Prepare for a batch.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from adfq.errors import NotApplicableError
 from adfq.reconstruction.losses import Loss, divergence
 from adfq.reconstruction.unit import Batch, Unit, size_index
 
@@ -27,7 +28,7 @@ def output_divergence(outputs: Any, reference: Any, temperature: float) -> Tenso
         temperature: τ.
     """
     found, wanted = output_tensors(outputs), output_tensors(reference)
-    if _are_logits(wanted):
+    if are_logits(wanted):
         return divergence(found[0], wanted[0], temperature)
     terms = [
         ((output.float() - target.float()) / spread).square().sum() / (2 * len(target))
@@ -46,7 +47,26 @@ def output_tensors(outputs: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-def _are_logits(outputs: list[Tensor]) -> bool:
+def check_gradient(outputs: list[Tensor], reference: list[Tensor]) -> None:
+    """Raise NotApplicableError unless a network's outputs have a gradient that `output_divergence` can take.
+
+    Args:
+        outputs: from `output_tensors`.
+        reference: the same in full precision.
+    """
+    pairs = [(output, target) for output, target in zip(outputs, reference, strict=True) if output.requires_grad]
+    if not pairs:
+        raise NotApplicableError("the method needs a gradient, and the model's output has none")
+    if not are_logits(reference) and all(output_spread(target) is None for _, target in pairs):
+        raise NotApplicableError("the method needs a gradient of outputs that vary, and all values of each are equal")
+
+
+def are_logits(outputs: list[Tensor]) -> bool:
+    """Return True for a single output of images × classes.
+
+    Args:
+        outputs: from `output_tensors`.
+    """
     return len(outputs) == 1 and outputs[0].dim() == 2
 
 
@@ -83,6 +103,7 @@ def fisher_diagonal(unit: Unit, temperature: float, labels: int) -> list[Tensor]
         total = totals[size_index(unit, batch)]
         with torch.enable_grad():
             outputs = output_tensors(unit.rest(index, leaf.to(batch.examples.targets.dtype)))
+        check_gradient(outputs, outputs)
         for function, weights in _log_probabilities(outputs, temperature, labels):
             with torch.enable_grad():
                 value = function()
@@ -95,7 +116,7 @@ def fisher_diagonal(unit: Unit, temperature: float, labels: int) -> list[Tensor]
 def _log_probabilities(outputs: list[Tensor], temperature: float, labels: int) -> Iterator[tuple[Any, Tensor]]:
     """Yield functions that give log-probabilities, summed over images, and the weight of each image's square."""
     one = torch.ones(1, device=outputs[0].device)
-    if not _are_logits(outputs):
+    if not are_logits(outputs):
         for _ in range(labels):
             noise = [(torch.randn_like(output.float()), output_spread(output)) for output in outputs]
             yield (
@@ -207,6 +228,7 @@ class LowRankFisher(Loss):
             with torch.enable_grad():
                 leaf = output.float().requires_grad_()
                 outputs = unit.rest(index, leaf.to(output.dtype))
+                check_gradient(output_tensors(outputs), output_tensors(reference))
                 loss = images * output_divergence(outputs, reference, self.temperature)
             (gradient,) = torch.autograd.grad(loss, leaf)
             gradients = gradients + gradient.abs().reshape(images, -1).sum(0)

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
 from adfq.errors import AdfqError
 from adfq.method import Method
 
+_LARGEST = sys.float_info.max
+_LARGEST_BATCH = 2**31 - 1  # torch's sizes overflow above 63 bits; so many images have no room anyway
 
-def check_number(options: Any, name: str, highest: float = math.inf) -> None:
+
+def check_number(options: Any, name: str, highest: float = _LARGEST, positive: bool = False) -> None:
     """Raise AdfqError unless an option is a number from 0 to a bound.
 
     Args:
         options: object with the option as attribute.
         name: name of the option.
-        highest: the bound; infinity by default.
+        highest: the bound; the largest finite number by default.
+        positive: True to refuse 0 too; False by default.
     """
-    if not isinstance(value := getattr(options, name), (int, float)) or not 0 <= value <= highest:
-        raise AdfqError(f"{name} must be a number from 0 to {highest}, got {value!r}")
+    value = getattr(options, name)
+    if not isinstance(value, (int, float)) or not 0 <= value <= highest or (positive and not value):
+        bounds = "above 0" if positive else "of at least 0" if highest == _LARGEST else f"from 0 to {highest}"
+        raise AdfqError(f"{name} must be a finite number {bounds}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,8 @@ class OptimizerOptions:
         for name, lowest in (("iterations", 0), ("optimize_batch_size", 1)):
             if not isinstance(value := getattr(self, name), int) or value < lowest:
                 raise AdfqError(f"{name} must be a whole number of at least {lowest}, got {value!r}")
+        if self.optimize_batch_size > _LARGEST_BATCH:
+            raise AdfqError(f"optimize_batch_size must be at most {_LARGEST_BATCH}, got {self.optimize_batch_size}")
         check_number(self, "held_back", 0.5)
 
 

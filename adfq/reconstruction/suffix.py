@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from adfq.errors import NotApplicableError
 from adfq.reconstruction.losses import Loss
 from adfq.reconstruction.unit import Batch, Unit, size_index
 
@@ -57,6 +58,8 @@ class SuffixFeature(Loss):
         if self.features:
             feature = self.unit.feature(batch, output.to(target.dtype))
             assert feature is not None
+            if output.requires_grad and not feature.requires_grad:
+                raise NotApplicableError("the method needs a gradient, and the model's output has none")
             wanted = self.features[size_index(self.unit, batch)][batch.chosen].to(feature.device)
             terms.append((feature.float() - wanted.float()).square().mean())
         return terms

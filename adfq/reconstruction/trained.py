@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -133,7 +135,8 @@ class Steps(Trained):
 class Weights(Trained):
     """Weights and biases themselves, straight through the rounding, by Adam with a cosine schedule to 0.
 
-    A weight whose quantizer is not calibrated is trained in full precision.
+    A weight whose quantizer is not calibrated is trained in full precision. Parameters in half precision follow copies
+    in float32, which are what is trained.
 
     Args:
         unit: the unit.
@@ -144,16 +147,18 @@ class Weights(Trained):
 
     def __init__(self, unit: Unit, rate: float, iterations: int, relative: bool = False) -> None:
         self.layers = list(unit.layers.values())
+        self.copies: list[tuple[nn.Parameter, Tensor]] = []
         groups = []
         for name, layer in unit.layers.items():
             own = [(kind, found) for kind in ("weight", "bias") if (found := getattr(layer, kind)) is not None]
             unit.trained.update((f"{name}.{kind}" if name else kind, parameter) for kind, parameter in own)
             quantizer = layer.weight_quantizer
             unit_of_rate = mean_step(quantizer) if relative and isinstance(quantizer, Quantizer) else 1.0
-            groups.append({"params": [parameter for _, parameter in own], "lr": rate * unit_of_rate})
+            groups.append({"params": [self._precise(parameter) for _, parameter in own], "lr": rate * unit_of_rate})
         self.parameters = list(unit.trained.values())
         if self.parameters:
             self.optimizer = torch.optim.Adam(groups, rate, fused=True)
+            self.optimizer.register_step_pre_hook(self._take_gradients)
             self.decay = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, iterations)
         for parameter in self.parameters:
             parameter.requires_grad_(True)
@@ -169,8 +174,23 @@ class Weights(Trained):
             layer.learned_weight = quantizer(layer.weight) if calibrated else layer.weight.view_as(layer.weight)
 
     def after(self) -> None:
-        """Lower the rate."""
+        """Lower the rate, and put what was trained in float32 into the unit."""
         self.decay.step()
+        for parameter, precise in self.copies:
+            parameter.copy_(precise)
+
+    def _precise(self, parameter: nn.Parameter) -> Tensor:
+        """Return what stands for a parameter in the optimization: a copy of one in half precision."""
+        # There, Adam divides by squares of gradients that underflow, and steps are less than the weight's last digit.
+        if parameter.dtype.itemsize >= 4:
+            return parameter
+        self.copies.append((parameter, parameter.detach().float()))
+        return self.copies[-1][1]
+
+    def _take_gradients(self, *_: Any) -> None:
+        for parameter, precise in self.copies:
+            precise.grad = None if parameter.grad is None else parameter.grad.float()
+            parameter.grad = None
 
     def settle(self) -> None:
         """Let the quantizers round the weights again."""

@@ -100,6 +100,8 @@ class Unit:
         self.layers = {key: layer for key, layer in modules if isinstance(layer, QuantWeightLayer)}
         self.sites = list(sites_of(network.model, name))
         self.quantizers = network.activation_quantizers(name)
+        for quantizer in self.quantizers.values():  # a model's own inference mode made tensors that cannot be trained
+            quantizer._apply(lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
         self.channels_first = any(isinstance(layer, QuantConv2d) for layer in self.layers.values())
         self.trained: dict[str, nn.Parameter] = {}
 

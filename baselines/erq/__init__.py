@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,10 +12,10 @@ from adfq.bits import Bits
 from adfq.calibration import calibrate_activations
 from adfq.calibration.grams import Gram, grams_of_layers
 from adfq.calibration.passes import naming
-from adfq.errors import AdfqError
 from adfq.layers import QuantConv2d, QuantWeightLayer
 from adfq.method import Method, Run
 from adfq.quantizers import DualUniformQuantizer, LogQuantizer, UniformQuantizer
+from adfq.reconstruction.options import check_number
 from adfq.sites import Network, Recipe
 from adfq.transforms.reparameterization import norms_with_readers, reparameterize
 from baselines.erq.regression import (
@@ -58,8 +57,7 @@ class ERQ(Method):
     outlier_share: float = 0.05
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.coe, (int, float)) and 0 < self.coe < math.inf):
-            raise AdfqError(f"coe must be above 0, got {self.coe!r}")
+        check_number(self, "coe", positive=True)
         DualUniformQuantizer(8, self.outlier_share)  # raises for a share that it cannot have
 
     def recipe(self, bits: Bits) -> Recipe:

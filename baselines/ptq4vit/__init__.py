@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,13 +17,13 @@ from adfq.errors import AdfqError, NotApplicableError
 from adfq.layers import QuantMatMul, QuantWeightLayer
 from adfq.method import Method, Run
 from adfq.quantizers import TwinGeluQuantizer, TwinSoftmaxQuantizer, UniformQuantizer
+from adfq.reconstruction.fisher import are_logits, check_gradient, output_spread, output_tensors
 from adfq.sites import Network, Recipe
 from baselines.ptq4vit.observers import COARSE, FINE, Observer, check_finite
 from baselines.ptq4vit.search import search_scales
 
 SEARCHES = ("hessian", "mse")
 
-_ROUNDING = 1e-6  # a spread below this share of the values is that of rounding
 _LOSS_SCALE = 256.0  # scores do not depend on it; in half precision, small gradients would vanish without it
 
 
@@ -80,7 +81,8 @@ class PTQ4ViT(Method):
         """Quantize a network in place; see `adfq.method.Method.apply`.
 
         Raises:
-            NotApplicableError: for a model whose output is neither images × classes nor a list (``"hessian"``).
+            NotApplicableError: for a model whose output is a tensor other than images × classes, or has no gradient
+                (``"hessian"``).
         """
         weighted = self.search == "hessian"
         for name, layer in network.weight_layers():
@@ -135,7 +137,7 @@ def _run(network: Network, images: Tensor, uniform: list[float] | None) -> None:
             bias.requires_grad_(False)
 
 
-def _fisher_loss(outputs: Tensor | list[Tensor], uniform: list[float]) -> Tensor:
+def _fisher_loss(outputs: Any, uniform: list[float]) -> Tensor:
     """Return a loss whose squared gradients are the empirical Fisher information of the outputs.
 
     For logits (B×classes) it is the cross-entropy against a label drawn from the prediction. Several outputs, as a
@@ -143,27 +145,28 @@ def _fisher_loss(outputs: Tensor | list[Tensor], uniform: list[float]) -> Tensor
     drawn from these. An output whose values are all equal has no variance, and is left out.
 
     Args:
-        outputs: logits, or several outputs of any shape.
+        outputs: logits, or any nesting of outputs of any shape.
         uniform: a random number from 0 to 1 for each image's label; without effect on several outputs.
+
+    Raises:
+        NotApplicableError: for outputs without a gradient.
+        NonFiniteError: for outputs that hold NaN or infinity.
     """
-    if isinstance(outputs, Tensor):
-        if outputs.dim() != 2:
-            raise NotApplicableError(
-                f"a gradient needs logits, images × classes; the model gives {tuple(outputs.shape)}"
-            )
-        outputs = outputs.float()
-        check_finite("logits", outputs)
-        cumulative = outputs.detach().softmax(-1).double().cumsum(-1)
+    if isinstance(outputs, Tensor) and outputs.dim() != 2:
+        raise NotApplicableError(f"a gradient needs logits, images × classes; the model gives {tuple(outputs.shape)}")
+    found = output_tensors(outputs)
+    for output in found:
+        check_finite("logits" if are_logits(found) else "outputs", output)
+    check_gradient(found, found)
+    if are_logits(found):
+        logits = found[0].float()
+        cumulative = logits.detach().softmax(-1).double().cumsum(-1)
         points = cumulative.new_tensor(uniform)[:, None] * cumulative[:, -1:]
-        labels = torch.searchsorted(cumulative, points, right=True)[:, 0].clamp_(max=outputs.shape[1] - 1)
-        return F.cross_entropy(outputs, labels, reduction="sum")
+        labels = torch.searchsorted(cumulative, points, right=True)[:, 0].clamp_(max=logits.shape[1] - 1)
+        return F.cross_entropy(logits, labels, reduction="sum")
     losses = []
-    for output in outputs:
-        check_finite("outputs", output)
-        values = output.detach().float()
-        spread, drawn = values.std(correction=0), torch.randn_like(values)
-        if spread > _ROUNDING * values.abs().amax():
+    for output in found:
+        spread, drawn = output_spread(output), torch.randn_like(output.detach().float())
+        if spread is not None:
             losses.append((output.float() / spread * drawn).sum())
-    if not losses:
-        raise NotApplicableError("a gradient needs outputs that vary; all values of each output are equal")
     return torch.stack(losses).sum()

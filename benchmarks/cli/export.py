@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from adfq.errors import NotApplicableError
+from adfq.errors import AdfqError, NotApplicableError
 from benchmarks.cli.options import DATA_HELP, Commands, positive
 from benchmarks.run.store import ResultStore
 
@@ -44,6 +44,8 @@ def _export(options: argparse.Namespace) -> None:
     check_installed()
     file, limit, saved = options.out, options.limit, Path(options.quantized)
     check_place(file)
+    if saved.resolve() in (file.resolve(), decoder_file(file).resolve()):
+        raise AdfqError(f"--out would replace the quantized model {saved}: give another name")
     store = None if options.store is None else ResultStore(options.store)
     cell, subject = load_quantized(options.quantized, data=options.data)
     kind = kind_of(cell.task)

@@ -31,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.showwarning = lambda message, *_: warn(str(message))
     keep_freed_memory()
     try:
+        arguments = sys.argv[1:] if arguments is None else arguments
+        _check_empty(arguments)
         options = _parser().parse_args(arguments)
         action: Callable[[argparse.Namespace], int | None] = options.action
         return action(options) or 0
@@ -43,6 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone, as with | head
         sys.stderr.close()
         return 0
+
+
+def _check_empty(arguments: Sequence[str]) -> None:
+    """Raise AdfqError for an empty word, as a shell gives for a variable that is not set."""
+    for before, word in zip(("adfq", *arguments), arguments, strict=False):
+        if not word or (word.startswith("--") and word.endswith("=")):
+            raise AdfqError(f"there is an empty text after {word.removesuffix('=') or before}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from adfq.errors import AdfqError
 from benchmarks.bundled import BUNDLED
-from benchmarks.cli.measure import add_measuring, measure, write_text
+from benchmarks.cli.measure import add_measuring, create_folder, measure, write_text
 from benchmarks.cli.options import Commands, select
 from benchmarks.plan import RECORDED, Selection, make_plan
 from benchmarks.run.plans import config_key, newest, read_records
@@ -72,12 +72,10 @@ def _regress(options: argparse.Namespace) -> int:
 
 
 def _check_file(path: Path) -> None:
-    if path.is_dir():
-        raise AdfqError(f"cannot write {path}: it is a folder")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise AdfqError(f"cannot write {path}: {error.strerror}") from None
+    from benchmarks.tasks.shared import check_place
+
+    create_folder(path.parent)
+    check_place(path)
 
 
 def _append(path: Path, text: str) -> None:

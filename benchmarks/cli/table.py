@@ -32,6 +32,8 @@ def add(commands: Commands) -> None:
 
 
 def _print_tables(options: argparse.Namespace) -> int:
+    from benchmarks.tasks.shared import check_place
+
     plan = make_plan(options.names, select(options))
     if options.dry_run:
         return _print_forecast(plan, options)
@@ -39,10 +41,13 @@ def _print_tables(options: argparse.Namespace) -> int:
         raise AdfqError("--json is for the forecast of --dry-run; --format csv gives a table as data")
     out = options.out or options.store
     create_folder(out)
+    places = [out / f"{planned.table.slug}.{STYLES[options.format]}" for planned in plan.tables]
+    for place in places:
+        check_place(place)
     gap, failed = "", False
-    for results in measure(plan, options):
+    for results, place in zip(measure(plan, options), places, strict=True):
         text = results.render(options.format)
-        write_text(out / f"{results.table.slug}.{STYLES[options.format]}", text)
+        write_text(place, text)
         tqdm.write(f"{gap}{text}", file=sys.stdout, end="")  # past the bar of the tables to come
         sys.stdout.flush()  # a pipe would hold the table back until the next one
         gap, failed = "\n", failed or results.count("failed") > 0

@@ -185,6 +185,8 @@ class ResultStore:
 
     def find(self, identity: str) -> list[Record]:
         """Return the records and failures whose id begins with `identity`."""
+        if not identity or os.path.basename(identity) != identity:
+            return []
         pattern = f"{glob.escape(identity)}*.json"
         return [found for _, found in (*self.read(pattern), *self._read_failures(pattern))]
 
@@ -219,7 +221,9 @@ class ResultStore:
     def _read_failures(self, pattern: str) -> Iterator[tuple[Path, Record]]:
         for path in sorted(self.failures.glob(pattern)):
             with suppress(FileNotFoundError, ValueError):  # measured meanwhile, or cut off
-                yield path, json.loads(path.read_text(encoding="utf-8"))
+                failure = json.loads(path.read_text(encoding="utf-8"))
+                if isinstance(failure, dict) and {"config", "error"} <= failure.keys():
+                    yield path, failure
 
     def _place(self, identity: str, provenance: Mapping[str, Any]) -> Path:
         """Return the file of a record, which no record of another schema has."""
@@ -270,7 +274,7 @@ def _row(path: Path, record: Record) -> dict[str, Any]:
     nested = {
         f"{kind}.{name}": value
         for kind in ("cost", "environment")
-        for name, value in record.get(kind, {}).items()
+        for name, value in (record.get(kind) or {}).items()
         if not isinstance(value, dict)
     }
     status = "failed" if "error" in record else "n/a" if "not_applicable" in record else "measured"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from adfq.errors import AdfqError
-from benchmarks.tasks.masks import cocotools, is_number, read_rle
+from benchmarks.tasks.masks import cocotools, is_number, reaches_far, read_rle
 
 #: Part of a box within an image: x0, y0, x1, y1 in pixels.
 Corners = tuple[float, float, float, float]
@@ -158,6 +158,28 @@ def count_left_out(left_out: Counter[str], total: int, things: str) -> str:
     return f"{left_out.total()} of {total} {things} are left out: {reasons}"
 
 
+def read_json(file: Path) -> Any:
+    """Return the content of a JSON file.
+
+    Args:
+        file: path to read.
+
+    Raises:
+        OSError: for a file that cannot be read.
+        ValueError: for one that is not JSON, and an object with a key twice.
+        RecursionError: for objects that are nested too deeply.
+    """
+    return json.loads(file.read_bytes(), object_pairs_hook=_create_object)
+
+
+def _create_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):  # the last value would count without a word
+        key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"an object has the key {shown(key)} twice")
+    return content
+
+
 def shown(value: Any) -> str:
     """Return a value from JSON in one line of at most 80 characters."""
     return json.dumps(value)[:80]
@@ -183,16 +205,18 @@ def _complete(
     if clip_box(annotation.get("bbox"), image, name) is None:
         raise _LeftOutError("with an empty box or one outside the image")
     crowd = _read_crowd(annotation.get("iscrowd"), name)
-    box = annotation["bbox"]
+    box, size = annotation["bbox"], (image["height"], image["width"])
     entry = {"image_id": image["id"], "category_id": category, "bbox": box, "iscrowd": crowd}
     pixels = 0.0
     if masks:
-        size = image["height"], image["width"]
         entry["segmentation"] = read_rle(annotation.get("segmentation"), *size, f"{name}: its mask")
         pixels = float(cocotools("mask").area(entry["segmentation"])) if entry["segmentation"] else 0.0
         if not pixels:
             raise _LeftOutError("without a mask")
-    area, most = annotation.get("area") or 0, image["height"] * image["width"]
+    if reaches_far([*box[:2], box[0] + box[2], box[1] + box[3]], *size):
+        raise AdfqError(f"{name}: the box {shown(box)} reaches far beyond its image")
+    area, most = annotation.get("area"), image["height"] * image["width"]
+    area = 0 if area is None else area
     if not is_number(area) or area < 0:
         raise AdfqError(f"{name} has no number as its area")
     if area > max(most, box[2] * box[3]):  # COCO's evaluation would ignore it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -76,14 +77,18 @@ _BESIDE: list[Any] = [
 
 
 def check_present(file: str | None) -> None:
-    """Raise AdfqError for a checkpoint that is asked for and not there.
+    """Raise AdfqError for a checkpoint that is asked for and not there, and an empty text.
 
     Args:
-        file: path, or ``package:NAME``; None or empty for no checkpoint.
+        file: path, or ``package:NAME``; None for no checkpoint.
     """
-    if file and is_package(file):
+    if file is None:
+        return
+    if not file:
+        raise AdfqError("--checkpoint is empty")
+    if is_package(file):
         find_package_file(file)
-    elif file and not os.path.isfile(file):
+    elif not os.path.isfile(file):
         raise AdfqError(f"there is no checkpoint {file}")
 
 
@@ -100,20 +105,27 @@ def read_weights(file: str) -> dict[str, Tensor]:
         Tensors on the CPU by name, in the file's order and dtypes, without the names of wrappers.
 
     Raises:
-        AdfqError: for a file that cannot be read, holds code, holds no weights or several sets of them, and for a
-            quantized model.
+        AdfqError: for a file that cannot be read, holds code, itself, no weights, several sets of them, or tensors that
+            are not dense, and for a quantized model.
     """
     if is_package(file):
         return read_package(file)
     entry: Any = _read(file)
+    above: list[Any] = []
     while isinstance(entry, Mapping) and (key := _choose(entry, file)) is not None:
+        above.append(entry)
         entry = entry[key]
+        if any(entry is other for other in above):
+            raise AdfqError(f"{file} holds itself under {key!r}")
     state: dict[str, Tensor] = {}
     for name, value in entry.items() if isinstance(entry, Mapping) else ():
         if not (isinstance(name, str) and isinstance(value, Tensor)):
             continue
+        if value.layout != torch.strided or value.is_meta or value.is_nested:
+            form = "meta" if value.is_meta else "nested" if value.is_nested else "sparse"
+            raise AdfqError(f"{file}: {name} is a {form} tensor; only dense ones are read")
         bare = _unwrap(name)
-        if bare in state and not (state[bare].shape == value.shape and torch.equal(state[bare], value)):
+        if bare in state and not _same(value, state[bare]):
             raise AdfqError(f"{file} holds {bare} twice, with other values under {name}; keep one set of weights")
         state[bare] = value
     if not state:
@@ -145,7 +157,7 @@ def load_weights(
             state = convert(dict(state))
         except Exception as error:  # a conversion takes the layout that it is made for for granted
             raise AdfqError(f"checkpoint {file} does not fit {name}: {one_line(error)}") from None
-    if problem := _misfit(state, own):
+    if problem := misfit(state, own):
         raise AdfqError(f"checkpoint {file} does not fit {name}: {problem}")
     if unknown := _unknown(state, own):
         warn(f"{name} has no place for {len(unknown)} of the weights in {file} ({unknown[0]} for one); left out")
@@ -157,8 +169,13 @@ def format_shape(tensor: Tensor) -> str:
     return "×".join(map(str, tensor.shape)) or "a number"
 
 
-def _misfit(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
-    """Return the reason why weights do not fit a model's own; empty if they do. They may be more than the model's."""
+def misfit(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    """Return the reason why weights do not fit a model's own; empty if they do.
+
+    Args:
+        state: weights by name; they may be more than the model's.
+        own: the model's state dict.
+    """
     missing = [key for key in own if key not in state and not key.endswith(_HARMLESS)]
     unknown = _unknown(state, own)
     shared = [key for key in own if key in state]
@@ -184,7 +201,8 @@ def _read(file: str) -> Any:
                 quantized = "adfq" in (stream.metadata() or {})
             content: Any = None if quantized else load_file(file)
         else:
-            with torch.serialization.safe_globals(_BESIDE):
+            with torch.serialization.safe_globals(_BESIDE), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the line on what is refused says all
                 content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise anything
         if "Unsupported operand" in str(error):  # torch takes any other file for code
@@ -228,19 +246,31 @@ def _choose(content: Mapping[Any, Any], file: str) -> Any:
 
 
 def _holds_weights(value: Any) -> bool:
-    if not isinstance(value, Mapping):
-        return False
-    return any(
-        isinstance(key, str)
-        and (isinstance(entry, Tensor) or ((key in CONTAINERS or _AVERAGES.search(key)) and _holds_weights(entry)))
-        for key, entry in value.items()
-    )
+    waiting, known = [value], set()
+    while waiting:
+        value = waiting.pop()
+        if not isinstance(value, Mapping) or id(value) in known:  # a dictionary can hold itself
+            continue
+        known.add(id(value))
+        named = {key: entry for key, entry in value.items() if isinstance(key, str)}
+        if any(isinstance(entry, Tensor) for entry in named.values()):
+            return True
+        waiting += [entry for key, entry in named.items() if key in CONTAINERS or _AVERAGES.search(key)]
+    return False
 
 
 def _unwrap(name: str) -> str:
     while wrapper := next((wrapper for wrapper in WRAPPERS if name.startswith(wrapper)), ""):
         name = name.removeprefix(wrapper)
     return _INNER_WRAPPERS.sub("", name)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Return True for tensors with equal values, in whatever dtypes."""
+    try:
+        return torch.equal(one.to(other), other) and torch.equal(other.to(one), one)
+    except RuntimeError:  # not every dtype can be converted
+        return False
 
 
 def _unknown(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
@@ -250,8 +280,7 @@ def _unknown(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str
 def _problem_of_values(key: str, given: Tensor, own: Tensor) -> str | None:
     if not own.is_floating_point():
         # With other indices the model would read its tables of position biases in another order than in training.
-        same = key.endswith(_COUNTERS) or torch.equal(given.to(own), own)
-        return None if same else f"{key} is another"
+        return None if key.endswith(_COUNTERS) or _same(given, own) else f"{key} is another"
     if given.dtype not in _FLOATS:
         return f"{key} is of {given.dtype}, whose values need a scale"
     return None if torch.isfinite(given.to(own.dtype)).all() else f"{key} is not finite"

@@ -20,7 +20,7 @@ from adfq.errors import AdfqError
 from benchmarks.bundled import BUNDLED
 from benchmarks.bundled.detectors import COUNTS
 from benchmarks.run.console import warn
-from benchmarks.tasks.annotations import check_id, check_objects, count_left_out
+from benchmarks.tasks.annotations import check_id, check_objects, count_left_out, read_json
 from benchmarks.tasks.images import check_size, read_image
 from benchmarks.tasks.masks import cocotools, is_number
 from benchmarks.tasks.shared import check_place, digest_file, one_line
@@ -156,7 +156,7 @@ class CocoSplit:
     def _read(self) -> dict[str, Any]:
         """Read the file; images and categories are checked, annotations are not."""
         try:
-            content = json.loads(self.file.read_bytes())
+            content = read_json(self.file)
         except FileNotFoundError:
             raise AdfqError(f"there is no {self.file}, with COCO's annotations of {self.folder}") from None
         except (OSError, ValueError, RecursionError) as error:
@@ -296,12 +296,14 @@ def _number_ids(
 
 
 def check_results(prefix: str, kinds: Iterable[str]) -> None:
-    """Raise AdfqError, before the work, unless ``PREFIX.KIND.json`` can be written after it.
+    """Raise AdfqError, before the work, for an empty prefix or unless ``PREFIX.KIND.json`` can be written after it.
 
     Args:
         prefix: beginning of the path.
         kinds: kinds of results.
     """
+    if not prefix:
+        raise AdfqError("--results is empty")
     for kind in kinds:
         path = Path(f"{prefix}.{kind}.json")
         check_place(path)

@@ -39,8 +39,8 @@ _TURNS = {
 }
 _INVERSES = {_OPERATIONS.ROTATE_90: _OPERATIONS.ROTATE_270, _OPERATIONS.ROTATE_270: _OPERATIONS.ROTATE_90}
 
-# Formats and modes that every reader decodes to the same pixels.
-_ORDINARY_FORMATS = ("JPEG", "MPO", "PNG", "BMP")
+# Formats and modes that every reader decodes to the same pixels; BMP with 16 bits a pixel is none.
+_ORDINARY_FORMATS = ("JPEG", "MPO", "PNG")
 _ORDINARY_MODES = ("L", "RGB")
 
 
@@ -63,7 +63,8 @@ def read_image(path: Path, size: Size | None = None, source: Path | None = None)
 def read_unusual(path: Path, size: Size, source: Path) -> NDArray[np.uint8] | None:
     """Read an image that other readers may read otherwise, as `read_image`; return None for an ordinary one.
 
-    An ordinary image is decoded to see that the file is whole.
+    An ordinary image is decoded to see that the file is whole. Its pixels are the stored ones: a reader that finds an
+    orientation in it all the same is not to follow it.
 
     Args:
         path: path of the image.

@@ -114,6 +114,7 @@ class Task:
         batch_size: default number of images a batch in evaluation.
         calibration_batch_size: number of images in one pass of calibration where the user's own data are calibrated on
             and nothing says another one.
+        other_metrics: further metrics that a table may have.
         options: options of the command line that not every task has.
         arguments: those options that decide results (`Cell.task_arguments`), with their defaults.
         libraries: libraries that compute beside torch and timm.
@@ -129,6 +130,7 @@ class Task:
     data: str
     batch_size: int
     calibration_batch_size: int = 32
+    other_metrics: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     arguments: Mapping[str, Any] = field(default_factory=dict)
     libraries: tuple[str, ...] = ()

@@ -91,7 +91,6 @@ def read_rle(segmentation: Any, height: int, width: int, name: str) -> dict[str,
 
 def _check_polygons(polygons: list[Any], height: int, width: int, name: str) -> list[list[float]]:
     """Return the polygons that have three or more corners."""
-    side = max(height, width)
     if all(map(is_number, polygons)):  # a single polygon
         polygons = [polygons]
     for polygon in polygons:
@@ -99,9 +98,21 @@ def _check_polygons(polygons: list[Any], height: int, width: int, name: str) -> 
             raise AdfqError(f"{name}: a polygon has to be numbers, an x and a y for each corner")
     kept = [polygon for polygon in polygons if len(polygon) >= 6]
     for polygon in kept:
-        if min(polygon) < -side or max(polygon) > 2 * side:  # pycocotools needs memory for every pixel of an outline
+        if reaches_far(polygon, height, width):  # pycocotools needs memory for every pixel of an outline
             raise AdfqError(f"{name} reaches far beyond its image")
     return kept
+
+
+def reaches_far(corners: Sequence[float], height: int, width: int) -> bool:
+    """Return True for corners that are farther away from an image than it is long.
+
+    Args:
+        corners: x and y of each corner in pixels.
+        height: height of the image in pixels.
+        width: width of the image in pixels.
+    """
+    side = max(height, width)
+    return min(corners) < -side or max(corners) > 2 * side
 
 
 def _times(size: Sequence[Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import math
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
@@ -170,7 +171,7 @@ def digest_names(names: Iterable[str]) -> str:
     """Return SHA-256 of a list of names, in its order."""
     digest = hashlib.sha256()
     for name in names:
-        digest.update(f"{name}\n".encode())
+        digest.update(f"{name}\n".encode("utf-8", "surrogateescape"))  # a file's name need not be UTF-8
     return digest.hexdigest()
 
 
@@ -224,8 +225,13 @@ def unknown_model(name: str, known: Sequence[str]) -> AdfqError:
 
 
 def check_place(file: Path) -> None:
-    """Raise AdfqError, before the work, for a file that has no directory or is one."""
+    """Raise AdfqError, before the work, for a file that is a directory, has none, or cannot be written there."""
     if not file.absolute().parent.is_dir():
         raise AdfqError(f"cannot write {file}: there is no directory {file.parent}")
     if file.is_dir():
         raise AdfqError(f"cannot write {file}: it is a directory")
+    try:
+        with tempfile.TemporaryFile(dir=file.absolute().parent):
+            pass
+    except OSError as error:
+        raise AdfqError(f"cannot write {file}: {error.strerror}") from None

@@ -128,8 +128,8 @@ def test_it_beats_base_ptq_in_batches_as_in_one(inputs: str, make_swin: MakeMode
     [
         ({"inputs": "none"}, "unknown inputs 'none'; there are asymmetric, quantized, full_precision"),
         ({"order": "random"}, "unknown order 'random'; there are activation, index"),
-        ({"damping": 0.0}, "damping must be above 0, got 0.0"),
-        ({"correction": 1.5}, "correction must be from 0 to 1, got 1.5"),
+        ({"damping": 0.0}, "damping must be a finite number above 0, got 0.0"),
+        ({"correction": 1.5}, "correction must be a finite number from 0 to 1.0, got 1.5"),
     ],
 )
 def test_options_are_checked(options: dict[str, Any], says: str) -> None:

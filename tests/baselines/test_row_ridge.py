@@ -258,7 +258,7 @@ def test_images_of_several_token_counts_have_one_step_size(make_vit: MakeModel) 
 def test_a_penalty_out_of_range_is_refused(penalty: float) -> None:
     with pytest.raises(AdfqError) as caught:
         RowRidge(penalty=penalty)
-    assert str(caught.value) == f"penalty must be above 0, got {penalty}"
+    assert str(caught.value) == f"penalty must be a finite number above 0, got {penalty}"
 
 
 @torch.no_grad()

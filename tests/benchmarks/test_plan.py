@@ -165,6 +165,11 @@ def test_mistakes_are_found_before_anything_is_measured(
     assert "\n" not in str(caught.value)
 
 
+def test_a_bit_width_counts_once_however_it_is_written() -> None:
+    plan = make_plan(["1"], Selection(models=["bundled_vit"], methods=["base_ptq"], bits=["W4A4", "W4/A4", "w4a4"]))
+    assert [entry.cell.bits for entry in plan.tables[0].entries] == ["W32/A32", "W4/A4"]
+
+
 def test_a_missing_library_is_found_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     known = benchmarks.tasks.find_task
 
@@ -300,6 +305,22 @@ def test_profiles_of_a_file(tmp_path: Path) -> None:
         (f"preset = 'huge'\n{OWN}", "mine.toml: unknown preset 'huge'; there are small"),
         (f"settings = {{ base_ptq = 3 }}\n{OWN}", "mine.toml: settings.base_ptq must be a table of keys, got 3"),
         (f"settings = {{ base_ptq = {{ wings = 2 }} }}\n{OWN}", "base_ptq has no option 'wings'"),
+        (f"settings = {{ base_ptqq = {{ range = 'mse' }} }}\n{OWN}", "unknown method 'base_ptqq'; there are"),
+        (f"settings = {{ base_ptq = {{ calibration_size = '4' }} }}\n{OWN}", "calibration_size must be a whole number"),
+        (f"metrics = ['mask_ap']\n{OWN}", "mine.toml: classification has no metric 'mask_ap'"),
+        (f"metrics = ['top1', 'top1']\n{OWN}", "mine.toml: two metrics are 'top1'"),
+        (f"published = 'nonsense'\n{OWN}", "mine.toml: published: unknown 'nonsense'; there are imagenet, coco"),
+        (f"cell_memory = 0\n{OWN}", "mine.toml: cell_memory must be a number above 0, got 0"),
+        (f"cell_memory = nan\n{OWN}", "mine.toml: cell_memory must be a number above 0, got nan"),
+        (f"full_precision_tolerance = inf\n{OWN}", "full_precision_tolerance must be a number from 0, got inf"),
+        (f"digits = 9999999999\n{OWN}", "mine.toml: digits must be a whole number from 0 to 9"),
+        (f"seeds = [99999999999999999999]\n{OWN}", "seed must have at most 64 bits"),
+        (f"{OWN}\narguments = {{ drop_rate = 2020-01-01 }}", "drop_rate must be a number, a text or a list of these"),
+        (
+            f"{OWN}\n[[models]]\nname = 'bundled_swin'\nlabel = 'bundled_vit'",
+            "two columns have the heading 'bundled_vit'",
+        ),
+        (f"{OWN}\nlabel = 'Method'", "mine.toml: two columns have the heading 'Method'"),
         (f"profiles = 3\n{OWN}", "mine.toml: profiles must be a table of keys, got 3"),
         ("task = 'classification'\nmodels = []", "mine.toml: models must be a list of tables of keys, at least one"),
         ("task = 'classification'\nmodels = ['x']", "mine.toml: models must be a list of tables of keys"),

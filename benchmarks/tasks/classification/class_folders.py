@@ -6,6 +6,7 @@ import json
 import os
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -72,7 +73,8 @@ class ClassFolders(Dataset[tuple[Image.Image, int]]):
 
     Raises:
         AdfqError: without images, for images outside of class folders or in folders of different depth, for images that
-            Pillow does not read, and for a class that is not in the map.
+            Pillow does not read, for a class that is not in the map, for pipes and for links that lead upwards or
+            nowhere, and for a tar that is damaged, cut off, or has links or an image twice.
     """
 
     def __init__(self, root: Path, class_map: Mapping[str, int] | None = None) -> None:
@@ -126,6 +128,12 @@ def visible_folders(root: Path) -> set[str]:
     return {entry.name for entry in os.scandir(root) if entry.is_dir() and _is_visible(entry.name)}
 
 
+def check_folder(root: str) -> None:
+    """Raise AdfqError for a folder that another reader would never come to the end of."""
+    for _ in _list_folder(root):
+        pass
+
+
 def read_differences(root: str, read: Iterable[str]) -> str:
     """Return the way in which another reader's list of images differs from `ClassFolders`; empty if it does not.
 
@@ -150,9 +158,14 @@ def read_class_map(file: str) -> dict[str, int]:
     Raises:
         AdfqError: for a file that is missing, of another form, or does not give each label from 0 once.
     """
+    if os.path.exists(file) and not os.path.isfile(file):
+        raise AdfqError(f"cannot read class map {file}: it is no regular file")
     try:
         text = Path(file).read_text(encoding="utf-8-sig")
-        content = json.loads(text) if file.lower().endswith(".json") else [line.strip() for line in text.splitlines()]
+        if file.lower().endswith(".json"):
+            content = json.loads(text, object_pairs_hook=_distinct)
+        else:
+            content = [line.strip() for line in text.splitlines()]
     except FileNotFoundError:
         raise AdfqError(f"there is no class map {file}") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -169,10 +182,20 @@ def read_class_map(file: str) -> dict[str, int]:
         raise AdfqError(f"{file} is no class map: it has to be names, or labels by name")
     if not all(type(label) is int for label in labels) or sorted(labels) != list(range(len(labels))):
         raise AdfqError(f"{file} is no class map: its labels are not 0 to {len(labels) - 1}, each once")
-    repeated = [name for name in dict.fromkeys(names) if names.count(name) > 1]
-    if repeated:
-        raise AdfqError(f"{file} is no class map: it names {some(repeated)} twice")
+    if twice := _twice(names):
+        raise AdfqError(f"{file} is no class map: it names {some(twice)} twice")
     return dict(zip(names, labels, strict=True))
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the pairs of a JSON object; of a key that is there twice, json would take the last value."""
+    if twice := _twice(name for name, _ in pairs):
+        raise ValueError(f"it names {some(twice)} twice")
+    return dict(pairs)
+
+
+def _twice(names: Iterable[str]) -> list[str]:
+    return [name for name, number in Counter(names).items() if number > 1]
 
 
 def some(names: Sequence[Any], shown: int = 3) -> str:
@@ -186,26 +209,42 @@ def _list_images(root: Path) -> tuple[list[_File], list[str]]:
     images: list[_File] = []
     others: list[str] = []
     known = _extensions()
-    for file in _list_folder(root) if root.is_dir() else _list_tar(root):
+    for file in _list_folder(str(root)) if root.is_dir() else _list_tar(root):
         if splitext(file.name)[1].lower() in known or _is_clear(file):
             images.append(file)
         else:
             others.append(file.name)
+    if twice := _twice(file.name for file in images):  # only a tar can have a name twice
+        raise AdfqError(f"{root} has {some(twice)} twice; pack it again without old versions of images")
     return images, others
 
 
-def _list_folder(root: Path) -> Iterator[_File]:
-    def fail(error: OSError) -> None:
-        raise AdfqError(f"cannot read {error.filename}: {error.strerror}")
-
-    for place, folders, files in os.walk(root, followlinks=True, onerror=fail):
-        folders[:] = filter(_is_visible, folders)
-        folder = os.path.relpath(place, root).replace(os.sep, "/")
-        for name in filter(_is_visible, files):
-            yield _File(name if folder == "." else f"{folder}/{name}", os.path.join(place, name))
+def _list_folder(root: str) -> Iterator[_File]:
+    """Yield the files of a folder and of those in it, also behind links."""
+    left: list[tuple[str, str, tuple[str, ...]]] = [(root, "", ())]
+    try:
+        while left:
+            place, folder, above = left.pop()
+            above = (*above, os.path.realpath(place))
+            if above[-1] in above[:-1]:
+                raise AdfqError(f"cannot read {place}: it is a link to a folder that it is in")
+            with os.scandir(place) as entries:
+                visible = [entry for entry in entries if _is_visible(entry.name)]
+            for entry in visible:
+                name = join(folder, entry.name)
+                if entry.is_dir():
+                    left.append((entry.path, name, above))
+                elif entry.is_file():
+                    yield _File(name, entry.path)
+                else:  # reading from a pipe would wait without end
+                    raise AdfqError(f"cannot read {entry.path}: it is no regular file, or a link to nothing")
+    except OSError as error:
+        raise AdfqError(f"cannot read {error.filename}: {error.strerror}") from None
 
 
 def _list_tar(place: Path) -> Iterator[_File]:
+    if not place.is_file():
+        raise AdfqError(f"cannot read {place}: it is no regular file")
     try:
         with tarfile.open(place, "r:") as tar:
             yield from _list_members(tar, str(place), "", 0)
@@ -219,13 +258,24 @@ def _list_members(tar: tarfile.TarFile, place: str, folder: str, start: int) -> 
         name = join(folder, normpath(member.name).lstrip("/"))
         if member.isdir() or not all(map(_is_visible, name.split("/"))):
             continue
-        if not member.isfile():
-            raise AdfqError(f"cannot read {name} in {place}: it is a link")
+        if not member.isfile() or member.issparse():
+            raise AdfqError(f"cannot read {name} in {place}: it is a link, a sparse file or no file at all")
         if splitext(name)[1].lower() == ".tar":
             with tarfile.open(fileobj=tar.extractfile(member), mode="r:") as inner:
                 yield from _list_members(inner, place, splitext(name)[0], start + member.offset_data)
         else:
             yield _File(name, place, start + member.offset_data, member.size)
+    _check_end(tar, join(place, folder).rstrip("/"))
+
+
+def _check_end(tar: Any, place: str) -> None:
+    """Raise AdfqError unless only zeros, at least two blocks, follow; tarfile takes a damaged header for the end."""
+    tar.fileobj.seek(tar.offset)
+    length = 0
+    while (block := tar.fileobj.read(1 << 20)) and not block.strip(b"\0"):
+        length += len(block)
+    if block or length < 2 * tarfile.BLOCKSIZE:
+        raise AdfqError(f"cannot read {place}: it is damaged or cut off")
 
 
 def _is_visible(name: str) -> bool:

@@ -19,6 +19,7 @@ from benchmarks.bundled.scenes import CATEGORIES
 from benchmarks.run.console import warn
 from benchmarks.tasks.classification.class_folders import (
     ClassFolders,
+    check_folder,
     natural_key,
     read_class_map,
     read_differences,
@@ -27,6 +28,9 @@ from benchmarks.tasks.classification.class_folders import (
 )
 from benchmarks.tasks.images import as_rgb
 from benchmarks.tasks.shared import digest_names, one_line
+
+# timm's prefixes of data sets; it takes any other word for a folder of its own.
+_LIBRARIES = ("torch", "hfds", "hfids", "tfds", "wds")
 
 _SPLIT_FOLDERS = {"train": ("train", "training"), "validation": ("validation", "val", "valid", "test", "eval")}
 
@@ -64,12 +68,17 @@ class CheckedDataset(Dataset[tuple[Tensor, int]]):
             image, label = self.dataset[index]
             image = as_rgb(image).convert(self.mode)
         except Exception as error:  # readers of many formats
-            filename = getattr(self.dataset, "filename", None)
-            name = filename(index, absolute=True) if filename else f"image {index}"
             # timm's RuntimeError only counts its attempts.
             reason = "damaged, or not an image" if isinstance(error, RuntimeError) else one_line(error)
-            raise AdfqError(f"cannot read {name}: {reason}") from None
-        return self.transform(image), int(label)
+            raise AdfqError(f"cannot read {self._name(index)}: {reason}") from None
+        try:
+            return self.transform(image), int(label)
+        except Exception as error:  # a strip of pixels that takes more than the memory when it is resized, for one
+            raise AdfqError(f"cannot preprocess {self._name(index)}: {one_line(error)}") from None
+
+    def _name(self, index: int) -> str:
+        filename = getattr(self.dataset, "filename", None)
+        return filename(index, absolute=True) if filename else f"image {index}"
 
 
 def open_splits(
@@ -126,20 +135,26 @@ def count_classes(spec: str) -> int | None:
 def _open(spec: str, split: str, labels: Mapping[str, int] | None) -> Any:
     if spec == BUNDLED:
         return SceneClassification(split)
-    name, colon, root = spec.partition(":")
-    if not colon or not root:
+    name, _, root = spec.partition(":")
+    library, slash, reader = name.partition("/")
+    if not root or not (name == "folder" or (slash and library.lower() in _LIBRARIES)):
         raise AdfqError(f"cannot read data {spec!r}; write bundled, folder:ROOT or torch/NAME:ROOT")
     if not os.path.exists(root):
         raise AdfqError(f"there is no {root}")
     if name == "folder":
         return ClassFolders(_find_split(Path(root), split), labels)
+    is_folder = library.lower() == "torch" and reader.rpartition("/")[2].lower() in ("folder", "image_folder")
+    if is_folder:
+        check_folder(root)
     try:
         dataset: Any = create_dataset(name, root=root, split=split, download=False)
     except Exception as error:  # readers of many libraries stand behind timm's names
         raise AdfqError(f"cannot open the {split} split of {spec}: {one_line(error)}") from None
     if not hasattr(dataset, "__getitem__"):
         raise AdfqError(f"{spec} can only be read in order; calibration needs random access")
-    if type(dataset).__name__ == "ImageFolder":  # torchvision's, which passes files over
+    if is_folder:  # torchvision's reader, which passes files over
+        if dataset.root == root:  # timm takes all images for each split
+            raise AdfqError(f"{root} has no {split} split; expected {root}/train/CLASS and {root}/val/CLASS")
         differences = read_differences(dataset.root, (path for path, _ in dataset.samples))
         if differences:
             raise AdfqError(f"torchvision's reader {differences}; give folder:{root}")

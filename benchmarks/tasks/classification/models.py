@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import timm
+import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from adfq.adapters import families, find_adapter
 from adfq.errors import AdfqError
 from benchmarks.bundled.classifiers import CLASSIFIERS
 from benchmarks.run.console import warn
-from benchmarks.tasks.checkpoints import check_present, format_shape, load_weights
+from benchmarks.tasks.checkpoints import check_present, format_shape, load_weights, misfit
 from benchmarks.tasks.shared import one_line, unknown_model
 
 if TYPE_CHECKING:
@@ -33,11 +38,12 @@ def resolve_bundled(cell: Cell) -> Cell:
     if cell.model not in CLASSIFIERS:
         return cell
     shipped = CLASSIFIERS[cell.model]
+    checkpoint = cell.location.checkpoint
     return replace(
         cell,
         model=shipped.architecture,
         model_arguments=tuple({**shipped.arguments, **dict(cell.model_arguments)}.items()),
-        location=replace(cell.location, checkpoint=cell.location.checkpoint or str(shipped.checkpoint)),
+        location=replace(cell.location, checkpoint=str(shipped.checkpoint) if checkpoint is None else checkpoint),
         preprocessing=tuple({**shipped.preprocessing, **dict(cell.preprocessing)}.items()),
     )
 
@@ -64,6 +70,8 @@ def create_classifier(cell: Cell) -> Any:
         model = timm.create_model(name, pretrained=cell.pretrained and not checkpoint, **dict(cell.model_arguments))
     except Exception as error:  # whatever the constructor or the hub raises
         raise AdfqError(f"cannot create {name}: {one_line(error)}") from None
+    if not hasattr(model, "num_classes"):  # features_only gives a model's stages
+        raise AdfqError(f"cannot create {name}: with these arguments it is a {type(model).__name__}, and no classifier")
     if checkpoint and checkpoint.lower().endswith(".npz"):
         _load_arrays(model, checkpoint, name)
     elif checkpoint:
@@ -73,15 +81,77 @@ def create_classifier(cell: Cell) -> Any:
     return model
 
 
+class _Copies(TorchFunctionMode):
+    """Collector of the tensors that code copies into a model: a copy would broadcast another shape.
+
+    Attributes:
+        state: the tensors by the names of those that they are copied to.
+        interpolates: whether any tensor has been interpolated.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._names = {id(tensor): key for key, tensor in model.state_dict(keep_vars=True).items()}
+        self.state: dict[str, Tensor] = {}
+        self.interpolates = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.copy_ and id(args[0]) in self._names:
+            self.state[self._names[id(args[0])]] = args[1]
+            return args[0]
+        self.interpolates |= func is nn.functional.interpolate
+        return func(*args, **(kwargs or {}))
+
+
+class _Archive(io.FileIO):
+    """File that notes the places it is read from, which tell the arrays of an archive that are read."""
+
+    def __init__(self, file: str) -> None:
+        super().__init__(file)
+        self.places: set[int] = set()
+
+    def __repr__(self) -> str:
+        return repr(self.name)
+
+    def seek(self, place: int, whence: int = io.SEEK_SET, /) -> int:
+        if whence == io.SEEK_SET:
+            self.places.add(place)
+        return super().seek(place, whence)
+
+
 def _load_arrays(model: Any, file: str, name: str) -> None:
-    """Load a file of numpy arrays in the layout of the ViT authors' JAX code."""
+    """Load a file of numpy arrays in the layout of the ViT authors' JAX code; timm passes over misfits."""
+    copies = _Copies(model)
+    left = []
     try:
-        model.load_pretrained(file)
+        with _Archive(file) as archive, copies:
+            model.load_pretrained(archive)
+        with np.load(file) as arrays:
+            for key, member in zip(arrays.files, arrays.zip.infolist(), strict=True):
+                if member.header_offset not in archive.places:
+                    left.append(key)
+                    continue
+                array = arrays[key]
+                _check_array(key, array, model)
+                if "/encoderblock/" in key and len(array) > len(model.blocks):  # all blocks' in one
+                    left.append(key)
     except Exception as error:  # a damaged file can raise anything
         raise AdfqError(f"checkpoint {file} does not fit {name}: {one_line(error)}") from None
-    broken = [key for key, tensor in model.state_dict().items() if not tensor.isfinite().all()]
-    if broken:
-        raise AdfqError(f"checkpoint {file} does not fit {name}: {broken[0]} is not finite")
+    if problem := misfit({**copies.state, **dict.fromkeys(left, torch.empty(0))}, model.state_dict()):
+        raise AdfqError(f"checkpoint {file} does not fit {name}: {problem}")
+    if left:
+        warn(f"{name} has no place for {len(left)} of the weights in {file} ({left[0]} for one); left out")
+    if copies.interpolates:
+        warn(f"{file}: weights are interpolated to the model's size")
+    model.load_state_dict(copies.state, strict=False)
+
+
+def _check_array(key: str, array: NDArray[Any], model: Any) -> None:
+    """Raise ValueError for values that are no floats, and for other heads than the model's, whose weights they fit."""
+    if array.dtype.kind != "f":
+        raise ValueError(f"{key} is of {array.dtype}, whose values need a scale")
+    if "/encoderblock" in key and key.endswith("/query/kernel") and array.shape[-2] != model.blocks[0].attn.num_heads:
+        raise ValueError(f"{key} has {array.shape[-2]} heads and should have {model.blocks[0].attn.num_heads}")
 
 
 def _conversion(model: nn.Module, file: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]] | None:

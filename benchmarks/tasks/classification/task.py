@@ -221,6 +221,8 @@ def open_images(cell: Cell, model: Any, classes: int | None, calibrated: bool) -
     mode = MODES[config["input_size"][0]]
 
     class_map = dict(cell.task_arguments).get("class_map")
+    if not isinstance(class_map, str | None):
+        raise AdfqError(f"class_map must be the path of a file, got {class_map!r}")
     if class_map is not None:
         class_map = cell.location.file("class_map", class_map)
     opened = open_splits(cell.location.data, classes, class_map, calibrated)
@@ -240,6 +242,6 @@ def open_images(cell: Cell, model: Any, classes: int | None, calibrated: bool) -
 
 
 def _count_classes(cell: Cell, model: Any) -> int:
-    if model.num_classes < 1:
+    if getattr(model, "num_classes", 0) < 1:
         raise AdfqError(f"{cell.model} is an encoder without a classifier: 'adfq run encoders' measures its features")
     return int(model.num_classes)

@@ -50,12 +50,19 @@ _UNUSUAL = "unusual_image"
 class _Loader:
     """Step of a pipeline that loads ordinary images as MMDetection's own does, and takes unusual ones as read before.
 
+    Ordinary images have no orientation, whatever else a backend makes of their EXIF data.
+
     Args:
         step: MMDetection's LoadImageFromFile.
     """
 
     def __init__(self, step: Any) -> None:
+        from mmcv.image import io
+
         self.step = step
+        turning = (step.imdecode_backend or io.imread_backend) in ("cv2", "pillow")  # others turn nothing
+        if turning and step.color_type in ("color", "grayscale"):
+            step.color_type += "_ignore_orientation"
 
     def __call__(self, item: dict[str, Any]) -> Any:
         pixels: NDArray[Any] | None = item.pop(_UNUSUAL)

@@ -126,7 +126,7 @@ def load_detector(name: str, checkpoint: str | None = None) -> nn.Module:
         raise AdfqError(f"cannot create the model of {name}: {one_line(error)}") from None
     _check_backbone(name, model)
     model.cfg = config
-    if checkpoint:
+    if checkpoint is not None:
         load_weights(model, checkpoint, name, convert_layout)
     else:
         warn(f"{name} has random weights (there is no checkpoint)")

@@ -52,6 +52,7 @@ TASK = Task(
     main_metrics=("knn_top1", "prototypes_top1", "feature_error", "feature_cosine"),
     data="folder:/path/to/imagenet",
     batch_size=100,
+    other_metrics=("ridge_top1",),
     arguments=ARGUMENTS,
     downloads=True,
 )

@@ -82,7 +82,7 @@ def load_sam(name: str, checkpoint: str | None = None) -> nn.Module:
         from benchmarks.bundled.sams import CHECKPOINT
 
         checkpoint = str(CHECKPOINT)
-    if checkpoint:
+    if checkpoint is not None:
         load_weights(sam, checkpoint, name, convert_layout)
     else:
         warn(f"{name} has random weights (there is no checkpoint)")

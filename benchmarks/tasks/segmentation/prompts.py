@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 
 from adfq.errors import AdfqError
 from benchmarks.run.console import warn
-from benchmarks.tasks.annotations import Ids, clip_box, count_left_out, shown
+from benchmarks.tasks.annotations import Ids, clip_box, count_left_out, read_json, shown
 from benchmarks.tasks.masks import is_number
 from benchmarks.tasks.segmentation import BOXES, POINTS
 from benchmarks.tasks.shared import one_line
@@ -111,7 +110,7 @@ def read_prompts(
             `clip_box` refuses.
     """
     try:
-        found = json.loads(Path(file).read_bytes())
+        found = read_json(Path(file))
     except FileNotFoundError:
         raise AdfqError(f"there are no prompts {file}; give {BOXES}, {POINTS} or a file of COCO's results") from None
     except (OSError, ValueError, RecursionError) as error:

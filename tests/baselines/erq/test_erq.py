@@ -76,7 +76,7 @@ def test_a_quantized_model_is_saved_with_both_grids(
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"coe": 0.0}, "coe must be above 0, got 0.0"),
+        ({"coe": 0.0}, "coe must be a finite number above 0, got 0.0"),
         ({"outlier_share": 2}, "outlier_share must be from 0 to 1, got 2"),
     ],
 )

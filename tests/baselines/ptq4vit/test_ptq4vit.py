@@ -235,7 +235,7 @@ def test_an_output_without_spread_has_no_gradient() -> None:
     assert gradients[0] is not None
     assert gradients[1] is None
     with pytest.raises(NotApplicableError, match="outputs that vary"):
-        method._fisher_loss([constant], [])
+        method._fisher_loss([constant, constant], [])
 
 
 @pytest.mark.parametrize(

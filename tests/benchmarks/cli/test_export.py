@@ -129,6 +129,7 @@ def test_an_exported_sam_is_compared(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["--quantized", "{repq_vit}", "--out", "x", "--format", "tflite"], "invalid choice: 'tflite'"),
         (["--quantized", "{repq_vit}", "--out", "x", "--limit", "0"], "'0' is not a positive whole number"),
         (["--quantized", "no", "--out", "x"], "cannot read no: No such file"),
+        (["--quantized", "{repq_vit}", "--out", "{repq_vit}"], "--out would replace the quantized model"),
         (["--quantized", "{repq_vit}", "--out", "no/x"], "cannot write no/x: there is no directory no"),
         (["--quantized", "{repq_vit}", "--out", "x", "--store", "/dev/null/x"], "cannot write results to /dev/null/x"),
         (

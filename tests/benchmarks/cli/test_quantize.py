@@ -132,7 +132,7 @@ def test_files_saved_in_python_are_measured_as_timm_would(pictures: Path, tmp_pa
         ),
         ([*RUN, "--quantized", "{file}", "--mean", "0.5,0.5"], "one value, or one for each input channel"),
         ([*RUN[:2], "--data", "folder:no", "--quantized", "{file}"], "there is no no"),
-        ([*RUN, "--quantized", "{odd}"], "its preprocessing is not timm's"),
+        ([*RUN, "--quantized", "{odd}"], "preprocessing: mean must be a list of finite numbers; it is 3"),
         ([*RUN, "--quantized", "{odder}"], "its notes have no usable 'preprocessing'"),
         ([*RUN, "--quantized", "{oddest}"], "calibration_batch_size must be a whole number of at least 1, got -1"),
     ],

@@ -135,7 +135,7 @@ def write_record(folder: Path) -> None:
         (["--profile", "imaginary"], "no table has a profile 'imaginary'"),
         (["9"], "unknown table '9'"),
         ([], "no cell of what is to be measured has a record in results/bundled"),
-        (["--tolerance", ""], "'' is not a tolerance such as accuracy=0.3,time=1.5x"),
+        (["--tolerance", "1"], "'1' is not a tolerance such as accuracy=0.3,time=1.5x"),
         (["--tolerance", "0.3"], "'0.3' is not a tolerance"),
         (["--tolerance", "accuracy=little"], "'accuracy=little' is not a tolerance"),
         (["--tolerance", "accuracy=0.3x"], "'accuracy=0.3x' is not a tolerance"),
@@ -167,7 +167,8 @@ def test_files_that_cannot_be_written_are_found_before_anything_is_measured(
     monkeypatch.chdir(tmp_path)
     write_record(Path("results/bundled"))
     part = ["--data", "elsewhere", "--models", "bundled_vit"]
-    assert_refused(["regress", "1", *part, option, ""], "cannot write .: it is a folder")
+    assert_refused(["regress", "1", *part, option, "."], "cannot write .: it is a directory")
+    assert_refused(["regress", "1", *part, option, "/proc/x.md"], "cannot write /proc/x.md: No such file or directory")
     Path("file").touch()
-    assert_refused(["regress", "1", *part, option, "file/inside"], "cannot write file/inside")
+    assert_refused(["regress", "1", *part, option, "file/inside"], "cannot write to file: File exists")
     assert not Path("runs").exists()

@@ -23,7 +23,9 @@ def store(tmp_path: Path) -> ResultStore:
         environment = {"commit": "0123456789" * 4, "torch": "2.0"}
         record = {"config": cell.config, "provenance": {}, "metrics": {"top1": top1}, "environment": environment}
         store.put(cell, {**record, "cost": {"size": 1.5}, "finished": f"2024-01-0{2 - seed}"})
-    store.put_failure(Cell.create(**fields, seed=2), {"error": "out of memory", "finished": "2024-01-03"})
+    lost = {"error": "out of memory", "environment": None, "finished": "2024-01-03"}  # its process was killed
+    store.put_failure(Cell.create(**fields, seed=2), lost)
+    (store.failures / "0.json").write_text("{}")
     return store
 
 
@@ -133,7 +135,9 @@ def test_mistakes_are_one_line(
     store: ResultStore, assert_refused: Callable[[Sequence[str], str], None], tmp_path: Path
 ) -> None:
     out = ["--store", str(store.directory)]
-    assert_refused(["results", "show", "zzz", *out], "has no record whose id begins with zzz")
+    for identity in ("zzz", "/tmp", "../records/"):
+        assert_refused(["results", "show", identity, *out], f"has no record whose id begins with {identity}")
+    assert_refused(["results", "show", "", *out], "there is an empty text after show")
     assert_refused(["results", "export", str(tmp_path / "a.xls"), *out], "exports are .csv or .parquet")
     assert_refused(["results", "export", str(tmp_path / "none" / "a.csv"), *out], "there is no directory")
     assert_refused(["results", "list", "--store", str(tmp_path / "none")], "there are no records in")

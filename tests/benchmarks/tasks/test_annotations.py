@@ -152,6 +152,14 @@ AMBIGUOUS: dict[str, tuple[Callable[[Content], Any], str]] = {
     "text as crowd flag": (set_field(1, "iscrowd", "0"), 'its iscrowd "0" is neither 0 nor 1'),
     "2 as crowd flag": (set_field(1, "iscrowd", 2), "its iscrowd 2 is neither 0 nor 1"),
     "nan as crowd flag": (set_field(1, "iscrowd", float("nan")), "is neither 0 nor 1"),
+    "empty text as area": (set_field(1, "area", ""), "annotation 2 has no number as its area$"),
+    "flag as area": (set_field(1, "area", False), "annotation 2 has no number as its area$"),
+    "empty list as area": (set_field(1, "area", []), "annotation 2 has no number as its area$"),
+    "box and area far too large": (
+        lambda content: content["annotations"][1].update(bbox=[0, 0, 1e6, 1e6], area=9e11),
+        r"annotation 2: the box \[0, 0, 1000000\.0, 1000000\.0\] reaches far beyond its image$",
+    ),
+    "box from far away": (set_field(1, "bbox", [-41, 5, 50, 5]), r"the box \[-41, 5, 50, 5\] reaches far beyond"),
     "negative area": (set_field(1, "area", -5), "has no number as its area"),
     "text as area": (set_field(1, "area", "80"), "has no number as its area"),
     "huge area": (set_field(1, "area", 1e11), "has an area of 100000000000.0 pixels, its image 1200"),
@@ -252,6 +260,22 @@ def test_any_oddities_give_the_number_or_one_line(
         assert found == measure(clean(), root, masks)
     else:
         assert found in (measure(clean(), root, masks), measure(less, root, masks))
+
+
+@pytest.mark.parametrize("box", [[-40, 5, 50, 5], [5, -40, 9, 120], [5, 5, 75, 75]])
+def test_boxes_may_reach_a_little_beyond_their_image(box: list[int], root: Path) -> None:
+    content = clean()
+    content["annotations"][1]["bbox"] = box
+    assert measure(content, root)["mask_ap"] == measure(clean(), root)["mask_ap"]
+
+
+@pytest.mark.parametrize(("place", "key"), [('"area": 80', "area"), ('"width": 40', "width"), ('"categories": ', "x")])
+def test_a_key_that_is_there_twice(place: str, key: str, root: Path) -> None:
+    text = json.dumps(clean())
+    twice = text.replace(place, f'"{key}": 1, "{key}": 2, {place}', 1)
+    assert twice != text
+    with pytest.raises(AdfqError, match=rf'^cannot read .*instances\.json: an object has the key "{key}" twice$'):
+        measure(twice.encode(), root)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32-be"])

@@ -7,6 +7,7 @@ import itertools
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 import adfq
 from adfq import AdfqError
-from benchmarks.tasks.checkpoints import CONTAINERS, WRAPPERS, load_weights, read_weights
+from benchmarks.tasks.checkpoints import CONTAINERS, WRAPPERS, check_present, load_weights, read_weights
 from benchmarks.tasks.classification.models import _conversion
 from benchmarks.tasks.detection.models import convert_layout as convert_detector
 from benchmarks.tasks.segmentation.models import convert_layout as convert_sam
@@ -224,11 +225,22 @@ def changed(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[State], 
     return lambda state: {**state, name: change(state[name])}
 
 
+def own(content: State, *keys: str) -> dict[str, Any]:
+    """Return a dictionary with weights that holds itself under one key after the other."""
+    outer: dict[str, Any] = dict(content)
+    inner = outer
+    for key in keys[:-1]:
+        inner = inner.setdefault(key, {})
+    inner[keys[-1]] = outer
+    return outer
+
+
 class _Code:
     def __reduce__(self) -> Any:
         return (print, ("run",))
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:The PyTorch API of nested")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -245,6 +257,19 @@ class _Code:
         (changed("a.w", lambda t: t.double() * 1e300), r"a\.w is not finite"),
         (changed("a.w", lambda t: t.to(torch.int8)), r"a\.w is of torch\.int8, whose values need a scale"),
         (changed("a.w", lambda t: t.to(torch.float8_e4m3fn)), r"a\.w is of torch\.float8_e4m3fn"),
+        (changed("a.w", Tensor.to_sparse), r": a\.w is a sparse tensor; only dense ones are read$"),
+        (changed("a.w", Tensor.to_sparse_csr), r": a\.w is a sparse tensor; only dense ones are read$"),
+        (changed("a.w", lambda t: t.to("meta")), r": a\.w is a meta tensor; only dense ones are read$"),
+        (
+            changed("a.w", lambda t: torch.nested.nested_tensor(list(t))),
+            r": a\.w is a nested tensor; only dense ones are read$",
+        ),
+        (lambda s: {**s, "module.a.w": (2 * s["a.w"]).to(torch.float8_e4m3fn)}, r"holds a\.w twice"),
+        (lambda s: {**s, "module.a.w": s["a.w"].to_sparse()}, r": module\.a\.w is a sparse tensor"),
+        (lambda s: own(s, "model"), "holds itself under 'model'$"),
+        (lambda s: own(s, "model", "state_dict"), "holds itself under 'state_dict'$"),
+        (lambda s: own({}, "model"), "holds no weights of a model"),
+        (lambda s: own({}, "ema", "state_dict", "model"), "holds no weights of a model"),
         (lambda s: {}, "holds no weights of a model"),
         (lambda s: [s], "holds no weights of a model"),
         (lambda s: list(s.values()), "holds no weights of a model"),
@@ -292,6 +317,29 @@ def test_buffers_of_integers(name: str, tmp_path: Path) -> None:
     else:
         with pytest.raises(AdfqError, match=f"does not fit it: {name} is another"):
             load_weights(model, str(tmp_path / "another"), "it")
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        (lambda t: t.to(torch.uint16), True),
+        (lambda t: t + 0.5, False),
+        (lambda t: torch.quantize_per_tensor(t.float(), 1.0, 0, torch.qint8), False),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_buffers_of_other_dtypes(change: Callable[[Tensor], Tensor], same: bool, tmp_path: Path) -> None:
+    model = nn.Module()
+    model.register_buffer("relative_position_index", torch.arange(3))
+    torch.save({"relative_position_index": change(torch.arange(3))}, tmp_path / "x")
+    with nullcontext() if same else pytest.raises(AdfqError, match=r"relative_position_index is another$"):
+        load_weights(model, str(tmp_path / "x"), "it")
+
+
+def test_an_empty_text_is_no_checkpoint() -> None:
+    check_present(None)
+    with pytest.raises(AdfqError, match=r"^--checkpoint is empty$"):
+        check_present("")
 
 
 def test_a_quantized_model_is_no_checkpoint(make_vit: Make, tmp_path: Path) -> None:

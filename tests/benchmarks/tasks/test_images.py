@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,19 @@ def test_the_first_frame_counts(tmp_path: Path) -> None:
         more: dict[str, Any] = {"lossless": True} if suffix == "webp" else {}
         first.save(file, save_all=True, append_images=[second], **more)
         assert read_image(file).mean() == pytest.approx(10, abs=1)
+
+
+@pytest.mark.parametrize("masks", [(), (0xF800, 0x07E0, 0x001F)])  # 5, 5 and 5 bits a colour; 5, 6 and 5
+def test_readers_scale_16_bit_bmp_otherwise(masks: tuple[int, ...], tmp_path: Path) -> None:
+    width, body = 30, np.random.default_rng(0).integers(0, 256, 20 * 60, np.uint8).tobytes()
+    start = 54 + 4 * len(masks)
+    head = struct.pack("<2sIII", b"BM", start + len(body), 0, start)
+    info = struct.pack("<IiiHHIIiiII", 40, width, 20, 1, 16, 3 if masks else 0, len(body), 0, 0, 0, 0)
+    file = tmp_path / "image.bmp"
+    file.write_bytes(head + info + struct.pack(f"<{len(masks)}I", *masks) + body)
+    found = read_unusual(file, (width, 20), SOURCE)
+    assert found is not None
+    assert np.array_equal(found, np.asarray(Image.open(file).convert("RGB")))
 
 
 def test_values_without_a_scale_are_refused(tmp_path: Path) -> None:

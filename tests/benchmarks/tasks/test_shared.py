@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 import weakref
@@ -11,7 +12,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from benchmarks.tasks.shared import Stopwatch, count_workers, create_loader, read_batches, read_images, timed
+from benchmarks.tasks.shared import (
+    Stopwatch,
+    count_workers,
+    create_loader,
+    digest_names,
+    read_batches,
+    read_images,
+    timed,
+)
 
 CPU = torch.device("cpu")
 
@@ -96,3 +105,7 @@ def test_a_batch_is_gone_before_the_next_one_is_read() -> None:
     for _ in range(4):
         earlier.append(weakref.ref(next(batches)))
     assert next(batches, None) is None
+
+
+def test_names_are_digested_as_the_bytes_that_they_are() -> None:
+    assert digest_names([os.fsdecode(b"c\xff/0.png"), "ä"]) == hashlib.sha256(b"c\xff/0.png\n\xc3\xa4\n").hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,36 @@ def test_no_form_changes_the_number(task: str, scenes: Path, tmp_path: Path) -> 
         assert measure(task, rewrite(scenes, tmp_path / str(orientation), turned(orientation))) == clean
     pale = measure(task, rewrite(scenes, tmp_path / "8", grey(8)))
     assert measure(task, rewrite(scenes, tmp_path / "16", grey(16))) == pale != clean
+
+
+def tagged(kind: int, count: int) -> Callable[[Image.Image, Path], None]:
+    """Return a writer of JPEG files with an orientation that Pillow takes for damaged, and OpenCV for one."""
+    entry = struct.pack("<HHI4s", 0x0112, kind, count, b"\6\0\0\0")
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 1) + entry + bytes(4)
+    return lambda image, file: image.save(file, "JPEG", quality=95, exif=exif)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_damaged_orientations_change_no_number(task: str, scenes: Path, tmp_path: Path) -> None:
+    plain = rewrite(scenes, tmp_path / "plain", lambda image, file: image.save(file, "JPEG", quality=95))
+    clean = measure(task, plain)
+    for kind, count in ((1, 1), (7, 1), (3, 0), (99, 1)):  # BYTE, UNDEFINED, no SHORT, an unknown type
+        assert measure(task, rewrite(scenes, tmp_path / f"{kind}", tagged(kind, count))) == clean
+
+
+@pytest.mark.parametrize("backend", ["cv2", "pillow", None, "turbojpeg"])
+@pytest.mark.parametrize("color", ["color", "grayscale"])
+def test_no_backend_turns_an_ordinary_image(backend: str | None, color: str, tmp_path: Path) -> None:
+    transforms = pytest.importorskip("mmcv.transforms")
+    from benchmarks.tasks.detection.images import _UNUSUAL, _Loader
+
+    step = transforms.LoadImageFromFile(color_type=color, imdecode_backend=backend)
+    loader, file = _Loader(step), tmp_path / "image.jpg"
+    if backend == "turbojpeg":  # it never turns one, and refuses other types
+        assert step.color_type == color
+    else:
+        tagged(3, 1)(Image.new("RGB", (30, 20)), file)
+        assert loader({"img_path": str(file), _UNUSUAL: None})["img"].shape[:2] == (20, 30)
 
 
 @pytest.mark.parametrize("task", TASKS)

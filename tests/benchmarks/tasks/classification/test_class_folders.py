@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -255,6 +256,77 @@ def test_links_in_tars_are_refused(root: Path) -> None:
         ClassFolders(root / "val.tar")
 
 
+@pytest.mark.parametrize("padding", [0, 9216])  # others than Python and GNU tar end with two blocks alone
+def test_damaged_tars_are_refused(padding: int, root: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    with tarfile.open(pack(root / "val", root / "val.tar")) as tar:
+        headers, end = [member.offset for member in tar], tar.offset
+    whole = (root / "val.tar").read_bytes()[:end]
+    blocks = bytes(1024 + padding)
+    damaged = {
+        "before a member": whole[: headers[-1]],
+        "within a header": whole[: headers[-1] + 100],
+        "behind the last member": whole,
+        "within the end": whole + bytes(512),
+        "bytes behind the end": whole + blocks + whole + blocks,
+        **{
+            f"header {header}, {kind}": whole[:header] + block + whole[header + 512 :] + blocks
+            for header in headers[1:]
+            for kind, block in (("zeros", bytes(512)), ("other bytes", b"x" * 512))
+        },
+    }
+    (root / "val.tar").write_bytes(whole + blocks)
+    assert list(labels(root / "val.tar").values()) == [0, 1, 2]
+    for kind, content in damaged.items():
+        (root / "val.tar").write_bytes(content)
+        outer = pack(root / "val.tar", tmp_path_factory.mktemp("outer") / "outer.tar", "val.tar")
+        for place, name in ((root / "val.tar", root / "val.tar"), (outer, f"{outer}/val")):
+            with pytest.raises(AdfqError) as caught:
+                ClassFolders(place)
+            assert str(caught.value) == f"cannot read {name}: it is damaged or cut off", kind
+
+
+def test_an_image_that_is_twice_in_a_tar_is_refused(root: Path) -> None:
+    with tarfile.open(pack(root / "val", root / "val.tar"), "a") as tar:
+        tar.add(root / "val" / "bee", "bee")
+    with pytest.raises(AdfqError, match=r"val\.tar has bee/0\.png twice; pack it again without old versions of images"):
+        ClassFolders(root / "val.tar")
+
+
+@pytest.mark.parametrize("spec", ["folder", "torch/folder"])
+def test_links_that_lead_upwards_are_refused(spec: str, root: Path) -> None:
+    for name in ("ant", "bee"):
+        (root / "val" / name / "up").symlink_to("..")
+    with pytest.raises(AdfqError, match=r"cannot read .*/up: it is a link to a folder that it is in"):
+        open_splits(f"{spec}:{root}", 3)
+
+
+@pytest.mark.parametrize("spec", ["folder", "torch/folder"])
+@pytest.mark.parametrize("name", ["1.png", "notes"])
+def test_pipes_and_links_to_nothing_are_refused(name: str, spec: str, root: Path) -> None:
+    for create in (os.mkfifo, lambda place: place.symlink_to(root / "nowhere")):
+        create(root / "val" / "ant" / name)
+        with pytest.raises(AdfqError, match=rf"{name}: it is no regular file, or a link to nothing"):
+            open_splits(f"{spec}:{root}", 3)
+        (root / "val" / "ant" / name).unlink()
+
+
+def test_pipes_in_place_of_tars_and_class_maps_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for read in (ClassFolders, lambda place: read_class_map(str(place))):
+        with pytest.raises(AdfqError, match=r"cannot read .*pipe: it is no regular file"):
+            read(tmp_path / "pipe")
+
+
+def test_names_need_not_be_utf8(root: Path) -> None:
+    for split in ("train", "val"):
+        (root / split / "ant").rename(os.fsdecode(bytes(root / split / "a") + b"\xff"))
+        shutil.copy(root / split / "bee" / "0.png", os.fsdecode(bytes(root / split / "bee") + b"/\xff.png"))
+    (root / "val" / "bee" / "notes.txt").with_name(os.fsdecode(b"\xff.txt")).write_text("text")
+    dataset = CheckedDataset(open_splits(f"folder:{root}", 3)[1], "RGB", pil_to_tensor)
+    assert len(dataset) == 4
+    assert len(dataset.digest) == 64
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -267,6 +339,8 @@ def test_links_in_tars_are_refused(root: Path) -> None:
         ("a.json", b"[1, 2]", "it has to be names, or labels by name"),
         ("a.txt", b"ant\nant\n", "it names ant twice"),
         ("a.json", b'{"ant": 0, "cow": 2}', "its labels are not 0 to 1, each once"),
+        ("a.json", b'{"ant": 0, "ant": 1, "cow": 0}', "cannot read class map .*: it names ant twice"),
+        ("a.json", b'{"ant": 0, "cow": 0}', "its labels are not 0 to 1, each once"),
         ("a.json", b'{"ant": 0, "cow": true}', "its labels are not 0 to 1, each once"),
         ("a.json", b'{"0": ["n01", "tench"]}', "its labels are not 0 to 0, each once"),
     ],

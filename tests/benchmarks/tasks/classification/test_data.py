@@ -74,6 +74,10 @@ def test_the_number_of_classes_must_fit_the_model(root: Path) -> None:
 def test_classes_are_counted(root: Path) -> None:
     assert count_classes(f"folder:{root}") == 2
     assert count_classes("bundled") == 24
+    with pytest.raises(AdfqError, match="train has no validation split"):
+        count_classes(f"torch/folder:{root}/train")
+    with pytest.raises(AdfqError, match="write bundled, folder:ROOT"):
+        count_classes(f"fodler:{root}")
 
 
 def test_a_broken_image_is_named_and_never_replaced_by_its_neighbour(root: Path) -> None:
@@ -85,6 +89,15 @@ def test_a_broken_image_is_named_and_never_replaced_by_its_neighbour(root: Path)
         dataset[1]
 
 
+def test_an_image_that_cannot_be_preprocessed_is_named(root: Path) -> None:
+    def fail(image: Image.Image) -> Tensor:
+        raise MemoryError
+
+    dataset = CheckedDataset(open_splits(f"folder:{root}", 2)[1], "RGB", fail)
+    with pytest.raises(AdfqError, match=f"^cannot preprocess {root}/val/cat/0.png: MemoryError$"):
+        dataset[0]
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
@@ -92,6 +105,12 @@ def test_a_broken_image_is_named_and_never_replaced_by_its_neighbour(root: Path)
         ("folder:", "write bundled"),
         ("folder:/no/such/place", "there is no /no/such/place"),
         ("torch/fashion_mnist:{root}", "cannot open the train split of torch/fashion_mnist"),
+        ("fodler:{root}", "cannot read data 'fodler:.*'; write bundled, folder:ROOT or torch/NAME:ROOT"),
+        ("Folder:{root}", "write bundled, folder:ROOT"),
+        (":{root}", "write bundled, folder:ROOT"),
+        ("troch/folder:{root}", "write bundled, folder:ROOT"),
+        ("torch/folder:{root}/val", "/val has no train split; expected .*/val/train/CLASS and .*/val/val/CLASS"),
+        ("torch/image_folder:{root}/val", "/val has no train split"),
         ("torch/magic:{root}", "Unknown torchvision dataset magic"),
         ("bundled", "bundled has 24 classes, the model has 2"),
     ],

@@ -122,3 +122,110 @@ def test_arrays_of_another_layout(tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", weight=np.zeros(3))
     with pytest.raises(AdfqError, match=r"checkpoint .*x\.npz does not fit vit_tiny_patch16_224: \S"):
         create("vit_tiny_patch16_224", VIT, tmp_path / "x.npz")
+
+
+def arrays_of(state: State, heads: int = 2, stacked: bool = False, prefix: str = "") -> dict[str, np.ndarray]:
+    """The ViT authors' layout of a ViT: an array for each block, or as in Big Vision one of all blocks."""
+    dense, norm, attention = ("0", "1", "0") if stacked else ("3", "2", "1")
+    w = {key: value.numpy() for key, value in state.items()}
+    width = len(w["norm.weight"])
+    where = "pos_embedding" if stacked else "Transformer/posembed_input/pos_embedding"
+    arrays = {
+        "cls": w["cls_token"],
+        "embedding/kernel": w["patch_embed.proj.weight"].transpose(2, 3, 1, 0),
+        "embedding/bias": w["patch_embed.proj.bias"],
+        where: w["pos_embed"],
+        "Transformer/encoder_norm/scale": w["norm.weight"],
+        "Transformer/encoder_norm/bias": w["norm.bias"],
+        "head/kernel": w["head.weight"].T,
+        "head/bias": w["head.bias"],
+    }
+    blocks = []
+    for index in range(sum(key.endswith("norm1.weight") for key in w)):
+        b = {
+            key.removeprefix(f"blocks.{index}."): value
+            for key, value in w.items()
+            if key.startswith(f"blocks.{index}.")
+        }
+        block = {"LayerNorm_0/scale": b["norm1.weight"], "LayerNorm_0/bias": b["norm1.bias"]}
+        block |= {f"LayerNorm_{norm}/scale": b["norm2.weight"], f"LayerNorm_{norm}/bias": b["norm2.bias"]}
+        for name, weight, bias in zip(
+            ("query", "key", "value"), np.split(b["attn.qkv.weight"], 3), np.split(b["attn.qkv.bias"], 3), strict=True
+        ):
+            block[f"MultiHeadDotProductAttention_{attention}/{name}/kernel"] = weight.T.reshape(width, heads, -1)
+            block[f"MultiHeadDotProductAttention_{attention}/{name}/bias"] = bias.reshape(heads, -1)
+        out = f"MultiHeadDotProductAttention_{attention}/out"
+        block[f"{out}/kernel"] = b["attn.proj.weight"].T.reshape(heads, -1, width)
+        block[f"{out}/bias"] = b["attn.proj.bias"]
+        for layer in (0, 1):
+            block[f"MlpBlock_{dense}/Dense_{layer}/kernel"] = b[f"mlp.fc{layer + 1}.weight"].T
+            block[f"MlpBlock_{dense}/Dense_{layer}/bias"] = b[f"mlp.fc{layer + 1}.bias"]
+        blocks.append(block)
+    for key in blocks[0]:
+        if stacked:
+            arrays[f"Transformer/encoderblock/{key}"] = np.stack([block[key] for block in blocks])
+        else:
+            arrays |= {f"Transformer/encoderblock_{index}/{key}": block[key] for index, block in enumerate(blocks)}
+    return {f"{prefix}{key}": array for key, array in arrays.items()}
+
+
+@pytest.mark.parametrize(("stacked", "prefix"), [(False, ""), (False, "opt/target/"), (True, ""), (True, "params/")])
+def test_arrays_of_the_authors(stacked: bool, prefix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state, file = draw("vit_tiny_patch16_224", {**VIT, "depth": 2}), tmp_path / "x.npz"
+    np.savez(file, **arrays_of(state, stacked=stacked, prefix=prefix))
+    loaded = create("vit_tiny_patch16_224", {**VIT, "depth": 2}, file).state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.items())
+    assert capsys.readouterr() == ("", "")
+    # A deeper encoder's other blocks are left out, and a file of another size is interpolated: each is said.
+    loaded = create("vit_tiny_patch16_224", {**VIT, "img_size": 48}, file).state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.items() if name != "pos_embed")
+    left = f"{prefix}Transformer/encoderblock{'' if stacked else '_1'}/LayerNorm_0/scale"
+    assert capsys.readouterr().err.splitlines() == [
+        f"adfq: vit_tiny_patch16_224 has no place for 16 of the weights in {file} ({left} for one); left out",
+        f"adfq: {file}: weights are interpolated to the model's size",
+    ]
+
+
+BLOCK = "Transformer/encoderblock_0"
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "message"),
+    [
+        (
+            {},
+            {"num_classes": 5},
+            "2 weights are missing (head.weight for one), 1 are not the model's (head/kernel for one)",
+        ),
+        ({"head/kernel": None, "head/bias": None}, {}, "2 weights are missing (head.weight for one)"),
+        ({}, {"init_values": 0.1}, "2 weights are missing (blocks.0.ls1.gamma for one)"),
+        ({}, {"depth": 2}, "'Transformer/encoderblock_1/LayerNorm_0/scale is not a file in the archive'"),
+        ({}, {"num_heads": 4}, f"{BLOCK}/MultiHeadDotProductAttention_1/query/kernel has 2 heads and should have 4"),
+        (
+            {"Transformer/encoder_norm/scale": np.ones(1, np.float32)},
+            {},
+            "1 have other shapes (norm.weight is 1 and should be 8)",
+        ),
+        (
+            {f"{BLOCK}/MlpBlock_3/Dense_0/kernel": np.ones((8, 32), np.int8)},
+            {},
+            f"{BLOCK}/MlpBlock_3/Dense_0/kernel is of int8, whose values need a scale",
+        ),
+        ({"cls": np.full((1, 1, 8), np.nan, np.float32)}, {}, "cls_token is not finite"),
+    ],
+)
+def test_arrays_that_do_not_fit(
+    changes: dict[str, Any], arguments: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    arrays = {**arrays_of(draw("vit_tiny_patch16_224", VIT)), **changes}
+    np.savez(tmp_path / "x.npz", **{key: array for key, array in arrays.items() if array is not None})
+    with pytest.raises(AdfqError) as caught:
+        create("vit_tiny_patch16_224", {**VIT, **arguments}, tmp_path / "x.npz")
+    assert str(caught.value) == f"checkpoint {tmp_path}/x.npz does not fit vit_tiny_patch16_224: {message}"
+
+
+def test_a_part_of_a_model_is_no_classifier(tmp_path: Path) -> None:
+    torch.save(draw("vit_tiny_patch16_224", VIT), tmp_path / "x.pth")
+    message = "^cannot create vit_tiny_patch16_224: with these arguments it is a FeatureGetterNet, and no classifier$"
+    with pytest.raises(AdfqError, match=message):
+        create("vit_tiny_patch16_224", {**VIT, "depth": 3, "features_only": True}, tmp_path / "x.pth")

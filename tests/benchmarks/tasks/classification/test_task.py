@@ -203,3 +203,8 @@ def test_a_trained_vit_survives_quantization_at_6_bits(
 ) -> None:
     # Full precision reaches 91.1 % on these 1,000 images.
     assert fashion_mnist(real_data, method, "W6A6", 1000, **quick[method]) == pytest.approx(91.1, abs=1.5)
+
+
+def test_a_class_map_that_is_no_file_is_refused(load: Callable[..., Classification]) -> None:
+    with pytest.raises(AdfqError, match="class_map must be the path of a file, got 5"):
+        load(task_arguments=(("class_map", 5),))

@@ -113,6 +113,7 @@ def test_a_detectors_boxes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     [
         ("", "cannot read prompts {file}: "),
         ('{"annotations": []}', "{file} has no prompts: it is not a list of COCO's results"),
+        ('[{"score": 1, "score": 0.5}]', 'cannot read prompts {file}: an object has the key "score" twice$'),
         ("[3]", "{file} has no prompts: one of its results has no 'image_id'"),
         ('[{"image_id": 3, "category_id": 7, "bbox": [1, 2, 3, 4]}]', "one of its results has no 'score'"),
         ({"image_id": 4}, "{file} has a box in image 4, which the data do not have"),
