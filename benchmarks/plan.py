@@ -551,8 +551,8 @@ def _create_table(spec: dict[str, Any], name: str, profile: str, own: bool, wher
         find_metric(metric)
         if metric not in (*task.main_metrics, *task.other_metrics):
             raise AdfqError(f"{where}: {spec['task']} has no metric {metric!r}")
-    if "published" in spec:
-        _check_known(spec["published"], _published_tasks(), f"{where}: published")
+    if "published" in spec and spec["published"] not in (known := _published_tasks()):
+        raise AdfqError(f"{where}: published: unknown {spec['published']!r}; there are {', '.join(known)}")
     merged = {method: {**shared.get(method, {}), **settings.get(method, {})} for method in {**shared, **settings}}
     table = Table(name=name, profile=profile, models=models, rows=(), settings=merged, own=own, **spec)
     table = replace(table, rows=[table.row(**row) for row in rows])
@@ -568,11 +568,6 @@ def _create_table(spec: dict[str, Any], name: str, profile: str, own: bool, wher
 def _published_tasks() -> list[str]:
     with open(TABLES / "published.csv", encoding="utf-8", newline="") as file:
         return list(dict.fromkeys(line["task"] for line in csv.DictReader(file)))
-
-
-def _check_known(name: str, known: Sequence[str], where: str) -> None:
-    if name not in known:
-        raise AdfqError(f"{where}: unknown {name!r}; there are {', '.join(known)}")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -628,13 +623,12 @@ _TABLE_KEYS: Mapping[str, _Kind] = {
     **{"methods": _TEXTS, "digits": _DIGITS, "cost": _FLAG, "training": _FLAG, "settings": _SUBTABLE},
     **{"task_arguments": _SUBTABLE, "rows": _SUBTABLES, "models": _SOME_SUBTABLES},
 }
-_ROW_KEYS: Mapping[str, _Kind] = {
-    **{"key": _TEXT, "label": _TEXT, "method": _TEXT},
-    **{"arguments": _SUBTABLE, "calibration_size": _COUNT, "calibration_batch_size": _COUNT},
-}
 #: Those of a method's settings that are none of its options.
 _SETTINGS_KEYS: Mapping[str, _Kind] = {"calibration_size": _COUNT, "calibration_batch_size": _COUNT}
-
+_ROW_KEYS: Mapping[str, _Kind] = {
+    **{"key": _TEXT, "label": _TEXT, "method": _TEXT, "arguments": _SUBTABLE},
+    **_SETTINGS_KEYS,
+}
 _MODEL_KEYS: Mapping[str, _Kind] = {
     **{"key": _TEXT, "label": _TEXT, "name": _TEXT, "checkpoint": _TEXT},
     **{"preprocessing": _SUBTABLE, "arguments": _SUBTABLE},

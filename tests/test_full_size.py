@@ -27,7 +27,7 @@ LARGE = [
     "swin_small_patch4_window7_224",
     "swin_base_patch4_window7_224",
 ]
-PAPER = ["base_ptq", "ptq4vit", "repq_vit", "adfq_vit"]
+PAPER = [row.method for row in load_table("1").rows]
 
 #: Options on the command line with which full-size models take no hours.
 _QUICK = {

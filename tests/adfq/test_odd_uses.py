@@ -23,7 +23,7 @@ MakeImages = Callable[..., Tensor]
 
 
 def is_close(quantized: nn.Module, model: nn.Module, images: Tensor) -> bool:
-    """Whether a model at 8 bits computes about the same as in full precision."""
+    """Return True if a quantized model's output is within 5 % of full precision's, in norm."""
     with torch.no_grad():
         expected = model(images)
         return bool((quantized(images) - expected).norm() < 0.05 * expected.norm())
@@ -54,7 +54,7 @@ class AttentionWithItsOwnEncoding(swin_transformer_v2_cr.WindowMultiHeadAttentio
 
 
 def turn(model: nn.Module, cls: type[nn.Module]) -> nn.Module:
-    """Make all modules of a class's base ones of the class."""
+    """Give every module of a class's base the class itself, in place, and return the model."""
     for module in model.modules():
         if type(module) is cls.__bases__[0]:
             module.__class__ = cls
