@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from adfq.adapters import Architecture, adapt, describe
 from adfq.calibration import check_input, read_images
-from adfq.errors import AdfqError, NotApplicableError
+from adfq.errors import AdfqError, NotApplicableError, one_line
 from adfq.files import as_path
 from adfq.method import Bits, FullPrecision, Method, Run
 from adfq.registry import create_method, method_name
@@ -200,4 +200,4 @@ def _copy(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model, copies)
     except (RuntimeError, TypeError) as error:  # an activation, a lock, a generator among the attributes
-        raise AdfqError(f"the model cannot be copied: {' '.join(str(error).split())}") from error
+        raise AdfqError(f"the model cannot be copied: {one_line(error)}") from error

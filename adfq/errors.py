@@ -20,3 +20,14 @@ class NotApplicableError(AdfqError):
 
     In a table the cell is "n/a", and the table goes on.
     """
+
+
+def one_line(error: Exception, length: int = 300) -> str:
+    """Return an error's message as one line.
+
+    Args:
+        error: the error.
+        length: number of characters that a longer message is cut after.
+    """
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= length else f"{text[:length]} …"

@@ -30,7 +30,7 @@ _COMPILED = "_compiled_call_impl"
 _WITHOUT_EFFECT = re.compile(r"__\w+__|_?init_\w+|reset_\w+|set_\w+|extra_repr|no_weight_decay")
 
 #: Methods, beside forward, by which a subclass or instance could compute something else.
-_METHODS = ("__call__", "_call_impl", "_wrapped_call_impl", "_conv_forward", "__getattr__", "__getattribute__")
+_METHODS = ("__call__", "_call_impl", "_wrapped_call_impl", "__getattr__", "__getattribute__")
 
 
 def check_plain(module: Any, cls: type[nn.Module], name: str = "") -> None:

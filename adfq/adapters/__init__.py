@@ -13,7 +13,7 @@ from typing import Any, Protocol, cast
 
 from torch import nn
 
-from adfq.errors import AdfqError
+from adfq.errors import AdfqError, one_line
 from adfq.installed import find_point, find_points
 from adfq.layers import QuantConv2d, QuantLinear
 from adfq.plain import check_plain, problem_of
@@ -121,9 +121,8 @@ def _odd_parts(model: nn.Module) -> Iterator[None]:
     try:
         yield
     except (AttributeError, IndexError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())
         raise AdfqError(
-            f"cannot quantize this {type(model).__name__}, a part of which was replaced: {reason}"
+            f"cannot quantize this {type(model).__name__}, a part of which was replaced: {one_line(error)}"
         ) from error
 
 
@@ -134,7 +133,7 @@ def build_error(what: str, error: Exception) -> AdfqError:
         what: name of what was to be built.
         error: the constructor's error.
     """
-    return AdfqError(f"cannot build {what}: {' '.join(str(error).split())}")
+    return AdfqError(f"cannot build {what}: {one_line(error)}")
 
 
 def copy_around_tensors(module: nn.Module) -> nn.Module:

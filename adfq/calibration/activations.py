@@ -14,7 +14,7 @@ from adfq.calibration.finished import Finished
 from adfq.calibration.images import CalibrationImages
 from adfq.calibration.passes import calibrate_part, naming, pinned
 from adfq.calibration.walk import Calls, Part, Walk, with_checked_trunk
-from adfq.errors import AdfqError
+from adfq.errors import AdfqError, one_line
 from adfq.quantizers import Quantizer
 from adfq.sites import Network, is_within
 
@@ -36,9 +36,8 @@ def check_input(network: Network, images: CalibrationImages) -> None:
         except (AdfqError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever a model makes of its input
-            reason = " ".join(str(error).split()) or type(error).__name__
             shape = "×".join(map(str, image.shape[1:]))
-            raise AdfqError(f"the model does not take calibration images of {shape}: {reason}") from None
+            raise AdfqError(f"the model does not take calibration images of {shape}: {one_line(error)}") from None
 
 
 def quantize_weights(network: Network) -> None:

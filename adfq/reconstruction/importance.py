@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -38,7 +39,7 @@ def importance_of_rows(network: Network, images: CalibrationImages) -> dict[str,
         Importance by name of the layer, in the order in which the layer is used in the batches. It is float32, and has
         the shape of the layer's output without its channels. A layer without an effect on the output is left out, and
         so is one whose gradients are not finite, or whose inputs have no Gram matrix
-        (`adfq.calibration.grams.has_gram`).
+        (`adfq.calibration.grams.has_gram`). A warning says if none is left.
     """
     signs = torch.Generator().manual_seed(0)
     found: dict[str, list[Tensor]] = {}
@@ -52,7 +53,10 @@ def importance_of_rows(network: Network, images: CalibrationImages) -> dict[str,
             for name, calls in _squared_gradients(network, batch, spreads, signs).items():
                 found.setdefault(name, []).extend(call.sqrt() for call in calls)
             progress.update()
-    return {name: calls for name, calls in found.items() if 0 < sum(float(call.sum()) for call in calls) < math.inf}
+    counted = {name: calls for name, calls in found.items() if 0 < sum(float(call.sum()) for call in calls) < math.inf}
+    if found and not counted:
+        warnings.warn("no layer has a finite gradient to the model's output; all rows count the same", stacklevel=2)
+    return counted
 
 
 def _squared_gradients(

@@ -30,6 +30,8 @@ def resolve_device(name: str) -> torch.device:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise AdfqError(f"cannot use device {name!r}: {str(error).splitlines()[0]}") from None
+    if device.type == "cpu" and device.index:  # torch takes any number
+        raise AdfqError(f"cannot use device {name!r}: the CPU is one device")
     return device
 
 

@@ -14,7 +14,7 @@ import psutil
 import torch
 from torch import nn
 
-from adfq.errors import AdfqError, NotApplicableError
+from adfq.errors import AdfqError, NotApplicableError, one_line
 from adfq.method import FULL_PRECISION
 from adfq.reconstruction import OptimizingMethod
 from adfq.registry import create_method
@@ -27,7 +27,7 @@ from benchmarks.run.provenance import provenance
 from benchmarks.run.records import Record
 from benchmarks.run.rehearsal import Cost, Size, measure, rehearse, resident_memory
 from benchmarks.tasks import Subject, find_task, load_subject
-from benchmarks.tasks.shared import Stopwatch, one_line
+from benchmarks.tasks.shared import Stopwatch
 
 _MB = 1e6
 

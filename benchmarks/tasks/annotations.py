@@ -16,6 +16,7 @@ from typing import Any
 
 from adfq.errors import AdfqError
 from benchmarks.tasks.masks import cocotools, is_number, reaches_far, read_rle
+from benchmarks.tasks.shared import shown
 
 #: Part of a box within an image: x0, y0, x1, y1 in pixels.
 Corners = tuple[float, float, float, float]
@@ -156,33 +157,6 @@ def count_left_out(left_out: Counter[str], total: int, things: str) -> str:
     """
     reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
     return f"{left_out.total()} of {total} {things} are left out: {reasons}"
-
-
-def read_json(file: Path) -> Any:
-    """Return the content of a JSON file.
-
-    Args:
-        file: path to read.
-
-    Raises:
-        OSError: for a file that cannot be read.
-        ValueError: for one that is not JSON, and an object with a key twice.
-        RecursionError: for objects that are nested too deeply.
-    """
-    return json.loads(file.read_bytes(), object_pairs_hook=_create_object)
-
-
-def _create_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):  # the last value would count without a word
-        key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-        raise ValueError(f"an object has the key {shown(key)} twice")
-    return content
-
-
-def shown(value: Any) -> str:
-    """Return a value from JSON in one line of at most 80 characters."""
-    return json.dumps(value)[:80]
 
 
 def _check_repetition(annotation: dict[str, Any], known: dict[Any, Any], name: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from adfq.errors import AdfqError
+from adfq.errors import AdfqError, one_line
 from benchmarks.run.console import warn
 from benchmarks.tasks.packages import find_package_file, is_package, read_package
-from benchmarks.tasks.shared import one_line
 
 #: Entries of a training checkpoint that hold a model's weights; the first that is there counts.
 CONTAINERS = (
@@ -160,8 +159,19 @@ def load_weights(
     if problem := misfit(state, own):
         raise AdfqError(f"checkpoint {file} does not fit {name}: {problem}")
     if unknown := _unknown(state, own):
-        warn(f"{name} has no place for {len(unknown)} of the weights in {file} ({unknown[0]} for one); left out")
+        warn_of_left_out(name, file, unknown)
     model.load_state_dict({key: state[key] for key in own if key in state}, strict=False)
+
+
+def warn_of_left_out(name: str, file: str, keys: Sequence[str]) -> None:
+    """Warn of weights of a checkpoint that a model does not have.
+
+    Args:
+        name: name of the model.
+        file: path of the checkpoint.
+        keys: names of the weights.
+    """
+    warn(f"{name} has no place for {len(keys)} of the weights in {file} ({keys[0]} for one); left out")
 
 
 def format_shape(tensor: Tensor) -> str:

@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adfq.errors import AdfqError
+from adfq.errors import AdfqError, one_line
 from benchmarks.bundled import BUNDLED
 from benchmarks.bundled.detectors import COUNTS
 from benchmarks.run.console import warn
-from benchmarks.tasks.annotations import check_id, check_objects, count_left_out, read_json
+from benchmarks.tasks.annotations import check_id, check_objects, count_left_out
 from benchmarks.tasks.images import check_size, read_image
 from benchmarks.tasks.masks import cocotools, is_number
-from benchmarks.tasks.shared import check_place, digest_file, one_line
+from benchmarks.tasks.shared import check_place, digest_file, read_json
 
 #: Kinds of detections by the names of COCO's tools.
 KINDS: Mapping[str, str] = {"bbox": "box", "segm": "mask"}

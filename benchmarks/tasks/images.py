@@ -17,8 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from adfq.errors import AdfqError
-from benchmarks.tasks.shared import one_line
+from adfq.errors import AdfqError, one_line
 
 #: Width and height in pixels.
 Size = tuple[int, int]

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adfq.errors import AdfqError
-from benchmarks.tasks.shared import one_line
+from adfq.errors import AdfqError, one_line
 
 
 def cocotools(part: str) -> Any:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import json
 import math
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -201,15 +203,31 @@ def first_non_finite(model: nn.Module, *inputs: Any, **keywords: Any) -> str:
     return found[0] if found else "model"
 
 
-def one_line(error: Exception, length: int = 300) -> str:
-    """Return an error's message as one line.
+def read_json(file: Path) -> Any:
+    """Return the content of a JSON file.
 
     Args:
-        error: the error.
-        length: number of characters that a longer message is cut after.
+        file: path to read.
+
+    Raises:
+        OSError: for a file that cannot be read.
+        ValueError: for one that is not JSON, and an object with a key twice.
+        RecursionError: for objects that are nested too deeply.
     """
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= length else f"{text[:length]} …"
+    return json.loads(file.read_bytes(), object_pairs_hook=_create_object)
+
+
+def _create_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):  # the last value would count without a word
+        key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"an object has the key {shown(key)} twice")
+    return content
+
+
+def shown(value: Any) -> str:
+    """Return a value from JSON in one line of at most 80 characters."""
+    return json.dumps(value)[:80]
 
 
 def unknown_model(name: str, known: Sequence[str]) -> AdfqError:

@@ -22,7 +22,7 @@ import psutil
 import torch
 from loky.process_executor import BrokenProcessPool
 
-from adfq.errors import AdfqError, NonFiniteError, NotApplicableError
+from adfq.errors import AdfqError, NonFiniteError, NotApplicableError, one_line
 from benchmarks.cell import Cell
 from benchmarks.run.allocator import keep_freed_memory
 from benchmarks.run.console import collect_warnings, warn
@@ -30,7 +30,6 @@ from benchmarks.run.provenance import environment, provenance
 from benchmarks.run.records import Record, now
 from benchmarks.run.runner import record_not_applicable, run_cell
 from benchmarks.tasks import Subject, load_subject
-from benchmarks.tasks.shared import one_line
 
 #: Libraries that compute with threads of their own read these before they are loaded.
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")

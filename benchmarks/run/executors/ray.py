@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 
-from adfq.errors import AdfqError
+from adfq.errors import AdfqError, one_line
 from benchmarks.run.executors.local import CORES, Failure, Job, LostWorkerError, run_in_process
 from benchmarks.run.records import Record
-from benchmarks.tasks.shared import one_line
 
 #: Time for a cluster to answer, in seconds.
 _PATIENCE = 10

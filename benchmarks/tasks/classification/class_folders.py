@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import tarfile
@@ -18,9 +17,9 @@ from typing import Any
 from PIL import Image
 from torch.utils.data import Dataset
 
-from adfq.errors import AdfqError
+from adfq.errors import AdfqError, one_line
 from benchmarks.run.console import warn
-from benchmarks.tasks.shared import one_line
+from benchmarks.tasks.shared import read_json
 
 # Formats that Pillow recognizes and never decodes.
 _STUBS = ("BUFR", "GRIB", "HDF5", "MPEG")
@@ -161,11 +160,10 @@ def read_class_map(file: str) -> dict[str, int]:
     if os.path.exists(file) and not os.path.isfile(file):
         raise AdfqError(f"cannot read class map {file}: it is no regular file")
     try:
-        text = Path(file).read_text(encoding="utf-8-sig")
         if file.lower().endswith(".json"):
-            content = json.loads(text, object_pairs_hook=_distinct)
+            content = read_json(Path(file))
         else:
-            content = [line.strip() for line in text.splitlines()]
+            content = [line.strip() for line in Path(file).read_text(encoding="utf-8-sig").splitlines()]
     except FileNotFoundError:
         raise AdfqError(f"there is no class map {file}") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -185,13 +183,6 @@ def read_class_map(file: str) -> dict[str, int]:
     if twice := _twice(names):
         raise AdfqError(f"{file} is no class map: it names {some(twice)} twice")
     return dict(zip(names, labels, strict=True))
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the pairs of a JSON object; of a key that is there twice, json would take the last value."""
-    if twice := _twice(name for name, _ in pairs):
-        raise ValueError(f"it names {some(twice)} twice")
-    return dict(pairs)
 
 
 def _twice(names: Iterable[str]) -> list[str]:

@@ -12,7 +12,7 @@ from timm.data import create_dataset
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from adfq.errors import AdfqError
+from adfq.errors import AdfqError, one_line
 from benchmarks.bundled import BUNDLED
 from benchmarks.bundled.classifiers import SceneClassification
 from benchmarks.bundled.scenes import CATEGORIES
@@ -27,7 +27,7 @@ from benchmarks.tasks.classification.class_folders import (
     visible_folders,
 )
 from benchmarks.tasks.images import as_rgb
-from benchmarks.tasks.shared import digest_names, one_line
+from benchmarks.tasks.shared import digest_names
 
 # timm's prefixes of data sets; it takes any other word for a folder of its own.
 _LIBRARIES = ("torch", "hfds", "hfids", "tfds", "wds")

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from adfq.adapters import families, find_adapter
-from adfq.errors import AdfqError
+from adfq.errors import AdfqError, one_line
 from benchmarks.bundled.classifiers import CLASSIFIERS
 from benchmarks.run.console import warn
-from benchmarks.tasks.checkpoints import check_present, format_shape, load_weights, misfit
-from benchmarks.tasks.shared import one_line, unknown_model
+from benchmarks.tasks.checkpoints import check_present, format_shape, load_weights, misfit, warn_of_left_out
+from benchmarks.tasks.shared import unknown_model
 
 if TYPE_CHECKING:
     from benchmarks.cell import Cell
@@ -140,7 +140,7 @@ def _load_arrays(model: Any, file: str, name: str) -> None:
     if problem := misfit({**copies.state, **dict.fromkeys(left, torch.empty(0))}, model.state_dict()):
         raise AdfqError(f"checkpoint {file} does not fit {name}: {problem}")
     if left:
-        warn(f"{name} has no place for {len(left)} of the weights in {file} ({left[0]} for one); left out")
+        warn_of_left_out(name, file, left)
     if copies.interpolates:
         warn(f"{file}: weights are interpolated to the model's size")
     model.load_state_dict(copies.state, strict=False)

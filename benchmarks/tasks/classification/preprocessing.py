@@ -9,8 +9,7 @@ import torch
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 
-from adfq.errors import AdfqError
-from benchmarks.tasks.shared import one_line
+from adfq.errors import AdfqError, one_line
 
 if TYPE_CHECKING:
     from benchmarks.cell import Cell

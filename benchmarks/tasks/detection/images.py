@@ -10,9 +10,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import Dataset
 
-from adfq.errors import AdfqError
+from adfq.errors import AdfqError, one_line
 from benchmarks.tasks.images import read_unusual
-from benchmarks.tasks.shared import one_line
 
 
 class CheckedImages(Dataset[dict[str, Any]]):

@@ -15,11 +15,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from adfq.adapters.mmcv_ops import provide_mmcv_ops
-from adfq.errors import AdfqError
+from adfq.errors import AdfqError, one_line
 from benchmarks.bundled.detectors import CONFIG_FOLDER, DETECTORS
 from benchmarks.run.console import warn
 from benchmarks.tasks.checkpoints import check_present, load_weights
-from benchmarks.tasks.shared import one_line, unknown_model
+from benchmarks.tasks.shared import unknown_model
 
 #: Config files by model name: MMDetection's own, and further ones.
 CONFIGS: Mapping[str, str] = {

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from adfq.errors import AdfqError, NonFiniteError
+from adfq.errors import AdfqError, NonFiniteError, one_line
 from benchmarks.bundled import BUNDLED
 from benchmarks.tasks.coco import (
     KINDS,
@@ -37,7 +37,6 @@ from benchmarks.tasks.shared import (
     create_loader,
     digest_weights,
     first_non_finite,
-    one_line,
     read_batches,
     read_images,
 )

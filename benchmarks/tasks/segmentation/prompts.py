@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adfq.errors import AdfqError
+from adfq.errors import AdfqError, one_line
 from benchmarks.run.console import warn
-from benchmarks.tasks.annotations import Ids, clip_box, count_left_out, read_json, shown
+from benchmarks.tasks.annotations import Ids, clip_box, count_left_out
 from benchmarks.tasks.masks import is_number
 from benchmarks.tasks.segmentation import BOXES, POINTS
-from benchmarks.tasks.shared import one_line
+from benchmarks.tasks.shared import read_json, shown
 
 _FIELDS = ("image_id", "category_id", "bbox", "score")
 

@@ -110,6 +110,17 @@ def test_a_use_without_an_effect_counts_as_a_use(make_vit: MakeModel, make_image
     assert [bool(call.any()) for call in calls] == [False, False, True]
 
 
+def test_a_model_without_gradients_says_so(make_vit: MakeModel, make_images: MakeImages) -> None:
+    network, images = network_of(make_vit()), make_images(3)
+
+    def detached(_: nn.Module, batch: Tensor) -> Tensor:
+        output: Tensor = network.model(batch)
+        return output.detach()
+
+    with pytest.warns(UserWarning, match="no layer has a finite gradient to the model's output"):
+        assert not importance(dataclasses.replace(network, forward_all=detached), images)
+
+
 def test_images_may_have_other_numbers_of_outputs(make_vit: MakeModel, make_images: MakeImages) -> None:
     network, images = network_of(make_vit()), make_images(3)
     whole = importance(network, images)

@@ -175,6 +175,7 @@ def test_a_description_is_of_the_options_given(capsys: pytest.CaptureFixture[str
         ([*RUN, "--method", "base_ptq", "--mean", "0.5,0.5"], "one value, or one for each input channel"),
         ([*RUN, "--method", "base_ptq", "--device", "abacus"], "cannot use device"),
         ([*RUN, "--method", "base_ptq", "--device", "meta"], "cannot use device"),
+        ([*RUN, "--method", "base_ptq", "--device", "cpu:7"], "the CPU is one device"),
         ([*RUN, "--method", "base_ptq", "--seed", "9" * 23], "seed must have at most 64 bits"),
         ([*RUN, "--method", "base_ptq", "--checkpoint", ""], "there is an empty text after --checkpoint"),
         ([*RUN, "--method", "base_ptq", "--quantized="], "there is an empty text after --quantized"),
