@@ -233,7 +233,10 @@ def shorten(cell: Cell, size: Size) -> Cell:
     passed = smaller.pop("calibration_batch_size")
     batch_size = None if cell.calibration_batch_size is None or passed >= size.images else passed
     arguments = {**dict(cell.method_arguments), **smaller}
-    if size_of(cell).iterations:
+    if whole := size_of(cell).iterations:
+        method = create_method(cell.method, dict(cell.method_arguments))
+        further = {name: getattr(method, name) for name in method.options() if name.endswith("_iterations")}
+        arguments |= {name: math.ceil(value * size.iterations / whole) for name, value in further.items()}
         arguments |= {"iterations": size.iterations, "held_back": 0.0}  # few iterations have as many checks as many
     return replace(
         cell,

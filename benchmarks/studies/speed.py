@@ -192,10 +192,14 @@ class _Run:
         model.zero_grad()
 
     def _iteration(self, cell: Cell) -> float:
-        batch = ("optimize_batch_size", len(self.images))
+        options = find_method(cell.method).options()
+        further: dict[str, Any] = {name: 1 for name in options if name.endswith("_iterations")}  # those of MLPs
+        if "reconstruct" in options:
+            further["reconstruct"] = True
+        further["optimize_batch_size"] = len(self.images)
         seconds: dict[int, float] = {}
         for iterations in (_FEWER, _MORE):
-            arguments = (*_arguments(cell.method, iterations), batch)
+            arguments = (*_arguments(cell.method, iterations), *further.items())
             _, cost = quantize_model(replace(cell, method_arguments=arguments), self.subject, self.device)
             seconds[iterations] = cost["calibration_seconds"]
         return (seconds[_MORE] - seconds[_FEWER]) / (_MORE - _FEWER)

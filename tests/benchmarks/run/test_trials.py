@@ -33,6 +33,16 @@ def test_batches_shrink_in_proportion() -> None:
     assert shorten(cell, Size(1, 2, 1)).calibration_batch_size == 1
 
 
+def test_all_iterations_shrink_in_proportion() -> None:
+    whole = shorten(cell_of("aphq_vit"), Size(16, 64, 5))
+    assert {name: value for name, value in whole.method_arguments if "iterations" in name} == {
+        "iterations": 5,
+        "mlp_iterations": 5,
+    }
+    longer = cell_of("aphq_vit", method_arguments=(("iterations", 10), ("mlp_iterations", 2000)))
+    assert dict(shorten(longer, Size(16, 64, 3)).method_arguments)["mlp_iterations"] == 600
+
+
 def test_one_batch_stays_one() -> None:
     cell = cell_of("ptq4vit", method_arguments=(("gradient_batch_size", 128),))
     assert size_of(cell) == Size(64, 64)

@@ -98,6 +98,24 @@ def test_an_iteration_is_what_more_iterations_take_longer(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
+    ("method", "further"), [("aphq_vit", {"mlp_iterations": 1}), ("adalog", {"reconstruct": True}), ("qdrop", {})]
+)
+def test_an_iteration_is_one_of_the_blocks_reconstruction(
+    method: str, further: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, object]] = []
+
+    def quantize(cell: speed.Cell, *_: object) -> tuple[nn.Module, dict[str, float | None]]:
+        asked.append(dict(cell.method_arguments))
+        return nn.Identity(), {"calibration_seconds": float(len(asked)), "calibration_memory": None}
+
+    monkeypatch.setattr(speed, "quantize_model", quantize)
+    benchmark("bundled_vit", [method], "W4A4", 2, 1, torch.device("cpu"))
+    expected = [{"iterations": number, "optimize_batch_size": 2, **further} for number in (1, 3)]
+    assert asked == [{"iterations": 0}] * 4 + expected
+
+
+@pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (["--model", "resnet"], "unknown model 'resnet'"),
