@@ -87,7 +87,7 @@ def test_an_iteration_is_what_more_iterations_take_longer(monkeypatch: pytest.Mo
 
     def quantize(cell: speed.Cell, *_: object) -> tuple[nn.Module, dict[str, float | None]]:
         asked.append(dict(cell.method_arguments))
-        seconds = {0: 2.0, 1: 10.0, 3: 16.0}[dict(cell.method_arguments)["iterations"]]
+        seconds = {0: 2.0, 5: 10.0, 7: 16.0}[dict(cell.method_arguments)["iterations"]]
         return nn.Identity(), {"calibration_seconds": seconds, "calibration_memory": None}
 
     monkeypatch.setattr(speed, "time_of", lambda *_: 1.5)
@@ -111,7 +111,7 @@ def test_an_iteration_is_one_of_the_blocks_reconstruction(
 
     monkeypatch.setattr(speed, "quantize_model", quantize)
     benchmark("bundled_vit", [method], "W4A4", 2, 1, torch.device("cpu"))
-    expected = [{"iterations": number, "optimize_batch_size": 2, **further} for number in (1, 3)]
+    expected = [{"iterations": number, "optimize_batch_size": 2, **further} for number in (5, 7)]
     assert asked == [{"iterations": 0}] * 4 + expected
 
 
