@@ -40,8 +40,8 @@ _PASSES = 3
 # Batches of calibration in batches.
 _BATCHES = 4
 
-# An iteration is what a run of more iterations takes longer than one of fewer. Both have all that FIMA-Q takes but a few
-# times in a whole optimization, the five pairs of its Fisher information.
+# An iteration is what a run of more iterations takes longer than one of fewer.
+# Both have all five pairs that FIMA-Q takes in a whole optimization.
 _FEWER, _MORE = 5, 7
 
 _COLUMNS = {
