@@ -221,7 +221,8 @@ def size_of(cell: Cell) -> Size:
 def shorten(cell: Cell, size: Size) -> Cell:
     """Return a cell with a smaller calibration.
 
-    Batch sizes of calibration and of the method (options that end in ``batch_size``) shrink in proportion.
+    Batch sizes of calibration and of the method (options that end in ``batch_size``) shrink in proportion, and so do
+    iterations (options that end in ``iterations``).
 
     Args:
         cell: the cell.
@@ -234,10 +235,9 @@ def shorten(cell: Cell, size: Size) -> Cell:
     batch_size = None if cell.calibration_batch_size is None or passed >= size.images else passed
     arguments = {**dict(cell.method_arguments), **smaller}
     if whole := size_of(cell).iterations:
-        method = create_method(cell.method, dict(cell.method_arguments))
-        further = {name: getattr(method, name) for name in method.options() if name.endswith("_iterations")}
-        arguments |= {name: math.ceil(value * size.iterations / whole) for name, value in further.items()}
-        arguments |= {"iterations": size.iterations, "held_back": 0.0}  # few iterations have as many checks as many
+        numbers = _numbers(cell, "iterations")
+        arguments |= {name: math.ceil(value * size.iterations / whole) for name, value in numbers.items()}
+        arguments["held_back"] = 0.0  # few iterations have as many checks as many
     return replace(
         cell,
         method_arguments=tuple(sorted(arguments.items())),
@@ -248,10 +248,15 @@ def shorten(cell: Cell, size: Size) -> Cell:
 
 def _batches(cell: Cell) -> dict[str, int]:
     """Return the number of images in batches of calibration and of a method, by option."""
-    method = create_method(cell.method, dict(cell.method_arguments))
-    options = {name: getattr(method, name) for name in method.options() if name.endswith("batch_size")}
+    options = _numbers(cell, "batch_size")
     options["calibration_batch_size"] = cell.calibration_batch_size or cell.calibration_size
     return {name: min(value, cell.calibration_size) for name, value in options.items()}
+
+
+def _numbers(cell: Cell, ending: str) -> dict[str, int]:
+    """Return the options of a cell's method whose names have an ending."""
+    method = create_method(cell.method, dict(cell.method_arguments))
+    return {name: getattr(method, name) for name in method.options() if name.endswith(ending)}
 
 
 def limit_memory() -> None:
