@@ -74,3 +74,24 @@ def test_the_readme_shows_what_its_command_gave() -> None:
         <= record["config"].items()
     )
     assert record["metrics"] == {"top1": float(top1), "top5": float(top5), "images": int(images)}
+
+
+def _rows(text: str) -> dict[str, list[str]]:
+    tables = (line.strip("|").split("|") for line in text.splitlines() if line.startswith("|"))
+    return {label.strip(): [cell.strip() for cell in cells] for label, *cells in tables}
+
+
+def test_the_costs_on_row_ridges_page_are_those_of_the_bench() -> None:
+    page = (ROOT / "docs" / "methods" / "row_ridge.md").read_text(encoding="utf-8")
+    shown = _rows(page.split("## Cost\n")[1].split("## Options\n")[0])
+    bench = _rows((ROOT / "results" / "bench" / "deit_tiny-cpu-2-threads.md").read_text(encoding="utf-8"))
+    header = bench["Method"]
+    columns = ("Calibration", "Calibration memory", "Calibration memory in batches", "Optimization iteration")
+    places = [header.index(column) for column in columns]
+    methods = shown.keys() & bench.keys() - {"Method"}
+    assert len(methods) == len(shown) - 2  # but for the header and the line below it
+    for method in methods:
+        for cell, place in zip(shown[method], places, strict=True):
+            measured = bench[method][place]
+            assert bool(cell) == bool(measured)
+            assert not cell or float(cell) == pytest.approx(float(measured), abs=0.051)
