@@ -216,13 +216,22 @@ def open_pool(processes: int, slots: int) -> Any:
     """
     # It starts a process anew that has grown, as with a larger model.
     warnings.filterwarnings("ignore", "A worker was restarted", UserWarning)
-    share = max(1, loky.cpu_count() // slots)
+    share = count_threads(slots)
     return loky.ProcessPoolExecutor(
         processes,
         initializer=_prepare_process,
         initargs=(share, os.getpid()),
         env=dict.fromkeys([*_THREADS, CORES], str(share)),
     )
+
+
+def count_threads(slots: int) -> int:
+    """Return the number of threads of each process, at most that of this one (OMP_NUM_THREADS).
+
+    Args:
+        slots: number of processes that share the cores.
+    """
+    return max(1, min(int(loky.cpu_count()) // slots, torch.get_num_threads()))
 
 
 def count_processes(cell_memory: float | None) -> int:

@@ -6,14 +6,20 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import loky
 import pytest
 import torch
 
 from adfq import AdfqError
 from benchmarks.cell import Cell
 from benchmarks.run.executors import local as executors
-from benchmarks.run.executors.local import Executor, InProcess, Processes, count_processes, create_local_executor
+from benchmarks.run.executors.local import (
+    Executor,
+    InProcess,
+    Processes,
+    count_processes,
+    count_threads,
+    create_local_executor,
+)
 from benchmarks.run.scheduler import run_cells
 from benchmarks.run.store import ResultStore
 from benchmarks.tasks.shared import count_workers
@@ -46,7 +52,7 @@ def test_processes_give_what_one_process_gives(tmp_path: Path) -> None:
         assert [record and record["metrics"] for record in alone] == [
             record and record["metrics"] for record in together
         ]
-        share = max(1, loky.cpu_count() // 2)
+        share = count_threads(2)
         assert {record["environment"]["threads"] for record in together if record} == {share}
         mistake = [cell(range="huge")]
         with pytest.raises(AdfqError, match="unknown range 'huge'"):
@@ -97,6 +103,15 @@ def test_processes_share_the_cores_and_a_killed_one_costs_its_own_cell_alone(
     assert "killed, W8/A8, seed 0 failed: its process was killed" in capsys.readouterr().err
     (failure,) = ResultStore(tmp_path).find(always.id)
     assert "killed" in failure["error"]
+
+
+@pytest.mark.parametrize(("own", "slots", "threads"), [(16, 1, 16), (16, 3, 5), (16, 40, 1), (1, 1, 1), (4, 2, 4)])
+def test_a_process_has_its_share_of_the_threads(
+    monkeypatch: pytest.MonkeyPatch, own: int, slots: int, threads: int
+) -> None:
+    monkeypatch.setattr(executors.loky, "cpu_count", lambda: 16)
+    monkeypatch.setattr(executors.torch, "get_num_threads", lambda: own)
+    assert count_threads(slots) == threads
 
 
 def test_memory_and_cores_decide_how_many_processes_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
