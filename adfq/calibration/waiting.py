@@ -1,4 +1,4 @@
-"""Tensors that wait in files until they are needed again."""
+"""Tensors, and rows of tensors, that wait in files until they are needed again."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from adfq.errors import AdfqError
+
+_LARGE = 2**22  # bytes of a row that waits in a file rather than in memory
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,63 @@ class WaitingRoom:
         return tensor.view(waiting.shape).to(waiting.device)
 
     def _error(self, error: OSError) -> AdfqError:
-        return AdfqError(
-            f"cannot write to {self.folder}: {error.strerror}; calibration in batches keeps activations there"
-        )
+        return AdfqError(f"cannot write to {self.folder}: {error.strerror}; calibration keeps activations there")
+
+
+class WaitingRows:
+    """Rows of a tensor in a file, which are read and written by index as those of a tensor in memory are.
+
+    A row that is written twice takes room in the file twice.
+
+    Args:
+        shape: shape of the tensor, N×….
+        dtype: its dtype.
+        folder: folder of the file, see `WaitingRoom`.
+
+    Attributes:
+        shape: shape of the tensor.
+        dtype: its dtype.
+    """
+
+    def __init__(self, shape: torch.Size, dtype: torch.dtype, folder: Path | None = None) -> None:
+        self.shape, self.dtype = shape, dtype
+        self._room = WaitingRoom(folder)
+        self._rows: list[Waiting | None] = [None] * shape[0]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        rows = torch.empty(len(index), *self.shape[1:], dtype=self.dtype)
+        for row, place in zip(rows, index.tolist(), strict=True):
+            waiting = self._rows[place]
+            assert waiting is not None
+            row.copy_(waiting.load())
+        return rows
+
+    def __setitem__(self, index: Tensor, rows: Tensor) -> None:
+        for place, row in zip(index.tolist(), rows, strict=True):
+            self._rows[place] = self._room.keep(row.cpu())
+
+
+#: Rows on the host: in memory, or in a file.
+Rows = Tensor | WaitingRows
+
+
+def room_for(rows: Tensor, count: int, folder: Path | None = None) -> Rows:
+    """Return room on the host for rows like those of a tensor: in memory, or in a file where a row has 4 MiB or more.
+
+    Room in memory that is never written to takes none.
+
+    Args:
+        rows: n×…, n above 0.
+        count: number of rows.
+        folder: folder of the file, see `WaitingRoom`.
+
+    Raises:
+        AdfqError: for a folder that cannot be written.
+    """
+    shape = torch.Size((count, *rows.shape[1:]))
+    if rows[0].nbytes < _LARGE:
+        return torch.empty(shape, dtype=rows.dtype)
+    return WaitingRows(shape, rows.dtype, folder)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from adfq.calibration.waiting import Rows, room_for
 from adfq.calibration.walk import Call, Part, Walk
 
 
@@ -18,7 +21,7 @@ class Examples:
 
     Tensors are B×k×…, with k rows of the unit's input for each image (Swin's windows). Inputs are all tensor arguments
     with as many rows as the first, by position or keyword: cross-attention has three. Keywords in the unit's
-    `shared_arguments` are not among them.
+    `shared_arguments` are not among them. Those of large images wait in files (`adfq.calibration.waiting.room_for`).
 
     Attributes:
         call: the unit's arguments for some images; all but the inputs are those of every image.
@@ -29,9 +32,9 @@ class Examples:
     """
 
     call: Call
-    inputs: dict[int | str, Tensor]
-    quantized_inputs: dict[int | str, Tensor]
-    targets: Tensor = field(default_factory=lambda: torch.empty(0))
+    inputs: dict[int | str, Rows]
+    quantized_inputs: dict[int | str, Rows]
+    targets: Rows = field(default_factory=lambda: torch.empty(0))
     count: int = 0
 
     def takes(self, call: Call, inputs: Mapping[int | str, Tensor]) -> bool:
@@ -68,13 +71,16 @@ def inputs_in(call: Call, images: int, unit: nn.Module) -> dict[int | str, Tenso
     }
 
 
-def collect(units: Sequence[nn.Module], walks: Sequence[Walk], parts: Sequence[Part]) -> tuple[list[Examples], Tensor]:
+def collect(
+    units: Sequence[nn.Module], walks: Sequence[Walk], parts: Sequence[Part], folder: Path | None = None
+) -> tuple[list[Examples], Tensor]:
     """Return a unit's inputs in both versions of the network.
 
     Args:
         units: the unit in full precision and in the quantized network.
         walks: these two networks' walks.
         parts: their parts at hand.
+        folder: folder for inputs that wait in files; None, the default, for the system's temporary one.
 
     Returns:
         Examples for each size of images, and the place of each image: the index of its examples and that among them,
@@ -82,30 +88,32 @@ def collect(units: Sequence[nn.Module], walks: Sequence[Walk], parts: Sequence[P
     """
     examples: list[Examples] = []
     places: list[Tensor] = []
-    total = sum(parts[0].sizes)
+    room = partial(room_for, count=sum(parts[0].sizes), folder=folder)
     for index, (unit, walk, part) in enumerate(zip(units, walks, parts, strict=True)):
         with walk.mode():
             for batch, (images, call) in enumerate(zip(part.sizes, part.calls(unit), strict=True)):
                 inputs = inputs_in(call, images, unit)
                 if not index:
-                    places.append(_place(examples, call, inputs, images, total))
+                    places.append(_place(examples, call, inputs, images, room))
                 which, first = places[batch][0].tolist()
                 found = examples[which].quantized_inputs if index else examples[which].inputs
                 for key, tensor in inputs.items():
-                    found[key][first : first + images] = tensor
+                    found[key][torch.arange(first, first + images)] = tensor.cpu()
     return examples, torch.cat(places)
 
 
-def _room(inputs: Mapping[int | str, Tensor], images: int) -> dict[int | str, Tensor]:
-    """Return room on the host for the inputs of so many images; what is never written to takes no memory."""
-    return {key: torch.empty(images, *tensor.shape[1:], dtype=tensor.dtype) for key, tensor in inputs.items()}
-
-
-def _place(examples: list[Examples], call: Call, inputs: Mapping[int | str, Tensor], images: int, total: int) -> Tensor:
+def _place(
+    examples: list[Examples],
+    call: Call,
+    inputs: Mapping[int | str, Tensor],
+    images: int,
+    room: Callable[[Tensor], Rows],
+) -> Tensor:
     """Return the place of a batch's images, among examples with such inputs and the same other arguments."""
     index, fit = next(((i, found) for i, found in enumerate(examples) if found.takes(call, inputs)), (-1, None))
     if fit is None:
-        index, fit = len(examples), Examples(call, _room(inputs, total), _room(inputs, total))
+        first, second = ({key: room(tensor) for key, tensor in inputs.items()} for _ in range(2))
+        index, fit = len(examples), Examples(call, first, second)
         examples.append(fit)
     place = torch.arange(fit.count, fit.count + images)
     fit.count += images

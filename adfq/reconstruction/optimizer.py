@@ -140,7 +140,7 @@ def optimize_units(
         torch.manual_seed(seed)
         source = teacher.model.get_submodule(name)
         units = source, network.model.get_submodule(name)
-        examples, places = collect(units, walks, parts)
+        examples, places = collect(units, walks, parts, run.images.folder)
         rest, feature = walks[0].rest(source), walks[0].feature(source)
         sizes = run.images.sizes, options.optimize_batch_size
         unit = Unit(network, name, examples, places, *sizes, run.images.folder, rest, images.sizes, feature)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from adfq.calibration import calibrating
 from adfq.calibration.passes import calibrate_part, pinned
+from adfq.calibration.waiting import Rows, room_for
 from adfq.calibration.walk import Part
 from adfq.layers import QuantConv2d, QuantWeightLayer
 from adfq.reconstruction.examples import Examples
@@ -122,9 +123,9 @@ class Unit:
             for examples, chosen in self.batches(torch.arange(len(self.places))):
                 arguments, keywords = examples.arguments(self.rows(examples.inputs, chosen))
                 output = teacher.forward(*arguments, **keywords).unflatten(0, (len(chosen), -1))
-                if not examples.targets.numel():
-                    examples.targets = torch.empty(examples.count, *output.shape[1:], dtype=output.dtype)
-                examples.targets[chosen] = output.to(examples.targets.device)
+                if not len(examples.targets):
+                    examples.targets = room_for(output, examples.count, self.folder)
+                examples.targets[chosen] = output.cpu()
 
     def batches(self, images: Tensor) -> Iterator[Batch]:
         """Yield images in batches of the unit's batch size.
@@ -168,7 +169,7 @@ class Unit:
         index = next(index for index, other in self.rest_batches() if other.examples is batch.examples)
         return self._feature(index, len(batch.chosen), output)
 
-    def rows(self, inputs: Mapping[int | str, Tensor], chosen: Tensor) -> dict[int | str, Tensor]:
+    def rows(self, inputs: Mapping[int | str, Rows], chosen: Tensor) -> dict[int | str, Tensor]:
         """Return rows of inputs on the unit's device.
 
         Args:
@@ -177,7 +178,7 @@ class Unit:
         """
         return {key: tensor[chosen].flatten(0, 1).to(self.device) for key, tensor in inputs.items()}
 
-    def forward(self, batch: Batch, inputs: Mapping[int | str, Tensor]) -> Tensor:
+    def forward(self, batch: Batch, inputs: Mapping[int | str, Rows]) -> Tensor:
         """Return the unit's output for images.
 
         Args:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import adfq.calibration.activations
 from adfq import AdfqError, quantize
-from adfq.calibration import CalibrationImages, read_images
-from adfq.calibration.waiting import WaitingRoom
+from adfq.calibration import CalibrationImages, read_images, waiting
+from adfq.calibration.waiting import WaitingRoom, room_for
 from adfq.quantizers import Quantizer
 
 MakeModel = Callable[..., nn.Module]
@@ -183,11 +183,49 @@ def test_a_full_disk_is_one_line(
 def test_tensors_come_back_as_they_went(dtype: torch.dtype, shape: tuple[int, ...], tmp_path: Path) -> None:
     room = WaitingRoom(tmp_path)
     tensors = [torch.randn(shape).mul(10).to(dtype), torch.ones(7, 3).T.to(dtype), torch.zeros(1, 1).expand(4, 5)]
-    waiting = [room.keep(tensor) for tensor in tensors]
-    for tensor, place in zip(tensors, waiting, strict=True):
+    places = [room.keep(tensor) for tensor in tensors]
+    for tensor, place in zip(tensors, places, strict=True):
         assert torch.equal(place.load(), tensor)
         assert place.load().dtype == tensor.dtype
     assert not list(tmp_path.iterdir())  # the file has no name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_rows_wait_in_a_file_and_small_ones_in_memory(dtype: torch.dtype, tmp_path: Path) -> None:
+    small, large = torch.randn(2, 5).to(dtype), torch.randn(3, 2**22 // dtype.itemsize).to(dtype)
+    assert isinstance(room_for(small, 4, tmp_path), Tensor)
+    rows = room_for(large, 4, tmp_path)
+    assert not isinstance(rows, Tensor)
+    assert (len(rows), rows.shape, rows.dtype) == (4, (4, large.shape[1]), dtype)
+    rows[torch.tensor([3, 0])] = large[:2]
+    rows[torch.tensor([1])] = large[2:]
+    assert torch.equal(rows[torch.tensor([0, 1, 3, 0])], large[[1, 2, 0, 1]])
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("adfq_vit", {"iterations": 3, "optimize_batch_size": 4}),
+        ("fima_q", {"iterations": 3, "optimize_batch_size": 4}),
+        ("row_ridge", {"iterations": 3, "optimize_batch_size": 4, "reconstruct": True}),
+    ],
+)
+@pytest.mark.parametrize("sizes", [[6], [4, 2]])
+@pytest.mark.filterwarnings("ignore:optimization made")
+def test_an_optimization_from_files_gives_the_same_bits(
+    method: str,
+    options: dict[str, Any],
+    sizes: list[int],
+    make_vit: MakeModel,
+    make_images: MakeImages,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, images = make_vit(), list(make_images(6).split(sizes))
+    expected = state(quantize(model, method, calibration=images, **options))
+    monkeypatch.setattr(waiting, "_LARGE", 0)
+    found = state(quantize(model, method, calibration=images, **options))
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_images_are_regrouped_in_order(tmp_path: Path) -> None:
