@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import runpy
@@ -95,3 +96,16 @@ def test_the_costs_on_row_ridges_page_are_those_of_the_bench() -> None:
             measured = bench[method][place]
             assert bool(cell) == bool(measured)
             assert not cell or float(cell) == pytest.approx(float(measured), abs=0.051)
+
+
+def test_memory_on_mobile_sam_is_that_of_the_records() -> None:
+    with open(ROOT / "results" / "bench" / "calibration.csv", encoding="utf-8", newline="") as stream:
+        rows = {row["method"]: row for row in csv.DictReader(stream) if row["model"] == "mobile_sam"}
+    records = [json.loads(path.read_text()) for path in (ROOT / "results" / "mobile" / "records").glob("*.json")]
+    measured = {record["config"]["method"]: record for record in records}
+    assert rows.keys() == measured.keys() - {"full_precision"}
+    for method, row in rows.items():
+        record = measured[method]
+        assert int(row["images"]) == record["config"]["calibration_size"]
+        assert int(row["peak_mb"]) == round(record["cost"]["calibration_memory"])
+        assert row["commit"] == record["environment"]["commit"]
