@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -96,6 +97,16 @@ def test_the_costs_on_row_ridges_page_are_those_of_the_bench() -> None:
             measured = bench[method][place]
             assert bool(cell) == bool(measured)
             assert not cell or float(cell) == pytest.approx(float(measured), abs=0.051)
+
+
+def test_the_parts_on_row_ridges_page_are_those_of_the_file() -> None:
+    page = (ROOT / "docs" / "methods" / "row_ridge.md").read_text(encoding="utf-8")
+    shown = _rows(page.split("## On a real encoder\n")[1].split("## Detection")[0])
+    frame = pd.read_csv(ROOT / "results" / "real" / "parts.csv")
+    grouped = frame.groupby("parts")[["knn", "prototypes", "ridge", "feature_error"]]
+    texts = grouped.mean().map("{:.1f}".format) + grouped.std().map(" ± {:.1f}".format)
+    for parts, *cells in texts.itertuples():
+        assert shown[f"`{parts}`" if parts not in ("all", "none") else parts] == cells
 
 
 def test_memory_on_mobile_sam_is_that_of_the_records() -> None:
