@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 import adfq
+from adfq.method import FULL_PRECISION
 from adfq.reconstruction import OptimizingMethod
 from adfq.registry import find_method, methods
 from benchmarks.cli.main import main
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
-QUANTIZING = [name for name in methods() if name != "full_precision"]
+QUANTIZING = [name for name in methods() if name != FULL_PRECISION]
 OPTIMIZING = [name for name in QUANTIZING if issubclass(find_method(name), OptimizingMethod)]
 
 Make = Callable[..., nn.Module]
@@ -90,18 +91,17 @@ def test_a_model_quantized_on_a_gpu_is_saved_and_loaded(
         ("segmentation", "bundled_sam", "8"),
     ],
 )
-@pytest.mark.parametrize("method", ["full_precision", *QUANTIZING])
+@pytest.mark.parametrize("method", [FULL_PRECISION, *QUANTIZING])
 def test_every_task_measures_on_a_gpu(
     task: str, model_name: str, limit: str, method: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["run", task, "--model", model_name, "--data", "bundled", "--method", method, "--limit", limit, "--json"]
     own = find_method(method).options()
     quick = {name: 2 for name in own if name.endswith("iterations")} | {"rounds": 1, "optimize_batch_size": 2}
     given = [f"{name}={value}" for name, value in quick.items() if name in own]
-    command += ["--device", "cuda"]
-    command += [] if method == "full_precision" else ["--bits", "W6A6", "--calibration-size", "4"]
-    for argument in given:
-        command += ["--method-arg", argument]
+    command = ["run", task, "--model", model_name, "--data", "bundled", "--method", method]
+    command += ["--limit", limit, "--device", "cuda", "--json"]
+    command += [] if method == FULL_PRECISION else ["--bits", "W6A6", "--calibration-size", "4"]
+    command += ["--method-arg", *given] if given else []
     assert main(command) == 0
     record = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert record["environment"]["device"] == torch.cuda.get_device_name()
