@@ -28,14 +28,19 @@ from adfq.packing import pack, unpack
 from adfq.quantizers import Quantizer
 from adfq.registry import find_method
 from adfq.sites import Network, check_weights, sites_of
+from adfq.transforms.activations import scale_activation, scaled_activations
 from adfq.transforms.relu import substitute_relu, substituted
 from adfq.transforms.streams import map_norm, mapped_norms
 
 FORMAT = 1
-_FORMAT_RELU = 2  # the format for ReLU in the place of GELU, which earlier versions would overlook
-_FORMAT_MAPS = 3  # the same for norms with a map behind them
-_FORMATS = (FORMAT, _FORMAT_RELU, _FORMAT_MAPS)
-_CHANGES = {"relu": substitute_relu, "maps": map_norm}  # fields with names of modules that a method has exchanged
+
+# Fields with names of modules that a method has exchanged. Each has a format, since earlier versions would overlook it.
+_CHANGES = {
+    "relu": (2, substituted, substitute_relu),
+    "maps": (3, mapped_norms, map_norm),
+    "scaled": (4, scaled_activations, scale_activation),
+}
+_FORMATS = (FORMAT, *(number for number, _, _ in _CHANGES.values()))
 
 # The file's metadata has one entry, the header as JSON; its first field is SHA-256 over the whole file with zeros in
 # the digest's place. More entries would come in any order, so that the same model would give different files.
@@ -146,10 +151,10 @@ def _write(model: nn.Module, quantization: Quantization, notes: Mapping[str, Any
         if codes is not None:
             del tensors[f"{name}.weight"]
             tensors[f"{name}.codes"] = codes
-    substitutes, maps = substituted(model), mapped_norms(model)
+    changes = {field: names for field, (_, find, _) in _CHANGES.items() if (names := find(model))}
     header = {
         "sha256": _NO_DIGEST,
-        "format": _FORMAT_MAPS if maps else _FORMAT_RELU if substitutes else FORMAT,
+        "format": max((_CHANGES[field][0] for field in changes), default=FORMAT),
         "method": quantization.method,
         "bits": str(quantization.bits),
         "options": quantization.options,
@@ -166,7 +171,7 @@ def _write(model: nn.Module, quantization: Quantization, notes: Mapping[str, Any
         },
         "versions": {package: version(package) for package in ("adfq", "torch", "timm")},
     }
-    header |= {field: names for field, names in (("relu", substitutes), ("maps", maps)) if names}
+    header |= changes
     try:
         text = json.dumps(header)
     except (TypeError, ValueError) as error:
@@ -262,7 +267,7 @@ def _rebuild(content: bytes) -> Network:
     with torch.random.fork_rng():
         network = adapt(create(architecture).eval())
     model = network.model
-    for field, exchange in _CHANGES.items():
+    for field, (_, _, exchange) in _CHANGES.items():
         for name in header.get(field, ()):
             exchange(model, name)
     model.to(_DTYPES[header["dtype"]])  # masks and other tensors that are not in the file too

@@ -18,7 +18,7 @@ from adfq.calibration.grams import Gram, cholesky, grams_of_layers
 from adfq.calibration.passes import naming
 from adfq.layers import QuantWeightLayer
 from adfq.method import Run
-from adfq.quantizers import AffineUniformQuantizer, UniformQuantizer
+from adfq.quantizers import AffineUniformQuantizer, NumeratorQuantizer, UniformQuantizer
 from adfq.reconstruction import (
     Composition,
     Divergence,
@@ -33,7 +33,7 @@ from adfq.reconstruction.options import check_number
 from adfq.reconstruction.trained import Steps, Trained, Weights
 from adfq.sites import Network, Recipe
 from adfq.transforms.positions import has_columns, sites_with_fixed_positions
-from adfq.transforms.standardization import standardize_norms
+from adfq.transforms.standardization import standardize_inputs
 
 _LEAST = 1e-12  # least penalty, in units of the mean square of an input: inputs may be the same in all rows
 _WITHIN = 0.45  # steps that a weight starts off its code at most
@@ -108,14 +108,15 @@ class RowRidge(OptimizingMethod):
 
     def recipe(self, bits: Bits) -> Recipe:
         """Return the quantizer of each site role."""
-        operand = partial(AffineUniformQuantizer, bits.activation, "head")
+        # Few keys and values that lie far off are what attention looks at: cutting them off costs more than elsewhere.
+        operand = partial(AffineUniformQuantizer, bits.activation, "head", exponent=4.0)
         return Recipe(
             activation=partial(AffineUniformQuantizer, bits.activation, zero="shared"),
             weight=partial(AffineUniformQuantizer, bits.weight, "row"),
             activations={
                 "patch_embed": partial(UniformQuantizer, 8, range="percentile"),
                 **dict.fromkeys(("query", "key", "value"), operand),
-                "probs": partial(operand, zero="lowest"),
+                "probs": partial(NumeratorQuantizer, bits.activation),
             },
         )
 
@@ -128,7 +129,7 @@ class RowRidge(OptimizingMethod):
                 quantizer.granularity = "head_channel" if has_columns(site) else "patch"
         importance = importance_of_rows(network, run.images) if self.importance else {}
         if self.standardized:
-            standardize_norms(network, run.images, importance)
+            standardize_inputs(network, run.images, importance)
         teacher = copy.deepcopy(network)  # biases change on the way
         calibrate_activations(network, run.images)
         for name, layer, gram in grams_of_layers(network, run.images, "asymmetric", teacher, importance):

@@ -13,6 +13,7 @@ from adfq.quantizers import (
     AdaLogQuantizer,
     AffineUniformQuantizer,
     LogQuantizer,
+    NumeratorQuantizer,
     PerPatchOutlierQuantizer,
     Quantizer,
     ShiftLogQuantizer,
@@ -121,6 +122,29 @@ class QuantizeDequantize(nn.Module):
         values = self.grid.dequantize(self.grid.quantize(x))
         values = values if self.grid.offset is None else values + self.grid.offset
         return values if self.grid.factor is None else values * self.grid.factor
+
+
+class NumeratorGrid(Grid):
+    """Grid of a `NumeratorQuantizer`: codes of the shares of each row's largest value."""
+
+    def __init__(self, quantizer: NumeratorQuantizer) -> None:
+        uniform = UniformQuantizer(quantizer.bits)
+        uniform.set_range(quantizer.scale, torch.zeros_like(quantizer.scale))
+        super().__init__(uniform)
+
+
+class Numerators(nn.Module):
+    """`NumeratorQuantizer` outside of integer products."""
+
+    def __init__(self, quantizer: NumeratorQuantizer) -> None:
+        super().__init__()
+        self.grid = NumeratorGrid(quantizer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the quantized values of `x`."""
+        highest = x.amax(-1, keepdim=True)
+        values = self.grid.dequantize(self.grid.quantize(x / highest)) * highest
+        return values + (x.sum(-1, keepdim=True) - values.sum(-1, keepdim=True)) / x.shape[-1]
 
 
 class SeveralGrids(nn.Module):
@@ -244,6 +268,7 @@ _FORMS: Mapping[type[Quantizer], Callable[[Any], nn.Module]] = {
     PerPatchOutlierQuantizer: SeveralGrids,
     UniformQuantizer: _convert_uniform,
     LogQuantizer: Logarithmic,
+    NumeratorQuantizer: Numerators,
     AdaLogQuantizer: LogarithmicTable,
     ShiftUniformLogQuantizer: LogarithmicTable,
     TwinSoftmaxQuantizer: TwinSoftmax,

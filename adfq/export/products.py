@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adfq.export.forms import Grid, convert_quantizer
+from adfq.export.forms import Grid, NumeratorGrid, convert_quantizer
 from adfq.layers import QuantConv2d, QuantLinear, QuantMatMul, QuantWeightLayer
 from adfq.quantizers import (
     AdaLogQuantizer,
     DualUniformQuantizer,
     LogQuantizer,
+    NumeratorQuantizer,
     OutlierQuantizer,
     ShiftUniformLogQuantizer,
     TwinGeluQuantizer,
@@ -47,6 +48,7 @@ _FLOATING: Mapping[type[nn.Module], str] = {
     TwinGeluQuantizer: _TWO_STEPS,
     DualUniformQuantizer: _TWO_GRIDS,
     OutlierQuantizer: _OUTLIERS,
+    NumeratorQuantizer: _SEVERAL_GRIDS,  # but for the left operand of a product
 }
 
 
@@ -86,9 +88,11 @@ def convert(model: nn.Module) -> Exported:
                 layer.input_quantizer = convert_quantizer(layer.input_quantizer)
     for name, product in list(network.matmuls()):
         operands = product.left_quantizer, product.right_quantizer
-        reason = _why_float(*operands)
-        summed = -1, -1 if product.transpose_right else -2
-        if reason is None and not all(map(_has_one_grid, operands, summed)):
+        summed = {product.left_quantizer: -1, product.right_quantizer: -1 if product.transpose_right else -2}
+        if isinstance(product.left_quantizer, NumeratorQuantizer):
+            del summed[product.left_quantizer]  # a row of it has one grid
+        reason = _why_float(*summed)
+        if reason is None and not all(map(_has_one_grid, *zip(*summed.items(), strict=True))):
             reason = _SEVERAL_GRIDS
         if reason is None:
             integer.append(name)
@@ -135,17 +139,23 @@ def _is_patchwise(layer: QuantConv2d) -> bool:
 
 
 class IntegerProduct(nn.Module):
-    """`QuantMatMul` of two uniformly quantized operands.
+    """`QuantMatMul` of two uniformly quantized operands; the left one can be a softmax's numerators.
 
     With a and b the parts that integers stand for and α and β the offsets, (a + α)(b + β) = ab + α·(column sums of b +
-    β) + (row sums of a)·β.
+    β) + (row sums of a)·β. A row of numerators has its largest value as a factor behind the product, and its remainder
+    times the mean of the right operand's rows is added.
     """
 
     def __init__(self, product: QuantMatMul) -> None:
         super().__init__()
-        assert isinstance(product.left_quantizer, UniformQuantizer)
         assert isinstance(product.right_quantizer, UniformQuantizer)
-        self.left, self.right = Grid(product.left_quantizer), Grid(product.right_quantizer)
+        left, self.right = product.left_quantizer, Grid(product.right_quantizer)
+        self.numerators = isinstance(left, NumeratorQuantizer)
+        if isinstance(left, NumeratorQuantizer):
+            self.left: Grid = NumeratorGrid(left)
+        else:
+            assert isinstance(left, UniformQuantizer)
+            self.left = Grid(left)
         self.transpose_right = product.transpose_right
         if self.transpose_right and self.right.factor is not None:
             self.right.factor = self.right.factor.transpose(-2, -1)
@@ -154,6 +164,9 @@ class IntegerProduct(nn.Module):
         """Return the product of the quantized operands."""
         # The operand is transposed before it is quantized: nothing may stand between the product and its operands.
         right = right.transpose(-2, -1) if self.transpose_right else right
+        if self.numerators:
+            highest, total = left.amax(-1, keepdim=True), left.sum(-1, keepdim=True)
+            left = left / highest
         left, right = (
             grid.dequantize(grid.quantize(operand)) for grid, operand in ((self.left, left), (self.right, right))
         )
@@ -163,6 +176,9 @@ class IntegerProduct(nn.Module):
             right = right + self.right.offset
         if self.left.offset is not None:
             output = output + right.sum(-2, keepdim=True) * self.left.offset
+        if self.numerators:
+            remainder = total - left.sum(-1, keepdim=True) * highest
+            output = output * highest + remainder * right.mean(-2, keepdim=True)
         for factor in (self.left.factor, self.right.factor):
             output = output if factor is None else output * factor
         return output

@@ -8,6 +8,7 @@ from adfq.quantizers.affine_uniform import AffineUniformQuantizer
 from adfq.quantizers.base import Quantizer
 from adfq.quantizers.dual_uniform import DualUniformQuantizer
 from adfq.quantizers.log import LogQuantizer
+from adfq.quantizers.numerator import NumeratorQuantizer
 from adfq.quantizers.per_patch import OutlierQuantizer, PerPatchOutlierQuantizer, RunTimePatchOutlierQuantizer
 from adfq.quantizers.shift_log import ShiftLogQuantizer
 from adfq.quantizers.shift_uniform_log import ShiftUniformLogQuantizer
@@ -19,6 +20,7 @@ __all__ = [
     "AffineUniformQuantizer",
     "DualUniformQuantizer",
     "LogQuantizer",
+    "NumeratorQuantizer",
     "OutlierQuantizer",
     "PerPatchOutlierQuantizer",
     "Quantizer",

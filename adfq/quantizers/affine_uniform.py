@@ -13,12 +13,11 @@ from adfq.quantizers.base import rescale
 from adfq.quantizers.uniform import UniformQuantizer
 from adfq.statistics import Errors, MinMax, Search
 
-ZEROS = ("lowest", "middle", "shared")
+ZEROS = ("middle", "shared")
 
 _WIDTHS = (0.2, 0.3, 0.4, 0.52, 0.66, 0.82, 1.0)  # shares of the least step size that reaches all values
 _FINER = (0.84, 0.92, 1.0, 1.08, 1.16)  # factors of the best of these
-_EXPONENT = 2.5
-_ZEROS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # zero points as shares of the highest code
+_ZEROS = tuple(step / 20 for step in range(1, 20))  # zero points as shares of the highest code
 
 
 class AffineUniformQuantizer(UniformQuantizer):
@@ -26,13 +25,14 @@ class AffineUniformQuantizer(UniformQuantizer):
 
     x̂ = scale·(q - zero_point). With zero_point = (2^bits - 1)/2 the levels lie symmetrically about 0, which is none of
     them. An integer matrix product needs no whole zero point: with one for all rows its part is a constant for each
-    output channel. Step sizes have the least mean |x̂ - x|^2.5 among shares of the range.
+    output channel. Step sizes have the least mean |x̂ - x|^exponent among shares of the range.
 
     Args:
         bits: bit-width, 2 to 8.
         granularity: values that share a scale, see `UniformQuantizer`.
-        zero: zero point. ``"middle"``, the default: (2^bits - 1)/2. ``"lowest"``: 0, for values that are not negative.
-            ``"shared"``: the one of nine shares of the highest code that has the least error, one for all values.
+        zero: zero point. ``"middle"``, the default: (2^bits - 1)/2. ``"shared"``: the one of 19 shares of the highest
+            code that has the least error, one for all values.
+        exponent: exponent of the error that step sizes make least, above 0; 2.5 by default. A higher one cuts off less.
 
     Attributes:
         scale: float32, as many dimensions as the calibration tensor; none for ``"tensor"``.
@@ -42,35 +42,32 @@ class AffineUniformQuantizer(UniformQuantizer):
         AdfqError: for an unknown zero point, and see `UniformQuantizer`.
     """
 
-    def __init__(self, bits: int, granularity: str = "tensor", zero: str = "middle") -> None:
+    def __init__(self, bits: int, granularity: str = "tensor", zero: str = "middle", exponent: float = 2.5) -> None:
         super().__init__(bits, granularity)
         if zero not in ZEROS:
             raise AdfqError(f"unknown zero point {zero!r}; there are {', '.join(ZEROS)}")
-        self.zero = zero
+        self.zero, self.exponent = zero, exponent
 
     def _search(self) -> Search[None]:
         yield (extremes := MinMax())
         lowest, highest = extremes.lowest, extremes.highest
-        zeros = {"lowest": (0.0,), "middle": (0.5,), "shared": _ZEROS}[self.zero]
+        zeros = _ZEROS if self.zero == "shared" else (0.5,)
         points = torch.tensor(zeros, device=lowest.device) * (self.levels - 1)
         full = torch.stack([self._least_scale(lowest, highest, point) for point in points])
         scales = (full[:, None] * lowest.new_tensor(_WIDTHS)[:, None]).flatten(0, 1)  # zero points × widths, G
         each = points.repeat_interleave(len(_WIDTHS))
-        yield (errors := Errors([partial(self._try, *pair) for pair in zip(scales, each, strict=True)], _EXPONENT))
+        yield (errors := Errors([partial(self._try, *pair) for pair in zip(scales, each, strict=True)], self.exponent))
         least, best = errors.result().unflatten(0, (len(points), -1)).min(1)
         chosen = least.sum(1).argmin()
         scale, point = full[chosen] * lowest.new_tensor(_WIDTHS)[best[chosen]], points[chosen]
         finer = scale * lowest.new_tensor(_FINER)[:, None]
-        yield (errors := Errors([partial(self._try, candidate, point) for candidate in finer], _EXPONENT))
+        yield (errors := Errors([partial(self._try, candidate, point) for candidate in finer], self.exponent))
         scale = finer.gather(0, errors.result().argmin(0, keepdim=True))[0]
         self._set(scale, point, torch.maximum(-lowest, highest))
 
     def _least_scale(self, lowest: Tensor, highest: Tensor, point: Tensor) -> Tensor:
         """Return the least step size of each group with which no value is cut off."""
-        ends = torch.stack((highest / (self.levels - 1 - point), -lowest / point.clamp(min=torch.finfo().tiny)))
-        if not point:  # nothing lies below the lowest level
-            ends = ends[:1]
-        return ends.amax(0).clamp(min=0)
+        return torch.maximum(highest / (self.levels - 1 - point), -lowest / point).clamp(min=0)
 
     def _try(self, scale: Tensor, point: Tensor, part: Tensor, rows: slice) -> Tensor:
         return quantize_affinely(part, _positive(scale)[rows, None], point, self.levels)
@@ -107,7 +104,7 @@ class AffineUniformQuantizer(UniformQuantizer):
 
     def extra_repr(self) -> str:
         """Return the constructor's arguments for the module's representation."""
-        return f"bits={self.bits}, granularity={self.granularity!r}, zero={self.zero!r}"
+        return f"bits={self.bits}, granularity={self.granularity!r}, zero={self.zero!r}, exponent={self.exponent}"
 
 
 def _positive(scale: Tensor) -> Tensor:

@@ -23,10 +23,15 @@ def gelu_mlps(network: Network) -> tuple[str, ...]:
     """
     parents = {name.rpartition(".")[0] for name, layer in network.weight_layers() if layer.role == "fc2"}
     names = (name for name, _ in network.model.named_modules() if name in parents)
-    return tuple(name for name in names if _is_mlp(network.model.get_submodule(name)))
+    return tuple(name for name in names if is_gelu_mlp(network.model.get_submodule(name)))
 
 
-def _is_mlp(module: nn.Module) -> bool:
+def is_gelu_mlp(module: nn.Module) -> bool:
+    """Return True for an MLP of two linear layers with a GELU between.
+
+    Args:
+        module: a module of an adapted model.
+    """
     linears = [child for child in module.children() if isinstance(child, QuantLinear)]
     return len(linears) == 2 and type(getattr(module, "act", None)).__name__ in _GELUS
 
@@ -52,7 +57,7 @@ def substitute_relu(model: nn.Module, name: str) -> None:
         AdfqError: for a module that is no such MLP.
     """
     found = dict(model.named_modules()).get(name)
-    if found is None or not _is_mlp(found):
+    if found is None or not is_gelu_mlp(found):
         raise AdfqError(f"{name} is no MLP with a GELU")
     found.act = SubstituteReLU()
     linears_of(found)[1].role = "relu"

@@ -15,7 +15,7 @@ from adfq import AdfqError, quantize
 from adfq.calibration.compensation import AffineGrid, compensated_codes
 from adfq.calibration.grams import Gram
 from adfq.layers import QuantConv2d, QuantLinear, QuantWeightLayer
-from adfq.quantizers import AffineUniformQuantizer, UniformQuantizer
+from adfq.quantizers import AffineUniformQuantizer, NumeratorQuantizer, UniformQuantizer
 from adfq.sites import check_weights
 from baselines.gptq import GPTQ
 from baselines.row_ridge import RowRidge
@@ -205,14 +205,13 @@ def test_positions_heads_and_channels_have_step_sizes(
     kinds = {
         "query": attention.scores.left_quantizer,
         "key": attention.scores.right_quantizer,
-        "probs": attention.context.left_quantizer,
         "value": attention.context.right_quantizer,
     }
     layers = (attention.qkv, attention.proj, block.mlp.fc1, block.mlp.fc2)
     if positions:
         assert rows == (17 if kind == "vit" else 16)
         per_position = (1, heads, rows, 1)
-        expected = {"query": per_position, "key": per_position, "probs": per_position, "value": (1, heads, 1, width)}
+        expected = {"query": per_position, "key": per_position, "value": (1, heads, 1, width)}
         for layer in layers:
             scale = layer.input_quantizer.scale
             assert scale.shape[-1] == 1
@@ -221,7 +220,7 @@ def test_positions_heads_and_channels_have_step_sizes(
         expected = dict.fromkeys(kinds, (1, heads, 1, 1))
         assert all(layer.input_quantizer.scale.dim() == 0 for layer in layers)
     assert {name: quantizer.scale.shape for name, quantizer in kinds.items()} == expected
-    assert not kinds["probs"].zero_point.any()
+    assert isinstance(attention.context.left_quantizer, NumeratorQuantizer)
     assert kinds["query"].zero_point.unique().tolist() == [7.5]
     for layer in layers:
         assert layer.weight_quantizer.zero_point.unique().tolist() == [7.5]
