@@ -45,10 +45,10 @@ class RowRidge(OptimizingMethod):
 
     An activation has a step size for each token position, an operand of attention one for each head and position, and
     `value` one for each head and channel: whatever an integer matrix product can take out of its sum. A layer whose
-    positions differ between images has one step size. Weights are the ridge regression of full precision's outputs on
-    the quantized inputs behind all layers that are quantized already, rounded column by column under the same
-    regression. A convolution is one of its patches; one in groups, and a layer with more than 8192 inputs, is rounded
-    to nearest.
+    positions differ between images has one step size. Attention is rounded before the softmax's division. Weights are
+    the ridge regression of full precision's outputs on the quantized inputs behind all layers that are quantized
+    already, rounded column by column under the same regression. A convolution is one of its patches; one in groups,
+    and a layer with more than 8192 inputs, is rounded to nearest.
 
     Attributes:
         iterations: iterations of each block with `reconstruct`.
@@ -56,7 +56,8 @@ class RowRidge(OptimizingMethod):
         penalty: pull of the regression towards the weight in full precision, in units of the mean square of an input
             about its mean, above 0.
         importance: False gives every row of a layer the same weight in sums over rows.
-        standardized: False leaves means and spreads of channels in the outputs of LayerNorms.
+        standardized: False leaves means and spreads of channels in the inputs of layers.
+        numerators: False rounds attention behind the softmax's division, with a step size for each head and position.
         positions: False has one step size for all positions, and one for each head of an operand of attention.
         regression: False rounds the weights in full precision, with the same compensation.
         compensation: False rounds to nearest.
@@ -81,6 +82,7 @@ class RowRidge(OptimizingMethod):
     penalty: float = 1.0
     importance: bool = True
     standardized: bool = True
+    numerators: bool = True
     positions: bool = True
     regression: bool = True
     compensation: bool = True
@@ -110,13 +112,14 @@ class RowRidge(OptimizingMethod):
         """Return the quantizer of each site role."""
         # Few keys and values that lie far off are what attention looks at: cutting them off costs more than elsewhere.
         operand = partial(AffineUniformQuantizer, bits.activation, "head", exponent=4.0)
+        divided = partial(AffineUniformQuantizer, bits.activation, "head", zero="shared")
         return Recipe(
             activation=partial(AffineUniformQuantizer, bits.activation, zero="shared"),
             weight=partial(AffineUniformQuantizer, bits.weight, "row"),
             activations={
                 "patch_embed": partial(UniformQuantizer, 8, range="percentile"),
                 **dict.fromkeys(("query", "key", "value"), operand),
-                "probs": partial(NumeratorQuantizer, bits.activation),
+                "probs": partial(NumeratorQuantizer, bits.activation) if self.numerators else divided,
             },
         )
 

@@ -229,7 +229,9 @@ def test_positions_heads_and_channels_have_step_sizes(
     assert first.input_quantizer.bits == 8
 
 
-@pytest.mark.parametrize("part", ["importance", "standardized", "positions", "regression", "compensation"])
+@pytest.mark.parametrize(
+    "part", ["importance", "standardized", "numerators", "positions", "regression", "compensation"]
+)
 @torch.no_grad()
 def test_each_part_can_be_left_out(part: str, make_vit: MakeModel, make_images: MakeImages) -> None:
     model, images = make_vit(depth=1), make_images(8)
