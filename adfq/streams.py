@@ -72,6 +72,11 @@ class Heads:
     value: str = ""
     positions: tuple[str, ...] = ()
 
+    @property
+    def parameters(self) -> list[str]:
+        """Names of the parameters of both layers, there or not."""
+        return [f"{layer}.{kind}" for layer in (self.qkv, self.proj) for kind in ("weight", "bias")]
+
     def within(self, prefix: str) -> Heads:
         """Return the heads of a model that has this one's as a part.
 

@@ -88,11 +88,11 @@ def convert(model: nn.Module) -> Exported:
                 layer.input_quantizer = convert_quantizer(layer.input_quantizer)
     for name, product in list(network.matmuls()):
         operands = product.left_quantizer, product.right_quantizer
-        summed = {product.left_quantizer: -1, product.right_quantizer: -1 if product.transpose_right else -2}
-        if isinstance(product.left_quantizer, NumeratorQuantizer):
-            del summed[product.left_quantizer]  # a row of it has one grid
-        reason = _why_float(*summed)
-        if reason is None and not all(map(_has_one_grid, *zip(*summed.items(), strict=True))):
+        summed = [(operands[0], -1), (operands[1], -1 if product.transpose_right else -2)]
+        if isinstance(operands[0], NumeratorQuantizer):  # each of its rows has one grid
+            summed = summed[1:]
+        reason = _why_float(*(quantizer for quantizer, _ in summed))
+        if reason is None and not all(_has_one_grid(*pair) for pair in summed):
             reason = _SEVERAL_GRIDS
         if reason is None:
             integer.append(name)
@@ -149,13 +149,10 @@ class IntegerProduct(nn.Module):
     def __init__(self, product: QuantMatMul) -> None:
         super().__init__()
         assert isinstance(product.right_quantizer, UniformQuantizer)
-        left, self.right = product.left_quantizer, Grid(product.right_quantizer)
-        self.numerators = isinstance(left, NumeratorQuantizer)
-        if isinstance(left, NumeratorQuantizer):
-            self.left: Grid = NumeratorGrid(left)
-        else:
-            assert isinstance(left, UniformQuantizer)
-            self.left = Grid(left)
+        left = product.left_quantizer
+        assert isinstance(left, (UniformQuantizer, NumeratorQuantizer))
+        self.left = NumeratorGrid(left) if isinstance(left, NumeratorQuantizer) else Grid(left)
+        self.right = Grid(product.right_quantizer)
         self.transpose_right = product.transpose_right
         if self.transpose_right and self.right.factor is not None:
             self.right.factor = self.right.factor.transpose(-2, -1)
@@ -164,7 +161,8 @@ class IntegerProduct(nn.Module):
         """Return the product of the quantized operands."""
         # The operand is transposed before it is quantized: nothing may stand between the product and its operands.
         right = right.transpose(-2, -1) if self.transpose_right else right
-        if self.numerators:
+        numerators = isinstance(self.left, NumeratorGrid)
+        if numerators:
             highest, total = left.amax(-1, keepdim=True), left.sum(-1, keepdim=True)
             left = left / highest
         left, right = (
@@ -176,7 +174,7 @@ class IntegerProduct(nn.Module):
             right = right + self.right.offset
         if self.left.offset is not None:
             output = output + right.sum(-2, keepdim=True) * self.left.offset
-        if self.numerators:
+        if numerators:
             remainder = total - left.sum(-1, keepdim=True) * highest
             output = output * highest + remainder * right.mean(-2, keepdim=True)
         for factor in (self.left.factor, self.right.factor):

@@ -21,8 +21,7 @@ def heads_problem(network: Network, heads: Heads) -> str | None:
     """
     if heads.query_key and heads.value:
         return f"{heads.query_key}; {heads.value}"
-    names = [f"{layer}.{kind}" for layer in (heads.qkv, heads.proj) for kind in ("weight", "bias")]
-    return shared_parameter(network.model, [*names, *heads.positions])
+    return shared_parameter(network.model, [*heads.parameters, *heads.positions])
 
 
 @torch.no_grad()

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from adfq.calibration import CalibrationImages
 from adfq.layers import QuantWeightLayer
 from adfq.sites import POST_NORM_ROLES, Network
-from adfq.streams import Heads
 from adfq.transforms.activations import scale_activation
 from adfq.transforms.relu import gelu_mlps, linears_of
 from adfq.transforms.reparameterization import NormGroup, norms_with_readers
@@ -41,9 +40,9 @@ def standardize_inputs(network: Network, images: CalibrationImages, importance: 
     attentions = [
         (weight_layer(network.model, heads.qkv), weight_layer(network.model, heads.proj))
         for heads in network.heads
-        if not heads.value and not shared_parameter(network.model, _parameters_of(heads))
+        if not heads.value and not shared_parameter(network.model, heads.parameters)
     ]
-    mlps = {name: linears_of(network.model.get_submodule(name))[1] for name in _plain_mlps(network, images[0])}
+    mlps = {name: linears_of(network.model.get_submodule(name))[1] for name in _plain_mlps(network, images)}
     readers = {layer for group in groups for layer in group.layers} | {proj for _, proj in attentions}
     readers |= set(mlps.values())
     moments = {layer: Moments(importance.get(name)) for name, layer in network.weight_layers() if layer in readers}
@@ -69,11 +68,7 @@ def standardize_inputs(network: Network, images: CalibrationImages, importance: 
         _give_rest(layer, torch.zeros_like(mean), scaled.ratio)
 
 
-def _parameters_of(heads: Heads) -> list[str]:
-    return [f"{layer}.{kind}" for layer in (heads.qkv, heads.proj) for kind in ("weight", "bias")]
-
-
-def _plain_mlps(network: Network, images: Tensor) -> list[str]:
+def _plain_mlps(network: Network, images: CalibrationImages) -> list[str]:
     """Return the names of the MLPs whose last layer reads what their GELU gives, each time."""
     outputs: dict[str, Any] = {}
     plain: dict[str, bool] = {}
@@ -88,7 +83,8 @@ def _plain_mlps(network: Network, images: Tensor) -> list[str]:
             last = linears_of(mlp)[1].register_forward_pre_hook(lambda _, inputs, name=name: compare(name, inputs[0]))
             hooks.callback(keep.remove)
             hooks.callback(last.remove)
-        network.run(images[:1])
+        for image in images.one_of_each_shape():
+            network.run(image)
     return [name for name, found in plain.items() if found]
 
 

@@ -172,12 +172,14 @@ def test_another_number_of_positions_is_refused() -> None:
 
 
 def test_saved_and_loaded_it_is_the_same(
-    make_vit: Callable[..., nn.Module], make_images: Callable[..., Tensor], tmp_path: Path
+    make_vit: Callable[..., nn.Module],
+    make_images: Callable[..., Tensor],
+    comes_back: Callable[..., nn.Module],
+    tmp_path: Path,
 ) -> None:
     images = make_images()
     saved = adfq.quantize(make_vit(depth=1), "row_ridge", 3, 3, images)
-    adfq.save(saved, tmp_path / "model.safetensors")
-    loaded = adfq.load(tmp_path / "model.safetensors")
+    loaded = comes_back(saved, tmp_path / "model.safetensors", nn.Module.__call__, images)
     names = [name for name, module in saved.named_modules() if isinstance(module, AffineUniformQuantizer)]
     assert names
     for name in names:

@@ -38,11 +38,12 @@ def test_what_has_no_gelu_is_refused(name: str, make_vit: MakeModel) -> None:
         scale_activation(model, name)
 
 
-def test_factors_are_saved(make_vit: MakeModel, make_images: Callable[..., Tensor], tmp_path: Path) -> None:
+def test_factors_are_saved(
+    make_vit: MakeModel, make_images: Callable[..., Tensor], comes_back: MakeModel, tmp_path: Path
+) -> None:
     images = make_images()
     saved = adfq.quantize(make_vit(), "row_ridge", 4, 4, images)
-    adfq.save(saved, tmp_path / "model.safetensors")
-    loaded = adfq.load(tmp_path / "model.safetensors")
+    loaded = comes_back(saved, tmp_path / "model.safetensors", nn.Module.__call__, images)
     names = scaled_activations(saved)
     assert names == scaled_activations(loaded)
     assert len(names) == 2
