@@ -51,7 +51,7 @@ def write_page(name: str) -> str:
             "oneshot": _tabulate_oneshot,
         }
     if name == "field":
-        given |= {"published": _tabulate_published} | _tabulate_fashion()
+        given |= {"published": _tabulate_published, "top1": _tabulate_top1}
     if name == "mobile-sam":
         given |= _describe_mobile()
     if name == "memory":
@@ -106,19 +106,27 @@ def _tabulate_published(bits: str) -> str:
     return markdown_table(wide.reset_index())
 
 
-def _tabulate_fashion() -> dict[str, str]:
-    """Return the accuracies on Fashion-MNIST as Markdown, that in full precision, and the commit they are of."""
-    frame = _read_file("fashion_mnist")
-    (reference,) = frame[frame["method"] == FULL_PRECISION]["top1"]
-    quantized = frame[frame["method"] != FULL_PRECISION]
-    grouped = quantized.groupby(["method", "bits"])[["top1"]]
-    difference = (grouped.mean() - reference).map(" ({:+.2f})".format)
+def _tabulate_top1(name: str, column: str) -> dict[str, str]:
+    """Return the accuracies of a file as Markdown, those in full precision, and the commits that they are of.
+
+    Args:
+        name: name of the file.
+        column: name of its column whose values are the columns here.
+    """
+    frame = _read_file(name)
+    full = frame["method"] == FULL_PRECISION
+    grouped = frame[~full].groupby(["method", column])[["top1"]]
+    # One model has one accuracy in full precision, whatever the bit-width of the column.
+    references = frame[full].set_index(column)["top1"].reindex(frame[column].unique()).ffill().bfill()
+    difference = grouped.mean().sub(references, axis=0, level=1).map(" ({:+.2f})".format)
     texts = (_format_means(grouped, 2) + difference)["top1"].unstack()
     rows = [row for row in load_table("field").rows if row.key in texts.index]
-    wide = texts.loc[[row.key for row in rows], list(dict.fromkeys(quantized["bits"]))]
+    wide = texts.loc[[row.key for row in rows], list(dict.fromkeys(frame[~full][column]))].fillna("–")
+    wide = wide.rename(columns={model.key: model.label for model in load_table("field").models})
     wide.insert(0, "Method", [row.label for row in rows])
-    commit = ", ".join(frame["commit"].str[:7].drop_duplicates())
-    return {"fashion": markdown_table(wide), "fashion_reference": f"{reference:.2f}", "fashion_commit": commit}
+    reference = ", ".join(frame[full]["top1"].map("{:.2f}".format))
+    commits = ", ".join(frame["commit"].str[:7].drop_duplicates())
+    return {"table": markdown_table(wide), "reference": reference, "commits": commits}
 
 
 def _format_means(grouped: Any, digits: int) -> pd.DataFrame:
@@ -251,7 +259,7 @@ def _collect_facts() -> dict[str, Any]:
 
 
 def _read_file(name: str) -> pd.DataFrame:
-    """Return a file of scripts/explain_encoders.py."""
+    """Return a file of measurements whose images or models are not those of the bundled profile."""
     return pd.read_csv(STORES / "real" / f"{name}.csv")
 
 
