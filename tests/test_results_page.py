@@ -99,13 +99,28 @@ def test_the_costs_on_row_ridges_page_are_those_of_the_bench() -> None:
             assert not cell or float(cell) == pytest.approx(float(measured), abs=0.051)
 
 
-def test_the_parts_on_row_ridges_page_are_those_of_the_file() -> None:
+@pytest.mark.parametrize(
+    ("section", "models"),
+    [
+        ("Parts taken out", ["bundled_vit", "bundled_swin", "fashion_vit"]),
+        ("On a real encoder", ["dinov2_small"]),
+    ],
+)
+def test_the_parts_on_row_ridges_page_are_those_of_the_file(section: str, models: list[str]) -> None:
     page = (ROOT / "docs" / "methods" / "row_ridge.md").read_text(encoding="utf-8")
-    shown = _rows(page.split("## On a real encoder\n")[1].split("## Detection")[0])
+    shown = _rows(page.split(f"## {section}\n")[1].split("\n## ")[0])
     frame = pd.read_csv(ROOT / "results" / "real" / "parts.csv")
-    grouped = frame.groupby("parts")[["knn", "prototypes", "ridge", "feature_error"]]
-    texts = grouped.mean().map("{:.1f}".format) + grouped.std().map(" ± {:.1f}".format)
-    for parts, *cells in texts.itertuples():
+    digits = {"top1": 2, "knn": 1, "prototypes": 1, "ridge": 1, "error": 1}
+    for parts, rows in frame[frame["model"].isin(models)].groupby("parts"):
+        cells = []
+        for model in models:
+            own = rows[rows["model"] == model]
+            assert sorted(own["seed"]) == [0, 1, 2]
+            measured = own[list(digits)].dropna(axis=1)
+            cells += [
+                f"{values.mean():.{digits[name]}f} ± {values.std():.{digits[name]}f}"
+                for name, values in measured.items()
+            ]
         assert shown[f"`{parts}`" if parts not in ("all", "none") else parts] == cells
 
 
