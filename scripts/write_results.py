@@ -120,9 +120,10 @@ def _tabulate_top1(name: str, column: str) -> dict[str, str]:
     references = frame[full].set_index(column)["top1"].reindex(frame[column].unique()).ffill().bfill()
     difference = grouped.mean().sub(references, axis=0, level=1).map(" ({:+.2f})".format)
     texts = (_format_means(grouped, 2) + difference)["top1"].unstack()
-    rows = [row for row in load_table("field").rows if row.key in texts.index]
+    table = load_table("field")
+    rows = [row for row in table.rows if row.key in texts.index]
     wide = texts.loc[[row.key for row in rows], list(dict.fromkeys(frame[~full][column]))].fillna("–")
-    wide = wide.rename(columns={model.key: model.label for model in load_table("field").models})
+    wide = wide.rename(columns={model.key: model.label for model in table.models})
     wide.insert(0, "Method", [row.label for row in rows])
     reference = ", ".join(frame[full]["top1"].map("{:.2f}".format))
     commits = ", ".join(frame["commit"].str[:7].drop_duplicates())
